@@ -1,0 +1,1 @@
+"""Low-precision formats, masks and kernels for JAX on GPUs, with a reference on any backend."""
