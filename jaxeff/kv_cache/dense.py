@@ -1,0 +1,436 @@
+"""A cache with one static capacity per layer, stored in a float type or as INT8."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff.kv_cache.base import KVCache, tree_bytes
+
+FLOAT_STORES = ("float32", "bfloat16", "float16")
+QUANTIZED_STORES = ("int8",)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseLayer:
+    """Keys and values of one layer in ``C`` slots per row and KV head.
+
+    Slots ``0 … length-1`` are live. Every head has its own ``length`` and ``positions``, so heads
+    may keep different tokens. A token that finds no free slot is dropped and ``overflow`` is set:
+    nothing already stored is ever overwritten.
+
+    Args:
+        k: stored keys after RoPE ``[B, K, C, H]``; a float array, or a QTensor with one scale per
+            token and head.
+        v: stored values, as ``k``.
+        positions: int32 ``[B, K, C]``, logical position of each slot, -1 where empty.
+        length: int32 ``[B, K]``, live slots, in tokens.
+        frozen: int32 ``[B, K]``, leading slots that no compaction may evict.
+        overflow: bool ``[B]``, rows that lost a token.
+        queries: the last ``A`` queries after RoPE ``[B, N, A, H]``, a ring written at
+            ``position % A``; ``None`` if no method needs it.
+        query_positions: int32 ``[B, A]``, position of each ring entry, -1 where empty.
+
+    Examples:
+        >>> layer = DenseLayer.init(1, 2, 1, 4, dtype=jnp.float32)
+        >>> k = jnp.ones((1, 3, 1, 4))
+        >>> layer = layer.update(k, k, positions=jnp.arange(3)[None])
+        >>> layer.length.tolist(), layer.overflow.tolist()
+        ([[2]], [True])
+
+    References:
+        R-KV (arXiv 2505.24133), section 3.1 (retained and staging slots, query window).
+    """
+
+    k: Any
+    v: Any
+    positions: jax.Array
+    length: jax.Array
+    frozen: jax.Array
+    overflow: jax.Array
+    queries: jax.Array | None = None
+    query_positions: jax.Array | None = None
+
+    @classmethod
+    def init(
+        cls,
+        batch: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: Any = jnp.bfloat16,
+        query_window: int = 0,
+        num_heads: int | None = None,
+    ) -> DenseLayer:
+        """Return an empty layer; the arguments are those of :meth:`DenseCache.init`."""
+        _check_sizes(batch, capacity, num_kv_heads, head_dim, query_window, num_heads)
+        store = store_name(dtype)
+        heads = (batch, num_kv_heads)
+        empty = _encode(jnp.zeros((*heads, capacity, head_dim), _float_dtype(store)), store)
+        ring = positions = None
+        if query_window:
+            shape = (batch, num_heads, query_window, head_dim)
+            ring = jnp.zeros(shape, _float_dtype(store))
+            positions = jnp.full((batch, query_window), -1, jnp.int32)
+        return cls(
+            # Zero scales as well, so that empty slots decode to zeros. Two separate copies: a
+            # donated cache must not hold one buffer twice.
+            k=jax.tree.map(jnp.zeros_like, empty),
+            v=jax.tree.map(jnp.zeros_like, empty),
+            positions=jnp.full((*heads, capacity), -1, jnp.int32),
+            length=jnp.zeros(heads, jnp.int32),
+            frozen=jnp.zeros(heads, jnp.int32),
+            overflow=jnp.zeros(batch, bool),
+            queries=ring,
+            query_positions=positions,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Slots per row and head, in tokens."""
+        return self.positions.shape[2]
+
+    @property
+    def store(self) -> str:
+        """Name of the storage: a float dtype or a quantised format."""
+        return self.k.dtype.name if isinstance(self.k, jax.Array) else self.k.qtype
+
+    @property
+    def live(self) -> jax.Array:
+        """Which slots hold a token, bool ``[B, K, C]``."""
+        return jnp.arange(self.capacity) < self.length[..., None]
+
+    def update(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        positions: jax.Array,
+        valid: jax.Array | None = None,
+        queries: jax.Array | None = None,
+    ) -> DenseLayer:
+        """Return the layer with ``T`` tokens appended to every head.
+
+        Args:
+            k: keys after RoPE ``[B, T, K, H]``, float.
+            v: values ``[B, T, K, H]``, float.
+            positions: int32 ``[B, T]``, logical positions, increasing along each row.
+            valid: bool ``[B, T]``; tokens marked False are not stored. ``None``: all are real.
+            queries: queries after RoPE ``[B, T, N, H]``; needed if the layer has a query ring.
+
+        Returns:
+            The new layer. Tokens beyond the capacity are dropped and ``overflow`` is set.
+
+        Raises:
+            ValueError: if a shape does not fit the cache, or the ring is there but no queries.
+        """
+        batch, kv_heads, capacity = self.positions.shape
+        expected = (batch, positions.shape[-1], kv_heads, self.k.shape[-1])
+        for name, value in (("k", k), ("v", v)):
+            if value.shape != expected:
+                raise ValueError(
+                    f"{name} has shape {value.shape}; the cache expects {expected} ([B, T, K, H])"
+                )
+        if valid is None:
+            valid = jnp.ones(positions.shape, bool)
+        rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1  # [B, T]
+        slots = self.length[..., None] + rank[:, None]  # [B, K, T]
+        lost = valid[:, None] & (slots >= capacity)
+        # Slot `capacity` is out of range, and the scatter drops it.
+        slots = jnp.where(valid[:, None], slots, capacity)
+        count = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]  # [B, 1]
+        per_head = jnp.broadcast_to(positions[:, None], slots.shape).astype(jnp.int32)
+        ring, ring_positions = self._update_ring(positions, valid, queries)
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(lambda s, n: _scatter(s, slots, n), self.k, self._encode(k)),
+            v=jax.tree.map(lambda s, n: _scatter(s, slots, n), self.v, self._encode(v)),
+            positions=_scatter(self.positions, slots, per_head),
+            length=jnp.minimum(self.length + count, capacity),
+            overflow=self.overflow | jnp.any(lost, axis=(1, 2)),
+            queries=ring,
+            query_positions=ring_positions,
+        )
+
+    def _encode(self, x: jax.Array) -> Any:
+        return _encode(jnp.swapaxes(x, 1, 2), self.store)  # [B, K, T, H]
+
+    def _update_ring(self, positions, valid, queries):
+        """Write the last ``A`` valid queries at ``position % A``."""
+        if self.queries is None:
+            return None, None
+        if queries is None:
+            raise ValueError("queries is None; this cache keeps a query window and needs them")
+        batch, num_heads, window, head_dim = self.queries.shape
+        expected = (batch, positions.shape[1], num_heads, head_dim)
+        if queries.shape != expected:
+            raise ValueError(
+                f"queries has shape {queries.shape}; the cache expects {expected} ([B, T, N, H])"
+            )
+        after = jnp.sum(valid, axis=1, keepdims=True) - jnp.cumsum(valid, axis=1)  # [B, T]
+        slots = jnp.where(valid & (after < window), positions % window, window)  # [B, T]
+        rows = jnp.arange(batch)[:, None]
+        per_head = jnp.broadcast_to(slots[:, None], (batch, num_heads, slots.shape[1]))
+        ring = _scatter(self.queries, per_head, jnp.swapaxes(queries, 1, 2))
+        ring_positions = self.query_positions.at[rows, slots].set(
+            positions.astype(jnp.int32), mode="drop"
+        )
+        return ring, ring_positions
+
+    def read(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values ``[B, C, K, H]`` as attention sees them.
+
+        Args:
+            dtype: float dtype of the result; ``None``: the stored one (f32 if quantised).
+
+        Returns:
+            Two arrays. Slots beyond ``length`` are meant to be hidden with :meth:`mask`.
+        """
+        return _decode(self.k, dtype), _decode(self.v, dtype)
+
+    def mask(self, positions: jax.Array, window: int | None = None) -> jax.Array:
+        """Return which slots each query may see.
+
+        A slot is visible if it is live, its position is at most the query's, and, with a window,
+        ``query position - slot position < window``.
+
+        Args:
+            positions: int32 ``[B, T]``, logical positions of the queries.
+            window: tokens in a sliding window, the query's own included; ``None``: no window.
+
+        Returns:
+            bool ``[B, K, T, C]``.
+        """
+        slots = self.positions[:, :, None, :]  # [B, K, 1, C]
+        query = positions[:, None, :, None]  # [B, 1, T, 1]
+        visible = (slots >= 0) & (slots <= query)
+        return visible if window is None else visible & (query - slots < window)
+
+    def gather(self, indices: jax.Array, *, capacity: int | None = None) -> DenseLayer:
+        """Return the layer that keeps the given slots, in the given order.
+
+        Payload, scales and positions are copied, never recomputed: quantised entries stay
+        bit-identical.
+
+        Args:
+            indices: int32 ``[B, K, M]``, slots to keep per row and head; entries that are -1 stand
+                for nothing and must come last.
+            capacity: slots of the new layer, in tokens, at least ``M``; ``None``: ``M``.
+
+        Returns:
+            A layer of the new capacity with ``length = (indices >= 0).sum(-1)``.
+
+        Raises:
+            ValueError: if the capacity cannot hold the indices, or their shape does not fit.
+        """
+        amount = indices.shape[-1]
+        capacity = amount if capacity is None else capacity
+        if indices.shape[:2] != self.positions.shape[:2]:
+            raise ValueError(
+                f"indices has shape {indices.shape}; expected {self.positions.shape[:2]} + [M]"
+            )
+        if capacity < amount:
+            raise ValueError(f"capacity={capacity} cannot hold {amount} indices per head")
+        padding = ((0, 0), (0, 0), (0, capacity - amount))
+        indices = jnp.pad(indices, padding, constant_values=-1)
+        length = jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32)
+        # An index past the end reads the fill value, which empties the slot.
+        source = jnp.where(indices >= 0, indices, self.capacity)
+        return dataclasses.replace(
+            self,
+            k=jax.tree.map(lambda x: _gather(x, source, 0), self.k),
+            v=jax.tree.map(lambda x: _gather(x, source, 0), self.v),
+            positions=_gather(self.positions, source, -1),
+            length=length,
+            frozen=jnp.minimum(self.frozen, length),
+        )
+
+    def resize(self, capacity: int) -> DenseLayer:
+        """Return the same entries in ``capacity`` slots; slots beyond it are dropped."""
+        slots = jnp.arange(min(capacity, self.capacity))
+        indices = jnp.where(slots < self.length[..., None], slots, -1)
+        return self.gather(indices, capacity=capacity)
+
+    def allocated_bytes(self) -> int:
+        """Return the bytes of all arrays of this layer."""
+        return tree_bytes(self)
+
+
+class DenseCache:
+    """Makers of caches whose layers are :class:`DenseLayer`.
+
+    Examples:
+        >>> cache = DenseCache.init(2, 1, 128, 2, 32)
+        >>> small = DenseCache.init(2, 1, 128, 2, 32, dtype="int8")
+        >>> small.allocated_bytes() < 0.62 * cache.allocated_bytes()
+        True
+
+    References:
+        R-KV (arXiv 2505.24133), appendix C.1.
+    """
+
+    @staticmethod
+    def init(
+        num_layers: int,
+        batch: int,
+        capacity: int | Sequence[int],
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: Any = jnp.bfloat16,
+        query_window: int = 0,
+        num_heads: int | None = None,
+    ) -> KVCache:
+        """Return an empty cache.
+
+        Bytes: ``L * B * K * C * (2 * H * itemsize + 4)`` plus, as INT8, 8 bytes of scales per
+        slot, plus ``L * B * N * A * H * itemsize`` for the query window.
+
+        Args:
+            num_layers: layers ``L``.
+            batch: rows ``B``.
+            capacity: slots per head, in tokens; one number, or one per layer.
+            num_kv_heads: KV heads ``K``.
+            head_dim: ``H``.
+            dtype: ``float32``, ``bfloat16``, ``float16``, or ``"int8"`` (one scale per token and
+                head, quantised after RoPE).
+            query_window: queries ``A`` remembered per layer (R-KV scores with them); 0: none.
+            num_heads: query heads ``N``; needed if ``query_window`` is not 0.
+
+        Returns:
+            A cache with ``seen = 0`` everywhere.
+
+        Raises:
+            ValueError: if a size is not positive, head counts do not divide, or the dtype is not
+                a storage format.
+        """
+        if num_layers < 1:
+            raise ValueError(f"num_layers={num_layers}; expected at least 1")
+        capacities = [capacity] * num_layers if isinstance(capacity, int) else list(capacity)
+        if len(capacities) != num_layers:
+            raise ValueError(f"capacity lists {len(capacities)} layers; num_layers={num_layers}")
+        layers = tuple(
+            DenseLayer.init(
+                batch,
+                slots,
+                num_kv_heads,
+                head_dim,
+                dtype=dtype,
+                query_window=query_window,
+                num_heads=num_heads,
+            )
+            for slots in capacities
+        )
+        return KVCache(layers=layers, seen=jnp.zeros(batch, jnp.int32))
+
+    @staticmethod
+    def init_for(model: Any, batch: int, capacity: int | Sequence[int], **options: Any) -> KVCache:
+        """Return an empty cache with the sizes of a model.
+
+        Args:
+            model: a model with ``.config``, or a config with ``num_layers, num_kv_heads, head_dim,
+                num_heads``.
+            batch: rows.
+            capacity: slots per head, in tokens; one number, or one per layer.
+            **options: ``dtype`` and ``query_window`` of :meth:`init`.
+
+        Returns:
+            The empty cache.
+        """
+        config = getattr(model, "config", model)
+        return DenseCache.init(
+            config.num_layers,
+            batch,
+            capacity,
+            config.num_kv_heads,
+            config.head_dim,
+            num_heads=config.num_heads,
+            **options,
+        )
+
+
+def store_name(dtype: Any) -> str:
+    """Return the canonical name of a storage format, or say which ones exist.
+
+    Args:
+        dtype: a float dtype, its name, or ``"int8"``.
+
+    Returns:
+        One of ``float32, bfloat16, float16, int8``.
+
+    Raises:
+        ValueError: for anything else.
+
+    Examples:
+        >>> store_name(jnp.bfloat16), store_name("int8")
+        ('bfloat16', 'int8')
+
+    References:
+        KVzip (arXiv 2505.23416), section 4.2 (quantised caches).
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in FLOAT_STORES + QUANTIZED_STORES:
+        known = ", ".join(FLOAT_STORES + QUANTIZED_STORES)
+        raise ValueError(f"dtype={name!r} is not a cache storage format; known: {known}")
+    return name
+
+
+def _float_dtype(store: str) -> Any:
+    """Return the float type beside a storage format: itself, or bf16 for quantised ones."""
+    return jnp.dtype(store) if store in FLOAT_STORES else jnp.dtype(jnp.bfloat16)
+
+
+def _encode(x: jax.Array, store: str) -> Any:
+    if store in FLOAT_STORES:
+        return x.astype(store)
+    from pallas_kernels import quantize
+
+    return quantize(x.astype(jnp.float32), store, axis=-1, tile=None)
+
+
+def _decode(x: Any, dtype: Any) -> jax.Array:
+    if isinstance(x, jax.Array):
+        x = x if dtype is None else x.astype(dtype)
+    else:
+        x = x.dequantize(jnp.float32 if dtype is None else dtype)
+    return jnp.swapaxes(x, 1, 2)  # [B, C, K, H]
+
+
+def _scatter(store: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+    """Write ``new [B, K, T, ...]`` at ``slots [B, K, T]`` of ``store [B, K, C, ...]``."""
+    rows = jnp.arange(slots.shape[0])[:, None, None]
+    heads = jnp.arange(slots.shape[1])[None, :, None]
+    return store.at[rows, heads, slots].set(new.astype(store.dtype), mode="drop")
+
+
+def _gather(x: jax.Array, indices: jax.Array, fill: int) -> jax.Array:
+    """Read ``indices [B, K, M]`` of ``x [B, K, C, ...]``, ``fill`` where out of range."""
+    indices = indices.reshape(indices.shape + (1,) * (x.ndim - 3))
+    return jnp.take_along_axis(x, indices, axis=2, mode="fill", fill_value=fill)
+
+
+def _check_sizes(batch, capacity, num_kv_heads, head_dim, query_window, num_heads):
+    sizes = {
+        "batch": batch,
+        "capacity": capacity,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; expected at least 1")
+    if query_window < 0:
+        raise ValueError(f"query_window={query_window}; expected 0 or more queries")
+    if query_window and num_heads is None:
+        raise ValueError(f"query_window={query_window} needs num_heads (query heads)")
+    if num_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
