@@ -11,7 +11,6 @@ The kernels themselves are in :mod:`pallas_kernels`.
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -29,10 +28,6 @@ _SUBMODULES = (
 )
 
 __all__ = [*_SUBMODULES, "__version__"]
-
-if TYPE_CHECKING:
-    from jaxeff import checkpoint, compress, data, generate, kv_cache, models, nn, optim, quant
-    from jaxeff import train as train
 
 
 def __getattr__(name: str):
