@@ -1,0 +1,1 @@
+"""Experiments behind the numbers in README and notebooks; run from the repository root."""

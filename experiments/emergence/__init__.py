@@ -1,0 +1,1 @@
+"""The emergence of sparse attention: theory, tasks, sweeps and figures (see README.md)."""
