@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention for any backend in plain JAX, with memory that grows with T, not with T·S.
+
+Keys and values are read in chunks under an online softmax; the backward pass recomputes the
+probabilities of each chunk from the saved log-sum-exp. Where all logits fit in one small chunk
+the loop, the recomputation and the custom gradient are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.masks import Mask
+from pallas_kernels.ops.attention import quant as quantization
+from pallas_kernels.ops.attention.reference import clean
+from pallas_kernels.ops.attention.spec import AttentionSpec
+
+# Up to this many logits per head, one pass without a loop is as fast as any and still small.
+SINGLE_CHUNK = 1024 * 1024
+# Logits of one chunk over all heads; 2**25 float32 numbers are 128 MiB.
+_CHUNK_LOGITS = 2**25
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sinks: jax.Array | None,
+    mask: Mask,
+    spec: AttentionSpec,
+    block_kv: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the same as `reference.attention` in chunks of keys.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, H].
+      bias: [B or 1, N or 1, T or 1, S or 1] or None.
+      sinks: [N] or None.
+      mask: which pairs take part.
+      spec: static facts.
+      block_kv: keys per chunk; None chooses, and uses a single chunk for small T·S.
+
+    Returns:
+      Output [B, T, N, H] in the dtype of `query`, and log-sum-exp float32 [B, T, N].
+    """
+    single = block_kv is None and spec.q_len * spec.kv_len <= SINGLE_CHUNK
+    if spec.quant is None and single:
+        q, k, v = clean(query, key, value, mask, spec)
+        return _single(q, k, v, bias, sinks, mask, spec)
+    if block_kv is None:
+        block_kv = _heuristic_block_kv(spec)
+    return _flash(query, key, value, bias, sinks, mask, spec, block_kv)
+
+
+def _heuristic_block_kv(spec: AttentionSpec) -> int:
+    """Keys per chunk: as many as fit the budget, between 128 and 1024, a multiple of 128."""
+    rows = spec.batch * spec.num_heads * spec.q_len
+    return max(128, min(1024, _CHUNK_LOGITS // rows // 128 * 128))
+
+
+# -- layout ------------------------------------------------------------------------------------
+
+
+def _grouped_query(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """[B, T, N, H] -> [B, K, G, T, H]."""
+    b, t, _, h = x.shape
+    x = x.reshape(b, t, spec.num_kv_heads, spec.groups, h)
+    return x.transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x: jax.Array) -> jax.Array:
+    """[B, K, G, T, ...] -> [B, T, N, ...]."""
+    b, k, g, t = x.shape[:4]
+    return jnp.moveaxis(x.reshape(b, k * g, t, *x.shape[4:]), 1, 2)
+
+
+def _grouped_pairs(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """[B or 1, N or 1, T or 1, S or 1] -> [B or 1, K or 1, G or 1, ...]."""
+    if x.shape[1] == 1:
+        return x[:, :, None]
+    return x.reshape(x.shape[0], spec.num_kv_heads, spec.groups, *x.shape[2:])
+
+
+def _grouped_rows(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """[B, T, N] -> [B, K, G, T]."""
+    b, t, _ = x.shape
+    return x.reshape(b, t, spec.num_kv_heads, spec.groups).transpose(0, 2, 3, 1)
+
+
+def _pad_keys(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Appends zeros along `axis` up to `size`; axes of length 1 that broadcast stay."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pad) if pad[axis][1] else x
+
+
+def _slice(x: jax.Array | None, start: jax.Array, size: int, axis: int) -> jax.Array | None:
+    if x is None or x.shape[axis] == 1:
+        return x
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+# -- one chunk ---------------------------------------------------------------------------------
+
+
+def _scores(q, k):
+    """[B, K, G, T, H] x [B, K, C, H] -> float32 [B, K, G, T, C]."""
+    return jnp.einsum("bkgth,bkch->bkgtc", q, k, preferred_element_type=jnp.float32)
+
+
+def _finish(x, bias, ok, spec: AttentionSpec):
+    """Soft cap, bias and mask, in this order: a cap must not undo a large negative bias.
+
+    Returns the logits, and the derivative of the soft cap (None without one).
+    """
+    slope = None
+    if spec.soft_cap is not None:
+        y = jnp.tanh(x / spec.soft_cap)
+        x, slope = spec.soft_cap * y, 1.0 - y * y
+    if bias is not None:
+        x = x + bias.astype(jnp.float32)
+    return (x if ok is None else jnp.where(ok, x, -jnp.inf)), slope
+
+
+def _zero_if_inf(m):
+    return jnp.where(jnp.isneginf(m), 0.0, m)
+
+
+def _single(q, k, v, bias, sinks, mask, spec: AttentionSpec):
+    """Everything at once; differentiated by JAX."""
+    q = _grouped_query(q, spec)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
+    ok = None if mask.is_trivial else _grouped_pairs(mask.dense(spec.q_len, spec.kv_len), spec)
+    bias = None if bias is None else _grouped_pairs(bias, spec)
+    x, _ = _finish(_scores(q, k) * spec.scale, bias, ok, spec)
+    m = lax.stop_gradient(x.max(-1, keepdims=True, initial=-jnp.inf))
+    if sinks is not None:
+        sinks = _grouped_sinks(sinks, spec)[..., None]  # [K, G, 1, 1]
+        m = jnp.maximum(m, lax.stop_gradient(sinks))
+    m = _zero_if_inf(m)
+    p = jnp.exp(x - m)
+    l = p.sum(-1, keepdims=True)  # [B, K, G, T, 1]
+    if sinks is not None:
+        l = l + jnp.exp(sinks - m)
+    some = l > 0
+    l = jnp.where(some, l, 1.0)
+    out = jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    lse = jnp.where(some, m + jnp.log(l), -jnp.inf)[..., 0]
+    return _ungrouped((out / l).astype(spec.dtype)), _ungrouped(lse)
+
+
+def _grouped_sinks(sinks, spec: AttentionSpec):
+    """[N] -> float32 [K, G, 1]."""
+    return sinks.astype(jnp.float32).reshape(spec.num_kv_heads, spec.groups, 1)
+
+
+# -- online softmax over chunks ----------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _flash(query, key, value, bias, sinks, mask, spec, block_kv):
+    return _flash_fwd(query, key, value, bias, sinks, mask, spec, block_kv)[0]
+
+
+def _flash_fwd(query, key, value, bias, sinks, mask, spec, block_kv):
+    if spec.quant is None:
+        out, lse = _forward(query, key, value, bias, sinks, mask, spec, block_kv)
+    else:
+        out, lse = quantization.forward(query, key, value, bias, sinks, mask, spec)
+    return (out, lse), (query, key, value, bias, sinks, mask, out, lse)
+
+
+def _chunks(spec: AttentionSpec, block_kv: int) -> tuple[int, int, int]:
+    """Chunk size, number of chunks, padded number of keys."""
+    size = min(block_kv, spec.kv_len)
+    count = -(-spec.kv_len // size)
+    return size, count, size * count
+
+
+def _prepared(query, key, value, bias, mask, spec, padded):
+    q, k, v = clean(query, key, value, mask, spec)
+    k, v = (_pad_keys(x.transpose(0, 2, 1, 3), padded, 2) for x in (k, v))  # [B, K, S', H]
+    if bias is not None:
+        bias = _grouped_pairs(bias, spec)
+        bias = bias if bias.shape[-1] == 1 else _pad_keys(bias, padded, 4)
+    return _grouped_query(q, spec), k, v, bias
+
+
+def _allowed(mask: Mask, start, size, padded, spec: AttentionSpec):
+    """bool [B or 1, K or 1, G or 1, T, C] for the keys from `start`, or None for all."""
+    if mask.is_trivial and padded == spec.kv_len:
+        return None
+    ok = mask.block(None, start + jnp.arange(size), spec.q_len, spec.kv_len)
+    return _grouped_pairs(ok, spec)
+
+
+def _forward(query, key, value, bias, sinks, mask, spec, block_kv):
+    size, count, padded = _chunks(spec, block_kv)
+    q, k, v, bias = _prepared(query, key, value, bias, mask, spec, padded)
+
+    def step(carry, j):
+        m, l, acc = carry
+        start = j * size
+        kj, vj = _slice(k, start, size, 2), _slice(v, start, size, 2)
+        ok = _allowed(mask, start, size, padded, spec)
+        x, _ = _finish(_scores(q, kj) * spec.scale, _slice(bias, start, size, 4), ok, spec)
+        m_new = jnp.maximum(m, x.max(-1))
+        m_safe = _zero_if_inf(m_new)
+        p = jnp.exp(x - m_safe[..., None])
+        alpha = jnp.exp(m - m_safe)
+        pv = jnp.einsum(
+            "bkgtc,bkch->bkgth", p.astype(vj.dtype), vj, preferred_element_type=jnp.float32
+        )
+        return (m_new, l * alpha + p.sum(-1), acc * alpha[..., None] + pv), None
+
+    rows = q.shape[:-1]  # [B, K, G, T]
+    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
+    (m, l, acc), _ = lax.scan(step, start, jnp.arange(count))
+    return finish_rows(m, l, acc, sinks, spec)
+
+
+def finish_rows(m, l, acc, sinks, spec: AttentionSpec):
+    """Adds the sinks, divides by the row sum and forms the log-sum-exp.
+
+    Args:
+      m: float32 [B, K, G, T], largest logit of each row, -inf for an empty row.
+      l: float32 [B, K, G, T], sum of ``exp(x - m)``.
+      acc: float32 [B, K, G, T, H], sum of ``exp(x - m) v``.
+      sinks: [N] or None.
+      spec: static facts.
+
+    Returns:
+      Output [B, T, N, H] in ``spec.dtype`` and log-sum-exp float32 [B, T, N].
+    """
+    m_all = m
+    if sinks is not None:
+        sinks = _grouped_sinks(sinks, spec)
+        m_all = jnp.maximum(m, sinks)
+    m_all = _zero_if_inf(m_all)
+    alpha = jnp.exp(m - m_all)
+    l = l * alpha
+    if sinks is not None:
+        l = l + jnp.exp(sinks - m_all)
+    some = l > 0
+    l = jnp.where(some, l, 1.0)
+    out = acc * (alpha / l)[..., None]
+    lse = jnp.where(some, m_all + jnp.log(l), -jnp.inf)
+    return _ungrouped(out.astype(spec.dtype)), _ungrouped(lse)
+
+
+def _flash_bwd(spec, block_kv, saved, cotangents):
+    """Flash backward: probabilities of each chunk come back from the log-sum-exp."""
+    query, key, value, bias, sinks, mask, out, lse = saved
+    d_out, d_lse = cotangents
+    f32 = jnp.float32
+    size, count, padded = _chunks(spec, block_kv)
+    q, k, v, bias_g = _prepared(query, key, value, bias, mask, spec, padded)
+    g = _grouped_query(d_out, spec)  # [B, K, G, T, H]
+    delta = (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse  # [B, T, N]
+    empty = jnp.isneginf(lse)
+    delta = _grouped_rows(jnp.where(empty, 0.0, delta), spec)
+    lse = _grouped_rows(jnp.where(empty, 0.0, lse), spec)
+    keep_bias_rows = bias is not None and bias.shape[3] != 1
+
+    def step(carry, j):
+        dq, dk, dv, db = carry
+        start = j * size
+        kj, vj = _slice(k, start, size, 2), _slice(v, start, size, 2)
+        ok = _allowed(mask, start, size, padded, spec)
+        bj = _slice(bias_g, start, size, 4)
+        x, slope = _finish(_scores(q, kj) * spec.scale, bj, ok, spec)
+        p = jnp.exp(x - lse[..., None])  # [B, K, G, T, C]
+        dp = jnp.einsum("bkgth,bkch->bkgtc", g, vj, preferred_element_type=f32)
+        ds = p * (dp - delta[..., None])
+        if bias is not None:
+            part = _sum_to(ds, bj.shape)
+            db = (
+                lax.dynamic_update_slice_in_dim(db, part, start, 4) if keep_bias_rows else db + part
+            )
+        ds = (ds if slope is None else ds * slope) * spec.scale
+        ds = ds.astype(q.dtype)
+        dq = dq + jnp.einsum("bkgtc,bkch->bkgth", ds, kj, preferred_element_type=f32)
+        dkj = jnp.einsum("bkgtc,bkgth->bkch", ds, q, preferred_element_type=f32)
+        dvj = jnp.einsum("bkgtc,bkgth->bkch", p.astype(g.dtype), g, preferred_element_type=f32)
+        dk = lax.dynamic_update_slice_in_dim(dk, dkj.astype(dk.dtype), start, 2)
+        dv = lax.dynamic_update_slice_in_dim(dv, dvj.astype(dv.dtype), start, 2)
+        return (dq, dk, dv, db), None
+
+    db = None if bias is None else jnp.zeros(bias_g.shape, f32)
+    init = (jnp.zeros(q.shape, f32), jnp.zeros_like(k), jnp.zeros_like(v), db)
+    (dq, dk, dv, db), _ = lax.scan(step, init, jnp.arange(count))
+    dq = _ungrouped(dq).astype(query.dtype)
+    dk, dv = (x[:, :, : spec.kv_len].transpose(0, 2, 1, 3) for x in (dk, dv))
+    if bias is not None:
+        db = db[..., : bias.shape[3]].reshape(bias.shape).astype(bias.dtype)
+    d_sinks = None
+    if sinks is not None:
+        p_sink = jnp.exp(_grouped_sinks(sinks, spec) - lse)  # [B, K, G, T]
+        d_sinks = -(p_sink * delta).sum((0, 3)).reshape(-1).astype(sinks.dtype)
+    return dq, dk, dv, db, d_sinks, None
+
+
+def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which `shape` was broadcast."""
+    axes = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
+    return x.sum(axes, keepdims=True)
+
+
+_flash.defvjp(_flash_fwd, _flash_bwd)
