@@ -1,0 +1,1 @@
+"""Quantisation of arrays; see ``api``."""

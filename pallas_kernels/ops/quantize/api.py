@@ -1,0 +1,163 @@
+"""Public entry: arrays to QTensor and back."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats.block_format import BlockFormat
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ops.quantize import reference, xla
+from pallas_kernels.ops.quantize.spec import QuantizeSpec, make_spec, unsupported_reason
+
+_IMPLEMENTATIONS = {"xla": xla.quantize, "reference": reference.quantize}
+
+
+def quantize(
+    x: jax.Array,
+    qtype: str | BlockFormat,
+    *,
+    axis: int | tuple[int, ...] | None = -1,
+    tile: int | tuple[int, ...] | str | None = "default",
+    rounding: str = "nearest",
+    key: jax.Array | None = None,
+    scale_rule: str | None = None,
+    overrange: float = 1.0,
+    two_level: bool | None = None,
+    scale_min: float | None = None,
+    asymmetric: bool = False,
+    implementation: str | None = None,
+) -> QTensor:
+    """Quantises an array: one scale per tile, one low-precision code per value.
+
+        s = scale rule(overrange · max|x| over the tile),   code = round(x / s),   saturated
+
+    Asymmetric integers use s = (max - min) / (2^bits - 1) and a float zero point instead, so that
+    both ends of a tile are codes; a tile far from zero keeps its resolution, but 0 is a code only
+    by chance.
+
+    A tile that does not divide its axis is completed with zeros; the codes keep them, and ``shape``
+    and ``dequantize`` leave them out. (An asymmetric last tile therefore includes 0 in its range.)
+    A tile of zeros gives zeros. NaN or inf in a tile makes its scale, and so the whole tile, NaN;
+    other tiles are not touched. No gradient flows; ``fake_quantize`` has one.
+
+    Args:
+        x: float32, bfloat16, float16 (or float64, used as float32) array of any shape.
+        qtype: ``"int8"``, ``"int4"``, ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"mxfp8"``, ``"mxfp4"``,
+            ``"nvfp4"``, a structural name or a ``BlockFormat``, see ``formats.get_format``.
+        axis: axes along which values share a scale, as a rule the contraction axis. ``None``: one
+            scale for the tensor.
+        tile: values per scale along ``axis``: a number, one per axis, ``None`` for the whole axis,
+            or ``"default"``: 16 for nvfp4, 32 for mx, the whole axis for the others.
+            ``axis=(-2, -1), tile=(16, 16)`` gives square tiles.
+        rounding: ``"nearest"`` (ties to even) or ``"stochastic"`` (unbiased, needs ``key``).
+        key: ``jax.random`` key; 23 random bits per value.
+        scale_rule: ``"nearest"``, or a power of two by ``"floor"``, ``"ceil"`` or ``"qwix"``;
+            ``None`` for the format's own (floor for mx, nearest for the others).
+        overrange: factor >= 1 on the largest magnitude. 17/16 undoes the shrinking of e4m3 scales,
+            so that nothing saturates and stochastic rounding stays unbiased.
+        two_level: whether a float32 tensor scale brings the block scales into range; ``None`` for
+            the format's own (nvfp4: yes).
+        scale_min: lower clamp of the scale; ``None`` for the smallest value of its type (2^-9 for
+            e4m3).
+        asymmetric: whether an integer format stores a zero point.
+        implementation: ``None`` or ``"xla"``; ``"reference"`` is the slow oracle.
+
+    Returns:
+        ``QTensor``. ``scale`` has the rank of ``x`` and ceil(length / tile) entries along every
+        axis.
+
+    Raises:
+        ValueError: ``x`` is not floating, a key is missing or unused, or a static argument is
+            wrong.
+        NotImplementedError: the implementation does not serve this.
+
+    >>> qt = quantize(jnp.float32([[0.0, 1.0, -3.0, 6.0]]), "mxfp4")
+    >>> qt.dequantize().tolist(), qt.shape, qt.scale.shape
+    ([[0.0, 1.0, -3.0, 6.0]], (1, 4), (1, 1))
+
+    References: OCP Microscaling v1.0; Pretraining LLMs with NVFP4 (arXiv:2509.25149), appendix B;
+    FP4 All the Way (arXiv:2505.19115), section 3; KIVI (arXiv:2402.02750), section 3 (asymmetric).
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating, got dtype {x.dtype}")
+    spec = make_spec(
+        x.shape,
+        qtype,
+        axis=axis,
+        tile=tile,
+        rounding=rounding,
+        scale_rule=scale_rule,
+        overrange=overrange,
+        two_level=two_level,
+        scale_min=scale_min,
+        asymmetric=asymmetric,
+    )
+    _check_key(key, spec)
+    name = "xla" if implementation is None else implementation
+    if (reason := unsupported_reason(name, spec)) is not None:
+        raise NotImplementedError(reason)
+    return _IMPLEMENTATIONS[name](jax.lax.stop_gradient(x), key, spec)
+
+
+def dequantize(qt: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """The value of a QTensor as a plain array; see ``QTensor.dequantize``.
+
+    Args:
+        qt: quantised array, packed or not.
+        dtype: floating dtype of the result.
+
+    Returns:
+        Array of ``dtype``, shape ``qt.shape``.
+
+    Raises:
+        ValueError: ``dtype`` is not floating, or ``qt`` is not a QTensor.
+
+    >>> dequantize(quantize(jnp.ones(3), "int8")).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    if not isinstance(qt, QTensor):
+        raise ValueError(f"qt must be a QTensor, got {type(qt).__name__}")
+    return qt.dequantize(dtype)
+
+
+def fake_quantize(x: jax.Array, qtype: str | BlockFormat, **options) -> jax.Array:
+    """Quantises and dequantises, with the straight-through gradient d out / d x = 1.
+
+    Args:
+        x: floating array.
+        qtype: format, as in ``quantize``.
+        **options: keyword arguments of ``quantize``.
+
+    Returns:
+        Array of the shape and dtype of ``x``: exactly ``dequantize(quantize(x, ...), x.dtype)``.
+
+    Raises:
+        ValueError, NotImplementedError: as ``quantize``.
+
+    >>> fake_quantize(jnp.float32([0.9, 6.0]), "mxfp4").tolist()
+    [1.0, 6.0]
+    >>> jax.grad(lambda x: fake_quantize(x, "mxfp4").sum())(jnp.float32([0.9, 9.0])).tolist()
+    [1.0, 1.0]
+
+    References: Bengio et al. 2013 (arXiv:1308.3432), straight-through estimator.
+    """
+    x = jnp.asarray(x)
+    quantized = quantize(x, qtype, **options).dequantize(x.dtype)
+    return _straight_through(x, jax.lax.stop_gradient(quantized))
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
+    return quantized
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0]
+
+
+def _check_key(key: jax.Array | None, spec: QuantizeSpec) -> None:
+    if spec.rounding == "stochastic" and key is None:
+        raise ValueError("rounding='stochastic' needs a key, such as jax.random.key(0); got None")
+    if spec.rounding == "nearest" and key is not None:
+        raise ValueError("key is used by rounding='stochastic' only; got one with 'nearest'")

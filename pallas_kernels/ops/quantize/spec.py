@@ -1,0 +1,191 @@
+"""Static facts of one quantisation, and who can serve it."""
+
+import dataclasses
+import math
+
+from pallas_kernels.formats.block_format import (
+    BlockFormat,
+    check_scale_rule,
+    check_two_level,
+    get_format,
+)
+from pallas_kernels.formats.number_types import FLOAT32_MIN_NORMAL, IntType
+
+IMPLEMENTATIONS = ("xla", "reference")
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeSpec:
+    """Everything about a quantisation that is known before the data. Hashable, so static under jit.
+
+    Args:
+        format: element, scale type and default tile.
+        tile: values per scale along every axis of the value; 1 where each index has its own scale.
+        padding: zeros to append along every axis, so that ``tile`` divides it.
+        rounding: ``"nearest"`` or ``"stochastic"``.
+        scale_rule: see ``scale_from_amax``.
+        overrange: factor on amax, at least 1.
+        two_level: whether a scale per tensor is stored as well.
+        scale_min: lower clamp of the scale.
+        asymmetric: whether a zero point is stored.
+
+    >>> make_spec((4, 40), "nvfp4", axis=-1).tile
+    (1, 16)
+    """
+
+    format: BlockFormat
+    tile: tuple[int, ...]
+    padding: tuple[int, ...]
+    rounding: str = "nearest"
+    scale_rule: str = "nearest"
+    overrange: float = 1.0
+    two_level: bool = False
+    scale_min: float = FLOAT32_MIN_NORMAL
+    asymmetric: bool = False
+
+    @property
+    def trailing_padding(self) -> tuple[int, ...]:
+        """``padding`` without its leading zeros: the form that ``QTensor`` stores."""
+        first = next((i for i, pad in enumerate(self.padding) if pad), len(self.padding))
+        return self.padding[first:]
+
+
+def make_spec(
+    shape: tuple[int, ...],
+    qtype: str | BlockFormat,
+    *,
+    axis: int | tuple[int, ...] | None = -1,
+    tile: int | tuple[int, ...] | str | None = "default",
+    rounding: str = "nearest",
+    scale_rule: str | None = None,
+    overrange: float = 1.0,
+    two_level: bool | None = None,
+    scale_min: float | None = None,
+    asymmetric: bool = False,
+) -> QuantizeSpec:
+    """Checks the static arguments of ``quantize`` and resolves their defaults.
+
+    Args:
+        shape: shape of the value.
+        qtype: name of a format, or a ``BlockFormat``.
+        axis: as ``quantize``; so are the other arguments.
+        tile: values per scale.
+        rounding: one of ``ROUNDINGS``.
+        scale_rule: one of ``SCALE_RULES``, or ``None`` for the format's.
+        overrange: factor on amax.
+        two_level: ``None`` for the format's.
+        scale_min: ``None`` for the smallest value of the scale type.
+        asymmetric: whether to store a zero point.
+
+    Returns:
+        The spec.
+
+    Raises:
+        ValueError: an argument is out of range or contradicts another one.
+
+    >>> make_spec((3, 5), "int8", axis=None).tile
+    (3, 5)
+    """
+    block_format = get_format(qtype)
+    tiles = _resolve_tiles(shape, block_format, axis, tile)
+    spec = QuantizeSpec(
+        format=block_format,
+        tile=tiles,
+        padding=tuple(-length % size for length, size in zip(shape, tiles, strict=True)),
+        rounding=rounding,
+        scale_rule=block_format.scale_rule if scale_rule is None else scale_rule,
+        overrange=float(overrange),
+        two_level=block_format.two_level if two_level is None else two_level,
+        scale_min=block_format.scale_type.smallest if scale_min is None else float(scale_min),
+        asymmetric=asymmetric,
+    )
+    _check(spec)
+    return spec
+
+
+def unsupported_reason(implementation: str, spec: QuantizeSpec) -> str | None:
+    """Why an implementation cannot serve ``spec``; ``None`` if it can.
+
+    Args:
+        implementation: ``"xla"``, ``"reference"`` or ``"mosaic"``.
+        spec: the quantisation.
+
+    Returns:
+        One sentence, or ``None``.
+
+    Raises:
+        ValueError: unknown implementation.
+
+    >>> unsupported_reason("xla", make_spec((16,), "nvfp4")) is None
+    True
+    """
+    if implementation in IMPLEMENTATIONS:
+        return None
+    if implementation == "mosaic":
+        return f"quantize to {spec.format.name} has no Mosaic kernel yet; use implementation='xla'"
+    raise ValueError(
+        f"implementation must be None, 'mosaic' or one of {IMPLEMENTATIONS}, got {implementation!r}"
+    )
+
+
+def _resolve_tiles(shape, block_format, axis, tile) -> tuple[int, ...]:
+    axes = _resolve_axes(len(shape), axis)
+    if isinstance(tile, tuple) and len(tile) != len(axes):
+        raise ValueError(f"tile {tile} must have one entry for each of the {len(axes)} axes")
+    # One scale for the whole tensor: the block of the format does not apply.
+    default = None if axis is None else block_format.block
+    if isinstance(tile, str) and tile != "default":
+        raise ValueError(f"tile must be an int, a tuple, None or 'default', got {tile!r}")
+    if axis is None and tile not in ("default", None):
+        raise ValueError(f"axis=None is one scale per tensor, so tile must be None, got {tile}")
+    per_axis = tile if isinstance(tile, tuple) else (tile,) * len(axes)
+    tiles = [1] * len(shape)
+    for index, size in zip(axes, per_axis, strict=True):
+        size = default if size == "default" else size
+        size = max(shape[index], 1) if size is None else size
+        if size < 1:
+            raise ValueError(f"tile must be at least 1, got {size} for axis {index}")
+        tiles[index] = size
+    return tuple(tiles)
+
+
+def _resolve_axes(ndim: int, axis) -> tuple[int, ...]:
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for index in axes:
+        if not -ndim <= index < ndim:
+            raise ValueError(f"axis {index} is out of range for x with {ndim} dimensions")
+    axes = tuple(index % ndim for index in axes)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"axis {axis} names an axis twice")
+    return axes
+
+
+def _check(spec: QuantizeSpec) -> None:
+    scale = spec.format.scale_type
+    if spec.rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {ROUNDINGS}, got {spec.rounding!r}")
+    check_scale_rule(spec.scale_rule)
+    check_two_level(scale.name, spec.two_level)
+    if not (1.0 <= spec.overrange < math.inf):
+        raise ValueError(f"overrange must be at least 1 and finite, got {spec.overrange}")
+    if not scale.smallest <= spec.scale_min <= scale.max:
+        raise ValueError(
+            f"scale_min must be in [{scale.smallest}, {scale.max}] for scale type {scale.name}, "
+            f"got {spec.scale_min}"
+        )
+    if spec.asymmetric:
+        _check_asymmetric(spec)
+
+
+def _check_asymmetric(spec: QuantizeSpec) -> None:
+    if not isinstance(spec.format.element_type, IntType):
+        raise ValueError(f"asymmetric=True needs an integer format, got {spec.format.name!r}")
+    if spec.two_level or spec.overrange != 1.0 or spec.scale_rule != "nearest":
+        raise ValueError(
+            "asymmetric=True fits the scale to [min, max], so two_level, overrange and scale_rule "
+            f"must keep their defaults; got two_level={spec.two_level}, "
+            f"overrange={spec.overrange}, scale_rule={spec.scale_rule!r}"
+        )

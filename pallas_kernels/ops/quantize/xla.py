@@ -1,0 +1,102 @@
+"""Quantisation in plain jax operations: fused by XLA, serves every backend and every format."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats.block_format import scale_from_amax, tensor_encode_scale
+from pallas_kernels.formats.number_types import FLOAT32_MAX, true_divide
+from pallas_kernels.formats.qtensor import QTensor, split_tiles
+from pallas_kernels.formats.rounding import round_to
+from pallas_kernels.ops.quantize.spec import QuantizeSpec
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def quantize(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec) -> QTensor:
+    """See ``pallas_kernels.quantize``; arguments have been checked.
+
+    Memory: a few float32 copies of ``x`` if XLA does not fuse them.
+
+    Args:
+        x: floating array.
+        key: ``jax.random`` key if ``spec.rounding`` is ``"stochastic"``.
+        spec: static facts.
+
+    Returns:
+        QTensor.
+
+    >>> from pallas_kernels.ops.quantize.spec import make_spec
+    >>> quantize(jnp.float32([1.0, -2.0]), None, make_spec((2,), "int8")).qvalue.tolist()
+    [64, -127]
+    """
+    padded = jnp.pad(x.astype(jnp.float32), [(0, pad) for pad in spec.padding])
+    counts = tuple(n // size for n, size in zip(padded.shape, spec.tile, strict=True))
+    tiles = split_tiles(padded, counts)  # [n0, tile0, n1, tile1, ...]; scales have 1 for every tile
+    noise = None
+    if spec.rounding == "stochastic":
+        noise = split_tiles(jax.random.uniform(key, padded.shape, jnp.float32), counts)
+    encode = _encode_asymmetric if spec.asymmetric else _encode_symmetric
+    codes, scale, rest = encode(tiles, noise, spec)
+    codes = jnp.where(jnp.isfinite(scale), codes, 0.0)  # only the scale can say NaN in every format
+    return QTensor(
+        qvalue=codes.reshape(padded.shape).astype(spec.format.element_type.dtype),
+        scale=scale.reshape(counts).astype(spec.format.scale_type.dtype),
+        qtype=spec.format.name,
+        padding=spec.trailing_padding,
+        **{name: _drop_tile_dims(value) for name, value in rest.items()},
+    )
+
+
+def _encode_symmetric(tiles: jax.Array, noise: jax.Array | None, spec: QuantizeSpec):
+    """Codes in float32, decode scale, and the tensor scale if there are two levels."""
+    element, scale_type = spec.format.element_type, spec.format.scale_type
+    amax = _per_tile(jnp.max, jnp.abs(tiles))
+    # An amax near the float32 maximum must not become infinite here; a NaN passes through.
+    amax = jnp.where(jnp.isinf(amax), amax, jnp.minimum(amax * spec.overrange, FLOAT32_MAX))
+    if not spec.two_level:
+        scale = scale_from_amax(amax, element, scale_type, spec.scale_rule, spec.scale_min)
+        return round_to(true_divide(tiles, scale), element, noise=noise), scale, {}
+
+    finite = jnp.where(jnp.isfinite(amax), amax, 0.0)  # one bad tile must not spoil the others
+    encode = tensor_encode_scale(jnp.max(finite, initial=0.0, keepdims=True), element, scale_type)
+    tensor_scale = 1 / encode
+    scale = scale_from_amax(amax, element, scale_type, spec.scale_rule, spec.scale_min, encode)
+    # NVFP4 is defined with the reciprocal, here and in TransformerEngine; it is clipped to be
+    # finite.
+    reciprocal = jnp.minimum(1 / (scale * tensor_scale), FLOAT32_MAX)
+    return round_to(tiles * reciprocal, element, noise=noise), scale, {"tensor_scale": tensor_scale}
+
+
+def _encode_asymmetric(tiles: jax.Array, noise: jax.Array | None, spec: QuantizeSpec):
+    """Codes, scale and zero point such that min and max of a tile are codes exactly."""
+    element, scale_type = spec.format.element_type, spec.format.scale_type
+    low, high = _per_tile(jnp.min, tiles), _per_tile(jnp.max, tiles)
+    spread = true_divide(high, 2.0) - true_divide(low, 2.0)  # halves cannot overflow
+    scale = true_divide(spread, (element.max - element.lowest) / 2)
+    # A constant tile has no spread: let its value be one unit, so that it is exact.
+    scale = jnp.where(spread == 0, jnp.where(low == 0, 1.0, jnp.abs(low)), scale)
+    scale = jnp.clip(round_to(scale, scale_type), spec.scale_min, scale_type.max)
+    zero_point = element.lowest - true_divide(low, scale)
+    # (x - low) / scale, not x / scale + zero_point, which would cancel when the tile is far from 0.
+    units = true_divide(tiles - low, scale) + element.lowest
+    codes = round_to(units, element, noise=noise, symmetric=False)
+    finite = jnp.isfinite(spread)
+    return (
+        codes,
+        jnp.where(finite, scale, jnp.nan),
+        {"zero_point": jnp.where(finite, zero_point, 0.0)},
+    )
+
+
+def _per_tile(reduce, tiles: jax.Array) -> jax.Array:
+    """Reduces the odd axes; a tile without values (zero-length axis) gives 0."""
+    tile_axes = tuple(range(1, tiles.ndim, 2))
+    if tiles.size == 0:
+        return jnp.zeros([n if i % 2 == 0 else 1 for i, n in enumerate(tiles.shape)], tiles.dtype)
+    return reduce(tiles, axis=tile_axes, keepdims=True)
+
+
+def _drop_tile_dims(value: jax.Array) -> jax.Array:
+    """[n0, 1, n1, 1, ...] -> [n0, n1, ...]."""
+    return value.reshape(value.shape[::2])
