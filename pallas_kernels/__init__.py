@@ -1,1 +1,36 @@
-"""Low-precision formats, masks and kernels for JAX on GPUs, with a reference on any backend."""
+"""Low-precision formats, masks and kernels for JAX on GPUs, with a reference on any backend.
+
+Everything here works on arrays and imports only jax and numpy. ``implementation=`` chooses between
+``"mosaic"`` (GPU kernels), ``"xla"`` (any backend, linear memory) and ``"reference"`` (the float32
+oracle); ``None`` takes the first that serves the call, and :func:`explain` says which and why.
+"""
+
+from pallas_kernels._dispatch import explain
+from pallas_kernels.formats import (
+    FORMATS,
+    BlockFormat,
+    QTensor,
+    get_format,
+    stochastic_round,
+)
+from pallas_kernels.masks import BlockMask, Mask
+from pallas_kernels.ops.attention.api import dot_product_attention
+from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant
+from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
+
+__all__ = [
+    "FORMATS",
+    "QUANTS",
+    "AttentionQuant",
+    "BlockFormat",
+    "BlockMask",
+    "Mask",
+    "QTensor",
+    "dequantize",
+    "dot_product_attention",
+    "explain",
+    "fake_quantize",
+    "get_format",
+    "quantize",
+    "stochastic_round",
+]
