@@ -1,0 +1,490 @@
+"""KVzip: evict what the model does not need to repeat its own context."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxeff.compress.base import Compressor, ContextPass
+from jaxeff.compress.rkv import group_logits
+from jaxeff.kv_cache import KVCache
+from jaxeff.kv_cache.base import LayerCache
+
+REPEAT_FIRST = "\n\nRepeat the previous context exactly."
+REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with "
+HINT_TOKENS = 8  # a later chunk's prompt ends with this many last tokens of the chunk before it
+_BYTE_VOCABULARY = range(256, 320)  # bytes, perhaps with some special tokens
+
+
+def reconstruction_scores(
+    queries: jax.Array,
+    keys: jax.Array,
+    input_keys: jax.Array,
+    *,
+    num_sinks: int = 0,
+    start: jax.Array | int | None = None,
+    chunk: int | None = None,
+    length: jax.Array | None = None,
+    input_valid: jax.Array | None = None,
+    norm: str = "chunk",
+    scale: float | None = None,
+    query_block: int = 128,
+) -> jax.Array:
+    """Score cache slots by the largest attention they get while the context is repeated.
+
+    ``score_j = max over query rows and heads of a group of softmax(Q Kᵀ * scale)_j``, f32. The
+    repeat input attends to itself causally. Query rows are visited in blocks, so memory is
+    ``O(query_block * columns)``.
+
+    Args:
+        queries: float ``[B, A, N, H]``, queries of the repeat input, after RoPE.
+        keys: float ``[B, S, K, H]``, cached keys, after RoPE.
+        input_keys: float ``[B, A, K, H]``, keys of the repeat input, after RoPE.
+        num_sinks: leading slots that always take part in the softmax (the system prompt).
+        start: first slot of the chunk; ``None``: ``num_sinks``.
+        chunk: slots in the chunk (static); ``None``: all from ``num_sinks``.
+        length: int32 ``[B]`` or ``[B, K]``, live slots; ``None``: all ``S``.
+        input_valid: bool ``[B, A]``, real rows of the repeat input; ``None``: all.
+        norm: what a softmax runs over: ``"chunk"``: sinks, chunk and input (the authors' code);
+            ``"full"``: every live slot and the input (equation 2 of the paper); ``"none"``: no
+            softmax, scaled logits.
+        scale: multiplies the logits; ``None``: ``H ** -0.5``.
+        query_block: query rows per block.
+
+    Returns:
+        f32 ``[B, K, S]``; ``-inf`` on slots outside the chunk and on dead ones. Rows without a
+        valid query score 0 (``-inf`` with ``norm="none"``).
+
+    Raises:
+        ValueError: if head counts do not divide or a switch is unknown.
+
+    Examples:
+        >>> q, k = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 3, 1, 4))
+        >>> reconstruction_scores(q, k, jnp.ones((1, 2, 1, 4)), num_sinks=1).tolist()
+        [[[-inf, 0.25, 0.25]]]
+
+    References:
+        KVzip (arXiv 2505.23416), equation 2, section 3.4 and Algorithm 1.
+    """
+    if norm not in ("chunk", "full", "none"):
+        raise ValueError(f"norm={norm!r}; expected 'chunk', 'full' or 'none'")
+    batch, slots, heads, _ = keys.shape
+    if queries.shape[2] % heads:
+        raise ValueError(
+            f"keys has {heads} heads; query heads ({queries.shape[2]}) must be a multiple of it"
+        )
+    if not 0 <= num_sinks <= slots:
+        raise ValueError(f"num_sinks={num_sinks} must be in [0, {slots}], the cached slots")
+    start = num_sinks if start is None else start
+    chunk = slots - num_sinks if chunk is None else chunk
+    rows = queries.shape[1]
+    if input_valid is None:
+        input_valid = jnp.ones((batch, rows), bool)
+    length = jnp.asarray(slots if length is None else length, jnp.int32)
+    length = length[:, None] if length.ndim == 1 else length
+    length = jnp.broadcast_to(length, (batch, heads))[..., None]  # [B, K, 1]
+
+    if norm == "full":
+        column = jnp.arange(slots)
+        live = column < length
+    else:
+        column = jnp.concatenate([jnp.arange(num_sinks), start + jnp.arange(chunk)])
+        # A chunk never scores a sink, even where the two would overlap.
+        fresh = (jnp.arange(column.size) < num_sinks) | (column >= num_sinks)
+        live = fresh & (column < length)
+    seen = keys if norm == "full" else jnp.take(keys, column, axis=1, mode="clip")
+    best = _max_over_rows(
+        queries, seen, input_keys, live, input_valid, norm != "none", scale, query_block
+    )
+    inside = live & (column >= start) & (column < start + chunk) & (column >= num_sinks)
+    if norm == "full":
+        return jnp.where(inside, best, -jnp.inf)
+    target = jnp.where(inside, column, slots)  # out of range: dropped
+    b, k = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    return jnp.full((batch, heads, slots), -jnp.inf).at[b, k, target].set(best, mode="drop")
+
+
+def _max_over_rows(queries, keys, input_keys, live, input_valid, normalise, scale, query_block):
+    """Return the maximum over query rows of each cached column's weight, ``[B, K, S]``."""
+    batch, rows, num_heads, head_dim = queries.shape
+    slots = keys.shape[1]
+    block = min(query_block, rows)
+    blocks = -(-rows // block)
+    pad = blocks * block - rows
+    parts = jnp.pad(queries, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    parts = jnp.moveaxis(parts.reshape(batch, blocks, block, num_heads, head_dim), 1, 0)
+    real = jnp.pad(input_valid, ((0, 0), (0, pad)))
+    real = jnp.moveaxis(real.reshape(batch, blocks, block), 1, 0)
+    every = jnp.concatenate([keys, input_keys.astype(keys.dtype)], axis=1)  # [B, S + A, K, H]
+
+    def one_block(best, item):
+        number, part, valid = item
+        logits = group_logits(part, every, scale)  # [B, K, G, block, S + A]
+        query = number * block + jnp.arange(block)[:, None]
+        causal = (query >= jnp.arange(rows)) & input_valid[:, None]  # [B, block, A]
+        cached = jnp.broadcast_to(live[:, :, None, None], (*logits.shape[:4], slots))
+        own = jnp.broadcast_to(causal[:, None, None], (*logits.shape[:4], rows))
+        mask = jnp.concatenate([cached, own], axis=-1) & valid[:, None, None, :, None]
+        if normalise:
+            logits = jax.nn.softmax(jnp.where(mask, logits, _LOWEST), axis=-1)
+        logits = jnp.where(mask, logits, 0.0 if normalise else -jnp.inf)
+        return jnp.maximum(best, jnp.max(logits[..., :slots], axis=(2, 3))), None
+
+    first = jnp.full((batch, keys.shape[2], slots), 0.0 if normalise else -jnp.inf)
+    return jax.lax.scan(one_block, first, (jnp.arange(blocks), parts, real))[0]
+
+
+_LOWEST = -1e30  # hides a logit; finite, so that a row with nothing to see has no NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecordingLayer:
+    """A layer view for the repeat pass: shows cache and input, stores scores, keeps no input.
+
+    Args:
+        inner: the cache that is scored; never changed.
+        start: int32 scalar, first slot of the chunk.
+        scores: f32 ``[B, K, S]`` after ``update``, else ``None``.
+        k, v: the input's keys and values ``[B, A, K, H]`` after ``update``, else ``None``.
+        positions: int32 ``[B, A]``, positions of the input, -1 where padding.
+        options: static arguments of :func:`reconstruction_scores`, as sorted pairs.
+
+    Examples:
+        >>> from jaxeff.kv_cache import DenseLayer
+        >>> layer = RecordingLayer(DenseLayer.init(1, 4, 1, 8), jnp.int32(0), (("chunk", 4),))
+        >>> layer.scores is None
+        True
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.3 (the input's pairs are dropped again).
+    """
+
+    inner: LayerCache
+    start: jax.Array
+    options: tuple[tuple[str, Any], ...] = dataclasses.field(metadata={"static": True})
+    scores: jax.Array | None = None
+    k: jax.Array | None = None
+    v: jax.Array | None = None
+    positions: jax.Array | None = None
+
+    @property
+    def length(self) -> jax.Array:
+        """Live slots of the scored cache, int32 ``[B, K]``."""
+        return self.inner.length
+
+    def update(self, k, v, *, positions, valid=None, queries=None) -> RecordingLayer:
+        """Return the view with this input's keys and values in flight and the scores taken."""
+        if queries is None:
+            raise ValueError("queries is None; scoring by reconstruction needs them")
+        if valid is None:
+            valid = jnp.ones(positions.shape, bool)
+        keys, _ = self.inner.read(jnp.float32)
+        scores = reconstruction_scores(
+            queries,
+            keys,
+            k,
+            start=self.start,
+            length=self.inner.length,
+            input_valid=valid,
+            **dict(self.options),
+        )
+        positions = jnp.where(valid, positions, -1)
+        return dataclasses.replace(self, scores=scores, k=k, v=v, positions=positions)
+
+    def read(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Return keys and values of the cache, then those of the input, ``[B, S + A, K, H]``."""
+        keys, values = self.inner.read(dtype)
+        return (
+            jnp.concatenate([keys, self.k.astype(keys.dtype)], axis=1),
+            jnp.concatenate([values, self.v.astype(values.dtype)], axis=1),
+        )
+
+    def mask(self, positions: jax.Array, window: int | None = None) -> jax.Array:
+        """Return which slots and input tokens each query may see, bool ``[B, K, T, S + A]``."""
+        cached = self.inner.mask(positions, window)
+        own = self.positions[:, None, :]  # [B, 1, A]
+        query = positions[:, :, None]
+        visible = (own >= 0) & (own <= query)
+        if window is not None:
+            visible = visible & (query - own < window)
+        shape = (*cached.shape[:3], own.shape[-1])
+        return jnp.concatenate([cached, jnp.broadcast_to(visible[:, None], shape)], axis=-1)
+
+
+def keep_mask(
+    scores: jax.Array,
+    ratio: float,
+    *,
+    level: str = "pair",
+    upstream_threshold: bool = False,
+) -> jax.Array:
+    """Mark the context entries that a ratio keeps.
+
+    Args:
+        scores: f32 ``[L, B, K, S]``, higher = keep; ``-inf`` on slots that do not compete.
+        ratio: share of the competing entries to keep, in (0, 1].
+        level: ``"pair"``: one ranking over all layers, heads and slots of a row. ``"uniform"``
+            (also ``"pair-uniform"``): every layer and head keeps its share. ``"head"``: the share
+            of heads with the largest maximum keeps all its entries, the others none.
+        upstream_threshold: keep ``score > threshold`` with the threshold of the authors' code,
+            which loses one entry and all ties, instead of exactly the share. Not with
+            ``"uniform"``, which is exact there too.
+
+    Returns:
+        bool ``[L, B, K, S]``; ties go to the lower layer, head and slot.
+
+    Raises:
+        ValueError: if the ratio or the level is out of range.
+
+    Examples:
+        >>> scores = jnp.array([[[[0.1, 0.4, 0.3, 0.2]]]])
+        >>> keep_mask(scores, 0.5).tolist()
+        [[[[False, True, True, False]]]]
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.3 and Algorithm 1.
+    """
+    _check_selection(ratio, level)
+    layers, batch, heads, _ = scores.shape
+    eligible = scores > -jnp.inf
+    if level in ("uniform", "pair-uniform"):
+        return _largest(scores, _count(jnp.sum(eligible, -1), ratio)) & eligible
+    by_row = jnp.moveaxis(scores, 1, 0)  # [B, L, K, S]
+    if level == "head":
+        by_row = jnp.broadcast_to(jnp.max(by_row, axis=-1, keepdims=True), by_row.shape)
+        by_row = jnp.where(jnp.moveaxis(eligible, 1, 0), by_row, -jnp.inf)
+    flat = by_row.reshape(batch, -1)
+    if upstream_threshold:
+        count = _count(jnp.sum(flat > -jnp.inf, -1), ratio)
+        ordered = -jnp.sort(-flat, axis=-1)
+        threshold = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0)[:, None], axis=-1)
+        kept = (flat > threshold).reshape(by_row.shape)
+    elif level == "head":
+        best = jnp.max(by_row, axis=-1).reshape(batch, -1)  # [B, L * K]
+        kept = _largest(best, _count(jnp.sum(best > -jnp.inf, -1), ratio))
+        kept = jnp.broadcast_to(kept.reshape(batch, layers, heads, 1), by_row.shape)
+    else:
+        kept = _largest(flat, _count(jnp.sum(flat > -jnp.inf, -1), ratio)).reshape(by_row.shape)
+    return jnp.moveaxis(kept, 0, 1) & eligible
+
+
+def _check_selection(ratio: float, level: str) -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio={ratio} must be in (0, 1]: the share of the context that is kept")
+    if level not in ("pair", "uniform", "pair-uniform", "head"):
+        raise ValueError(f"level={level!r}; expected 'pair', 'uniform' ('pair-uniform') or 'head'")
+
+
+def _count(total: jax.Array, ratio: float) -> jax.Array:
+    """Return ``floor(total * ratio)`` per entry, on the host, where a float has 53 bits."""
+    # 0.29 * 100 is 28.999…: a millionth of an entry brings the intended whole number back.
+    return jnp.asarray(np.floor(np.asarray(total, np.float64) * ratio + 1e-6), jnp.int32)
+
+
+def _largest(scores: jax.Array, count: jax.Array) -> jax.Array:
+    """Mark the ``count [...]`` largest of the last axis, the earlier one first on ties."""
+    order = jnp.argsort(-scores, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1, stable=True)
+    return rank < count[..., None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVzip(Compressor):
+    """Cuts the context once, after the prefill, to what reconstructing it needs.
+
+    The model is run once more over the full cache, told to repeat the context chunk by chunk;
+    :func:`reconstruction_scores` says how much each cached pair was used, and :func:`keep_mask`
+    chooses. Heads end up with different lengths; a layer's capacity is its longest head, rounded
+    up to ``bucket``, plus the room that the generation needs. The kept cache serves any question.
+
+    Args:
+        ratio: share of the context entries to keep, in (0, 1].
+        level: ``"pair"``, ``"uniform"`` or ``"head"``; see :func:`keep_mask`.
+        chunk: context tokens repeated per pass.
+        norm: ``"chunk"``, ``"full"`` or ``"none"``; see :func:`reconstruction_scores`.
+        num_sinks: leading tokens (a system prompt) that are never evicted and not counted.
+        num_recent: last tokens of the prompt that are never evicted and not counted; 0 as in the
+            paper.
+        repeat_prompt: token ids that ask for the first chunk; ``None``: for a model over bytes
+            (vocabulary of 256 to 319) the authors' English text, else no words at all (section
+            4.3 finds no difference).
+        repeat_prompt_later: the same for later chunks; the last 8 tokens of the chunk before
+            follow it.
+        header: token ids between the prompt and the chunk (end of turn, start of answer).
+        upstream_threshold: see :func:`keep_mask`.
+        scale: softmax scale; ``None``: ``H ** -0.5``.
+        bucket: capacities are multiples of this many tokens, before the room is added.
+        storage: how the cache is stored; ``None``: as the caller asks. With ``"int8"`` prefill,
+            scores and decoding all see the stored values.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Examples:
+        >>> KVzip(ratio=0.3, storage="int8").level
+        'pair'
+        >>> KVzip(ratio=0.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: ratio=0.0 must be in (0, 1]: the share of the context that is kept
+
+    References:
+        KVzip (arXiv 2505.23416), section 3 and Algorithm 1; prompt wording: Table 2.
+    """
+
+    ratio: float
+    level: str = "pair"
+    chunk: int = 2000
+    norm: str = "chunk"
+    num_sinks: int = 0
+    num_recent: int = 0
+    repeat_prompt: tuple[int, ...] | None = None
+    repeat_prompt_later: tuple[int, ...] | None = None
+    header: tuple[int, ...] = ()
+    upstream_threshold: bool = False
+    scale: float | None = None
+    bucket: int = 16
+
+    name: ClassVar[str] = "kvzip"
+    primary: ClassVar[str] = "ratio"
+
+    def __post_init__(self):
+        _check_selection(self.ratio, self.level)
+        if self.norm not in ("chunk", "full", "none"):
+            raise ValueError(f"norm={self.norm!r}; expected 'chunk', 'full' or 'none'")
+        for field, least in (("chunk", 1), ("bucket", 1), ("num_sinks", 0), ("num_recent", 0)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)}; expected {least} or more tokens")
+        # Lists become tuples: the compressor is a static, hashable argument.
+        for field in ("repeat_prompt", "repeat_prompt_later", "header"):
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, tuple(int(token) for token in value))
+
+    def prefill_capacity(self, *, prompt: int, room: int) -> int:
+        """Return the slots of the prefill's cache; eviction makes a smaller one."""
+        del room
+        return prompt
+
+    def context_passes(
+        self, tokens: np.ndarray, lengths: np.ndarray, *, vocab_size: int
+    ) -> list[ContextPass]:
+        """Return one pass per chunk: prompt, header, and the chunk itself to be repeated.
+
+        Args:
+            tokens: int ``[B, T]``, the prompts.
+            lengths: int ``[B]``, their lengths, in tokens.
+            vocab_size: tokens of the model's vocabulary.
+
+        Returns:
+            Passes of one shape, padded on the right; a row that ends before a chunk is empty.
+
+        Raises:
+            ValueError: if a prompt token is not in the vocabulary.
+        """
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+        if self.ratio == 1.0 and not self.upstream_threshold:
+            return []
+        first, later = self._prompts(vocab_size)
+        longest = int(lengths.max())
+        chunk = min(self.chunk, max(longest - self.num_sinks, 1))
+        starts = range(self.num_sinks, max(longest, self.num_sinks + 1), chunk)
+        lead = max(len(first), len(later) + HINT_TOKENS if len(starts) > 1 else 0)
+        width = lead + len(self.header) + chunk
+        passes = []
+        for start in starts:
+            filled = np.zeros((tokens.shape[0], width), np.int32)
+            valid = np.zeros(filled.shape, bool)
+            for row, length in enumerate(lengths):
+                part = tokens[row, start : min(start + chunk, length)]
+                if not part.size:
+                    continue
+                hint = tokens[row, max(self.num_sinks, start - HINT_TOKENS) : start]
+                lead_in = first if start == starts[0] else np.concatenate([later, hint])
+                text = np.concatenate([lead_in, self.header, part]).astype(np.int32)
+                filled[row, : text.size], valid[row, : text.size] = text, True
+            passes.append(ContextPass(filled, valid, start))
+        return passes
+
+    def _prompts(self, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token ids before the first chunk and before later ones."""
+        spoken = vocab_size in _BYTE_VOCABULARY
+        prompts = []
+        for field, text in (("repeat_prompt", REPEAT_FIRST), ("repeat_prompt_later", REPEAT_LATER)):
+            ids = getattr(self, field)
+            if ids is None:
+                ids = tuple(text.encode()) if spoken else ()
+            for name, group in ((field, ids), ("header", self.header)):
+                if group and not 0 <= min(group) <= max(group) < vocab_size:
+                    raise ValueError(
+                        f"{name} has token ids from {min(group)} to {max(group)}; "
+                        f"the vocabulary has {vocab_size} tokens"
+                    )
+            prompts.append(np.asarray(ids, np.int32))
+        return prompts[0], prompts[1]
+
+    def observe(self, cache: KVCache, start: jax.Array, *, chunk: int | None = None) -> KVCache:
+        """Return a view of the cache that scores the chunk at ``start`` as the model runs.
+
+        Args:
+            cache: the cache of the whole context, slot ``i`` holding position ``i``.
+            start: int32 scalar, first slot of the chunk.
+            chunk: slots in the chunk; ``None``: ``self.chunk``, at most the context.
+
+        Returns:
+            A cache of :class:`RecordingLayer`.
+        """
+        capacity = cache.layers[0].capacity
+        chunk = min(self.chunk, max(capacity - self.num_sinks, 1)) if chunk is None else chunk
+        options = {
+            "chunk": chunk,
+            "norm": self.norm,
+            "num_sinks": min(self.num_sinks, capacity),
+            "scale": self.scale,
+        }
+        pairs = tuple(sorted(options.items()))
+        layers = (RecordingLayer(layer, jnp.asarray(start), pairs) for layer in cache.layers)
+        return dataclasses.replace(cache, layers=tuple(layers))
+
+    def collect(self, cache: KVCache) -> tuple[jax.Array, ...]:
+        """Return the scores that a view recorded, one ``[B, K, S]`` per layer."""
+        return tuple(layer.scores for layer in cache.layers)
+
+    def evict_context(self, cache: KVCache, scores: tuple[jax.Array, ...], *, room: int) -> KVCache:
+        """Return the cache of the kept entries, in as few slots as they and ``room`` need.
+
+        Args:
+            cache: the cache of the whole context, slot ``i`` holding position ``i``.
+            scores: f32 ``[B, K, S]`` per layer, the maximum over all passes; ``-inf`` on dead
+                slots. An empty tuple keeps everything.
+            room: tokens that will be appended, in tokens.
+
+        Returns:
+            The new cache; its layers may differ in capacity.
+        """
+        live = jnp.stack([layer.live for layer in cache.layers])  # [L, B, K, S]
+        slot = jnp.arange(live.shape[-1])
+        frozen = [jnp.minimum(layer.length, self.num_sinks) for layer in cache.layers]
+        frozen = jnp.maximum(jnp.stack(frozen), jnp.stack([x.frozen for x in cache.layers]))
+        recent = cache.lengths()[..., None] - self.num_recent
+        forced = live & ((slot < frozen[..., None]) | (slot >= recent))
+        keep = live
+        if scores:
+            stacked = jnp.where(live & ~forced, jnp.stack(scores), -jnp.inf)
+            keep = forced | keep_mask(
+                stacked, self.ratio, level=self.level, upstream_threshold=self.upstream_threshold
+            )
+        longest = np.asarray(jnp.max(jnp.sum(keep, axis=-1), axis=(1, 2)))  # [L]
+        layers = []
+        for number, layer in enumerate(cache.layers):
+            size = min(-(-int(longest[number]) // self.bucket) * self.bucket, layer.capacity)
+            order = jnp.sort(jnp.where(keep[number], slot, slot.size), axis=-1)[..., :size]
+            indices = jnp.where(order < slot.size, order, -1)
+            layer = dataclasses.replace(layer, frozen=frozen[number])
+            layers.append(layer.gather(indices, capacity=max(size + room, 1)))
+        return dataclasses.replace(cache, layers=tuple(layers))

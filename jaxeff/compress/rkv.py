@@ -1,0 +1,507 @@
+"""R-KV: decode-time eviction by attention importance and key redundancy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff.compress.base import Compressor, masked_softmax, select
+from jaxeff.compress.full import FullKV
+from jaxeff.kv_cache import KVCache
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class RKVScores(NamedTuple):
+    """The parts of an R-KV score, each f32 ``[B, K, S]``.
+
+    Args:
+        importance: pooled attention mass; 0 outside the candidates.
+        redundancy: softmax of the mean cosine over the live slots; 0 on dead slots.
+        joint: ``mix_lambda * importance - (1 - mix_lambda) * redundancy``; ``+inf`` on the
+            observation window, ``-inf`` on dead slots.
+
+    Examples:
+        >>> RKVScores(jnp.zeros(1), jnp.zeros(1), jnp.zeros(1))._fields
+        ('importance', 'redundancy', 'joint')
+
+    References:
+        R-KV (arXiv 2505.24133), equations 2 to 8.
+    """
+
+    importance: jax.Array
+    redundancy: jax.Array
+    joint: jax.Array
+
+
+def importance(
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    candidates: jax.Array,
+    query_valid: jax.Array | None = None,
+    kernel_size: int = 7,
+    pooling: str = "max",
+    scale: float | None = None,
+) -> jax.Array:
+    """Score slots by the attention that the last queries pay them.
+
+    ``I = maxpool(mean_rows(softmax_candidates(pool_g(Q Kᵀ * scale))))``: logits are pooled over
+    the query heads of a group, the softmax runs over the candidates only, rows are averaged, and
+    neighbouring slots share their maximum.
+
+    Args:
+        queries: float ``[B, A, N, H]``, the last queries after RoPE.
+        keys: float ``[B, S, K, H]`` after RoPE.
+        candidates: bool ``[B, K, S]``, slots that compete.
+        query_valid: bool ``[B, A]``, real queries; ``None``: all.
+        kernel_size: odd width of the max pooling, in slots.
+        pooling: ``"max"`` or ``"mean"`` over a group, on the logits.
+        scale: multiplies the logits; ``None``: ``H ** -0.5``.
+
+    Returns:
+        f32 ``[B, K, S]``, 0 where not a candidate.
+
+    Raises:
+        ValueError: if head counts do not divide, or a switch has an unknown value.
+
+    Examples:
+        >>> q, k = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 4, 1, 4))
+        >>> importance(q, k, candidates=jnp.arange(4)[None, None] < 2).tolist()
+        [[[0.5, 0.5, 0.0, 0.0]]]
+
+    References:
+        R-KV (arXiv 2505.24133), section 3.2 and appendix A.2. Rows are averaged before pooling,
+        as in Algorithm 1 and the authors' code; equation 4 pools first.
+    """
+    num_heads, num_kv_heads = queries.shape[2], keys.shape[2]
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"keys has {num_kv_heads} heads; query heads ({num_heads}) must be a multiple of it"
+        )
+    if pooling not in ("max", "mean"):
+        raise ValueError(f"pooling={pooling!r}; expected 'max' or 'mean'")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size}; expected an odd number of slots, 1 or more")
+    batch, rows = queries.shape[:2]
+    if query_valid is None:
+        query_valid = jnp.ones((batch, rows), bool)
+    logits = group_logits(queries, keys, scale)  # [B, K, G, A, S]
+    logits = jnp.max(logits, axis=2) if pooling == "max" else jnp.mean(logits, axis=2)
+    weights = masked_softmax(logits, candidates[:, :, None])  # [B, K, A, S]
+    real = query_valid[:, None, :, None]
+    count = jnp.maximum(jnp.sum(real, axis=2), 1)
+    mean = jnp.sum(jnp.where(real, weights, 0.0), axis=2) / count  # [B, K, S]
+    pooled = jax.lax.reduce_window(
+        jnp.where(candidates, mean, -jnp.inf),
+        -jnp.inf,
+        jax.lax.max,
+        (1, 1, kernel_size),
+        (1, 1, 1),
+        "SAME",
+    )
+    return jnp.where(candidates, pooled, 0.0)
+
+
+def group_logits(queries: jax.Array, keys: jax.Array, scale: float | None = None) -> jax.Array:
+    """Return ``Q Kᵀ * scale`` in f32, query heads grouped by KV head: ``[B, K, G, A, S]``.
+
+    Args:
+        queries: float ``[B, A, N, H]``.
+        keys: float ``[B, S, K, H]``; ``K`` divides ``N``.
+        scale: multiplies the logits; ``None``: ``H ** -0.5``.
+
+    Returns:
+        f32 ``[B, K, G, A, S]``.
+
+    Examples:
+        >>> group_logits(jnp.ones((1, 3, 4, 16)), jnp.ones((1, 5, 2, 16))).shape
+        (1, 2, 2, 3, 5)
+
+    References:
+        R-KV (arXiv 2505.24133), equations 2 and 3.
+    """
+    batch, rows, num_heads, head_dim = queries.shape
+    groups = num_heads // keys.shape[2]
+    grouped = queries.astype(jnp.float32).reshape(batch, rows, -1, groups, head_dim)
+    logits = jnp.einsum("bakgh,bskh->bkgas", grouped, keys.astype(jnp.float32), precision=_HIGHEST)
+    return logits * (head_dim**-0.5 if scale is None else scale)
+
+
+def redundancy(
+    keys: jax.Array,
+    *,
+    live: jax.Array,
+    threshold: float = 0.5,
+    beta: int = 1,
+    zero_col0_when_empty: bool = True,
+    mode: str = "code",
+    block_size: int = 128,
+) -> jax.Array:
+    """Score slots by how much their keys repeat others.
+
+    With ``k̂ = k / (‖k‖ + 1e-8)`` and ``S = k̂ k̂ᵀ`` without its diagonal, every row ``i`` exempts
+    its ``beta`` last entries ``j`` with ``S[i, j] > threshold`` (if there is none: column 0), and
+    ``R = softmax(column means of S)``. The column sums have the closed form
+    ``k̂_j · Σ_i k̂_i - ‖k̂_j‖²``; only the exempted entries need pairs, and these are visited in
+    blocks of rows: memory ``O(block_size * S)``, never ``S * S``.
+
+    Args:
+        keys: float ``[B, S, K, H]`` after RoPE.
+        live: bool ``[B, K, S]``, slots that hold a token.
+        threshold: cosine above which two keys count as similar, in [0, 1).
+        beta: exempted entries per row, 1 or more.
+        zero_col0_when_empty: rows without a similar key exempt slot 0, as the authors' code does;
+            this protects the first slot a little.
+        mode: ``"code"``: the exemption lowers the score of the *later* copy ``j`` (the authors'
+            code; new copies are kept). ``"paper"``: it lowers the score of the row's owner ``i``
+            (equation 6 and Algorithm 1 as printed).
+        block_size: rows per block.
+
+    Returns:
+        f32 ``[B, K, S]``; sums to 1 over the live slots, 0 on dead ones.
+
+    Raises:
+        ValueError: if a switch is out of range.
+
+    Examples:
+        >>> keys = jnp.ones((1, 3, 1, 2))  # three copies: the newest is the least redundant
+        >>> [round(x, 3) for x in redundancy(keys, live=jnp.ones((1, 1, 3), bool))[0, 0].tolist()]
+        [0.448, 0.321, 0.23]
+
+    References:
+        R-KV (arXiv 2505.24133), section 3.3; direction and column mean follow the authors' code.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold={threshold}; expected a cosine in [0, 1)")
+    if beta < 1:
+        raise ValueError(f"beta={beta}; expected 1 or more exempted entries per row")
+    if mode not in ("code", "paper"):
+        raise ValueError(f"mode={mode!r}; expected 'code' or 'paper'")
+    unit = jnp.swapaxes(keys.astype(jnp.float32), 1, 2)  # [B, K, S, H]
+    norm = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
+    unit = jnp.where(live[..., None], unit / (norm + 1e-8), 0.0)
+    total = jnp.sum(unit, axis=2, keepdims=True)
+    sums = jnp.sum(unit * (total - unit), axis=-1)  # [B, K, S], without the diagonal
+    exempt, values = _exemptions(unit, live, threshold, beta, zero_col0_when_empty, block_size)
+    if mode == "paper":
+        sums = sums - jnp.sum(values, axis=-1)
+    else:
+        rows = jnp.arange(unit.shape[0])[:, None, None, None]
+        heads = jnp.arange(unit.shape[1])[None, :, None, None]
+        sums = sums.at[rows, heads, exempt].add(-values)
+    count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
+    return masked_softmax(sums / count, live)
+
+
+def _exemptions(unit, live, threshold, beta, zero_col0_when_empty, block_size):
+    """Return the exempted columns of every row and their cosines, each ``[B, K, S, beta]``."""
+    batch, heads, slots, head_dim = unit.shape
+    block = min(block_size, slots)
+    blocks = -(-slots // block)
+    rows = jnp.pad(unit, ((0, 0), (0, 0), (0, blocks * block - slots), (0, 0)))
+    rows = jnp.moveaxis(rows.reshape(batch, heads, blocks, block, head_dim), 2, 0)
+    column = jnp.arange(slots)
+
+    def one_block(item):
+        number, part = item
+        cosine = jnp.einsum("bkih,bkjh->bkij", part, unit, precision=_HIGHEST)
+        owner = number * block + jnp.arange(block)[:, None]
+        cosine = jnp.where(owner == column, 0.0, cosine)  # [B, K, block, S]
+        similar = (cosine > threshold) & live[:, :, None]
+        chosen = []
+        for rank in range(beta):
+            last = jnp.max(jnp.where(similar, column, -1), axis=-1)  # [B, K, block]
+            similar = similar & (column != last[..., None])
+            value = jnp.take_along_axis(cosine, jnp.maximum(last, 0)[..., None], -1)[..., 0]
+            # Only a row with no similar key at all falls back to column 0.
+            counts = (last >= 0) | (zero_col0_when_empty and rank == 0)
+            chosen.append((jnp.maximum(last, 0), jnp.where(counts, value, 0.0)))
+        return tuple(jnp.stack(parts, axis=-1) for parts in zip(*chosen, strict=True))
+
+    exempt, values = jax.lax.map(one_block, (jnp.arange(blocks), rows))
+    return tuple(
+        jnp.moveaxis(x, 0, 2).reshape(batch, heads, blocks * block, beta)[:, :, :slots]
+        for x in (exempt, values)
+    )
+
+
+def scores(
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    length: jax.Array | None = None,
+    query_valid: jax.Array | None = None,
+    window: int | None = None,
+    mix_lambda: float = 0.1,
+    threshold: float = 0.5,
+    kernel_size: int = 7,
+    pooling: str = "max",
+    zero_col0_when_empty: bool = True,
+    beta: int = 1,
+    mode: str = "code",
+    scale: float | None = None,
+    block_size: int = 128,
+) -> RKVScores:
+    """Score cache slots as R-KV does; a pure function, all in f32.
+
+    ``joint = mix_lambda * importance - (1 - mix_lambda) * redundancy`` over the live slots before
+    the observation window; see :func:`importance` and :func:`redundancy`.
+
+    Args:
+        queries: float ``[B, A, N, H]``, the last queries after RoPE, in any order.
+        keys: float ``[B, S, K, H]`` after RoPE; slots ``0 … length-1`` are live.
+        length: int32 ``[B]`` or ``[B, K]``, live slots; ``None``: all ``S``.
+        query_valid: bool ``[B, A]``, real queries; ``None``: all.
+        window: last live slots that are always kept, in tokens; ``None``: ``A``.
+        mix_lambda: weight of the importance, in [0, 1].
+        threshold, beta, zero_col0_when_empty, mode, block_size: see :func:`redundancy`.
+        kernel_size, pooling, scale: see :func:`importance`.
+
+    Returns:
+        :class:`RKVScores`, each ``[B, K, S]``.
+
+    Raises:
+        ValueError: if a switch is out of range or head counts do not divide.
+
+    Examples:
+        >>> q, k = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 6, 1, 4))
+        >>> scores(q, k).joint[0, 0, -2:].tolist()
+        [inf, inf]
+
+    References:
+        R-KV (arXiv 2505.24133), section 3, equation 8.
+    """
+    if not 0 <= mix_lambda <= 1:
+        raise ValueError(f"mix_lambda={mix_lambda}; expected a weight in [0, 1]")
+    batch, slots, heads, _ = keys.shape
+    window = queries.shape[1] if window is None else window
+    length = jnp.asarray(slots if length is None else length, jnp.int32)
+    length = length[:, None] if length.ndim == 1 else length
+    length = jnp.broadcast_to(length, (batch, heads))[..., None]
+    slot = jnp.arange(slots)
+    live = slot < length  # [B, K, S]
+    candidates = slot < length - window
+    seen = importance(
+        queries,
+        keys,
+        candidates=candidates,
+        query_valid=query_valid,
+        kernel_size=kernel_size,
+        pooling=pooling,
+        scale=scale,
+    )
+    repeated = redundancy(
+        keys,
+        live=live,
+        threshold=threshold,
+        beta=beta,
+        zero_col0_when_empty=zero_col0_when_empty,
+        mode=mode,
+        block_size=block_size,
+    )
+    joint = mix_lambda * seen - (1 - mix_lambda) * repeated
+    joint = jnp.where(candidates, joint, jnp.where(live, jnp.inf, -jnp.inf))
+    return RKVScores(seen, repeated, joint)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RKV(Compressor):
+    """Holds every head at ``budget`` entries plus a staging buffer while decoding.
+
+    Fresh tokens fill the buffer. When a row reaches ``budget + buffer`` entries, all but the last
+    ``window`` compete with :func:`scores`; the best ``budget - window`` stay, with the window. So
+    a head never holds more than ``budget + buffer`` entries, however long the generation.
+
+    Args:
+        budget: entries kept per head, in tokens, window included; at least ``window``.
+        buffer: fresh tokens between two compactions, 1 or more.
+        window: last tokens whose queries score and that always stay, 1 or more.
+        mix_lambda, threshold, kernel_size, pooling, zero_col0_when_empty, beta, mode, scale: see
+            :func:`scores`.
+        num_sinks: first tokens of the prompt that are never evicted; 0 as in the authors' code.
+        slot_order: ``"time"``: survivors keep their order. ``"score"``: descending score, as in
+            the authors' code; from the second compaction on the two differ.
+        scope: who shares a decision: ``"head"`` (none), ``"layer"`` (mean over the heads),
+            ``"global"`` (that, summed over the layers). Shared scopes need heads of equal length.
+        compress_prefill: cut a prompt of ``budget`` tokens or more once, after its prefill.
+        storage: how the cache is stored; ``None``: as the caller asks.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Examples:
+        >>> RKV(budget=64, buffer=32).prefill_capacity(prompt=500, room=100)
+        500
+        >>> RKV(budget=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: budget=4 must be at least window=8 (tokens that always stay)
+
+    References:
+        R-KV (arXiv 2505.24133), section 3 and table 4. Compaction follows the length alone, so
+        that memory is bounded exactly; the authors' code also waits for a multiple of the buffer.
+    """
+
+    budget: int
+    buffer: int = 128
+    window: int = 8
+    mix_lambda: float = 0.1
+    threshold: float = 0.5
+    kernel_size: int = 7
+    pooling: str = "max"
+    zero_col0_when_empty: bool = True
+    beta: int = 1
+    mode: str = "code"
+    scale: float | None = None
+    num_sinks: int = 0
+    slot_order: str = "time"
+    scope: str = "head"
+    compress_prefill: bool = True
+
+    name: ClassVar[str] = "rkv"
+    primary: ClassVar[str] = "budget"
+
+    def __post_init__(self):
+        for field in ("budget", "buffer", "window"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field}={value!r}; expected a whole number of tokens, 1 or more")
+        if self.budget < self.window:
+            raise ValueError(
+                f"budget={self.budget} must be at least window={self.window} "
+                "(tokens that always stay)"
+            )
+        if not 0 <= self.num_sinks <= self.budget - self.window:
+            raise ValueError(
+                f"num_sinks={self.num_sinks} must be in [0, {self.budget - self.window}] "
+                f"(budget - window)"
+            )
+        if self.slot_order not in ("time", "score"):
+            raise ValueError(f"slot_order={self.slot_order!r}; expected 'time' or 'score'")
+        if self.scope not in ("head", "layer", "global"):
+            raise ValueError(f"scope={self.scope!r}; expected 'head', 'layer' or 'global'")
+
+    @property
+    def query_window(self) -> int:
+        """Queries that the cache must remember per layer."""
+        return self.window
+
+    def fit(self, *, prompt: int, room: int) -> Compressor:
+        """Return an equal compressor that allocates no more than ``prompt + room`` slots."""
+        total = prompt + room
+        if total < self.budget:
+            return FullKV(storage=self.storage)
+        # One slot more than can fill up: the trigger is never reached, as it should not be.
+        return dataclasses.replace(self, buffer=min(self.buffer, total - self.budget + 1))
+
+    def prefill_capacity(self, *, prompt: int, room: int) -> int:
+        """Return the slots of the prefill's cache; it is cut down before decoding."""
+        del room
+        return prompt
+
+    def after_prefill(self, cache: KVCache) -> KVCache:
+        """Return a cache of ``budget + buffer`` slots, long prompts cut to ``budget``."""
+        cache = self._freeze_sinks(cache)
+        prompt = cache.layers[0].capacity
+        capacity = self.budget + self.buffer
+        if self.compress_prefill and prompt >= self.budget:
+            full = [layer.length >= self.budget for layer in cache.layers]
+            return self.compact(cache, full, capacity=capacity)
+        capacity = max(capacity, prompt + 1)
+        layers = tuple(layer.resize(capacity) for layer in cache.layers)
+        return dataclasses.replace(cache, layers=layers)
+
+    def _freeze_sinks(self, cache: KVCache) -> KVCache:
+        if not self.num_sinks:
+            return cache
+        layers = (
+            dataclasses.replace(
+                layer,
+                frozen=jnp.maximum(layer.frozen, jnp.minimum(layer.length, self.num_sinks)),
+            )
+            for layer in cache.layers
+        )
+        return dataclasses.replace(cache, layers=tuple(layers))
+
+    def after_step(self, cache: KVCache) -> KVCache:
+        """Return the cache with every full row compacted to ``budget`` entries."""
+        capacity = min(layer.capacity for layer in cache.layers)
+        if capacity < self.budget + self.buffer:
+            raise ValueError(
+                f"the cache has capacity={capacity}; budget={self.budget} plus "
+                f"buffer={self.buffer} need {self.budget + self.buffer} slots"
+            )
+        ready = (cache.seen >= self.window)[:, None]
+        full = [ready & (layer.length >= self.budget + self.buffer) for layer in cache.layers]
+        # A branch, not a mask: between compactions nothing of the quadratic work is done. Rows
+        # that are not full pass through a compaction unchanged.
+        return jax.lax.cond(
+            jnp.any(jnp.stack(full)), lambda c: self.compact(c, full), lambda c: c, cache
+        )
+
+    def layer_scores(self, layer) -> jax.Array:
+        """Return the joint scores of a layer's slots, f32 ``[B, K, C]``, ``+inf`` if protected."""
+        if layer.queries is None:
+            raise ValueError(f"the cache keeps no queries; make it with query_window={self.window}")
+        keys, _ = layer.read(jnp.float32)
+        joint = scores(
+            jnp.swapaxes(layer.queries, 1, 2),
+            keys,
+            length=layer.length,
+            query_valid=layer.query_positions >= 0,
+            window=self.window,
+            mix_lambda=self.mix_lambda,
+            threshold=self.threshold,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+            zero_col0_when_empty=self.zero_col0_when_empty,
+            beta=self.beta,
+            mode=self.mode,
+            scale=self.scale,
+        ).joint
+        return jnp.where(jnp.arange(layer.capacity) < layer.frozen[..., None], jnp.inf, joint)
+
+    def compact(self, cache: KVCache, rows=None, *, capacity: int | None = None) -> KVCache:
+        """Return the cache with the marked heads cut to ``budget`` entries.
+
+        Args:
+            cache: a cache with a query window.
+            rows: bool ``[B, K]`` per layer, heads to cut; ``None``: those above the budget.
+            capacity: slots of the new layers, in tokens; ``None``: as before.
+
+        Returns:
+            The new cache. Heads that are not marked keep all their entries.
+
+        Raises:
+            ValueError: if the budget exceeds the capacity, or the cache keeps no queries.
+        """
+        for layer in cache.layers:
+            if self.budget > layer.capacity:
+                raise ValueError(
+                    f"budget={self.budget} is larger than the capacity={layer.capacity} "
+                    "of the cache"
+                )
+        if rows is None:
+            rows = [layer.length > self.budget for layer in cache.layers]
+        joint = self._share([self.layer_scores(layer) for layer in cache.layers])
+        layers = []
+        for layer, score, cut in zip(cache.layers, joint, rows, strict=True):
+            slots = layer.capacity if capacity is None else capacity
+            kept = select(score, self.budget, slot_order=self.slot_order, frozen=layer.frozen)
+            kept = jnp.pad(kept, ((0, 0), (0, 0), (0, slots - self.budget)), constant_values=-1)
+            every = jnp.where(jnp.arange(slots) < layer.length[..., None], jnp.arange(slots), -1)
+            layers.append(layer.gather(jnp.where(cut[..., None], kept, every)))
+        return dataclasses.replace(cache, layers=tuple(layers))
+
+    def _share(self, joint: list[jax.Array]) -> list[jax.Array]:
+        """Average scores over the heads (and sum over the layers) that decide together."""
+        if self.scope == "head":
+            return joint
+        shared = [jnp.mean(x, axis=1, keepdims=True) for x in joint]
+        if self.scope == "global":
+            shared = [sum(shared)] * len(joint)
+        return [jnp.broadcast_to(s, x.shape) for s, x in zip(shared, joint, strict=True)]
