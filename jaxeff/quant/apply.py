@@ -1,0 +1,245 @@
+"""Put a recipe into a flax NNX model, by rules over module paths."""
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from jaxeff.quant.dot import quantized_dot_general
+from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
+
+# Embeddings and the output head stay in high precision in every published FP4 recipe.
+EXEMPT = r"(^|\.)(embed\w*|embedder|lm_head|unembed|output_head)(\.|$)"
+
+Rule = tuple[str, "str | Recipe | None"]
+
+
+class SRKey(nnx.Variable):
+    """Random state of one layer: uint32 ``[3]``, two key words and the training step.
+
+    The key words never change; the step is set by :func:`fold_step`. A layer draws from
+    ``fold_in(key, step)``, so a resumed run rounds as an uninterrupted one.
+    """
+
+
+class QuantizedDot(nnx.Module):
+    """A ``dot_general`` for ``nnx.Linear`` that follows a recipe and holds its own key.
+
+    Args:
+      recipe: name out of ``RECIPES`` or a Recipe.
+      seed: seed of the stochastic rounding; used only if the recipe rounds stochastically.
+
+    Example:
+      >>> linear = nnx.Linear(32, 8, dot_general=lax.dot_general, rngs=nnx.Rngs(0))
+      >>> linear.dot_general = nnx.data(QuantizedDot("fp4_all_the_way"))
+      >>> linear(jnp.ones((4, 32))).shape
+      (4, 8)
+    """
+
+    def __init__(self, recipe: str | Recipe, *, seed: int = 0, path: str = ""):
+        self.recipe = resolve_recipe(recipe)
+        self.key = nnx.data(None)
+        if self.recipe.stochastic_points:
+            # The path and not the position names the layer: exempting one layer leaves the
+            # random numbers of the others alone.
+            words = np.random.SeedSequence([seed, zlib.crc32(path.encode())]).generate_state(2)
+            self.key = SRKey(jnp.asarray([*words, 0], jnp.uint32))
+
+    def __call__(
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        *,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The product of ``jax.lax.dot_general``, quantised; see ``quantized_dot_general``."""
+        key = None
+        if self.key is not None:
+            state = self.key[...]
+            key = jax.random.fold_in(jax.random.wrap_key_data(state[:2]), state[2])
+        return quantized_dot_general(
+            lhs,
+            rhs,
+            dimension_numbers,
+            self.recipe,
+            key=key,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+
+
+def apply_recipe(
+    model: nnx.Module,
+    recipe: str | Recipe,
+    *,
+    rules: Sequence[Rule] = (),
+    keep_last: float | None = None,
+    seed: int = 0,
+) -> dict[str, str]:
+    """Sets the product of every linear layer of a model; the model is changed in place.
+
+    A layer takes the recipe of the rule whose expression is found in its path (path parts are
+    joined by dots, ``layers.0.mlp.up``). Without a rule it stays plain if it is an embedding or
+    output head (``EXEMPT``) or belongs to the last ``keep_last`` of the numbered blocks, and takes
+    ``recipe`` otherwise. Parameters are not touched. ``apply_recipe(model, "bf16")`` undoes it.
+
+    Args:
+      model: any flax NNX module; ``nnx.Linear`` and ``nnx.LinearGeneral`` layers are served.
+      recipe: name out of ``RECIPES`` or a Recipe.
+      rules: pairs (regular expression, recipe or name or None for plain).
+      keep_last: fraction of the last blocks kept plain, rounded up to blocks; None takes the
+        recipe's own (0.15 for ``nvidia_nvfp4``).
+      seed: seed of the stochastic rounding; each layer gets its own stream from its path.
+
+    Returns:
+      Name of the recipe of every layer by path, ``"bf16"`` for plain ones.
+
+    Raises:
+      ValueError: if a rule matches no layer, two rules match one layer, the model has no linear
+        layer or no numbered blocks to keep, or a layer has a product of someone else.
+      NotImplementedError: if a ``nnx.Einsum`` layer would be quantised.
+
+    Example:
+      >>> model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)),
+      ...                        nnx.Linear(32, 4, rngs=nnx.Rngs(1)))
+      >>> apply_recipe(model, "fp4_all_the_way", rules=[(r"layers\\.1", "mxfp8")])
+      {'layers.0': 'fp4_all_the_way', 'layers.1': 'mxfp8'}
+
+    References:
+      arXiv:2505.19115, section 3; arXiv:2509.25149, section 4.1 (layers kept in BF16).
+    """
+    default = resolve_recipe(recipe)
+    compiled = [(re.compile(pattern), resolve_recipe(chosen)) for pattern, chosen in rules]
+    layers = _linear_layers(model)
+    if not layers:
+        raise ValueError(f"model {type(model).__name__} has no nnx.Linear layer")
+    matched = {path: _matching(path, compiled) for path in layers}
+    _check_rules(compiled, matched)
+    fraction = default.keep_last if keep_last is None else keep_last
+    kept = _kept_blocks(list(layers), fraction)
+
+    plan = {}
+    for path in layers:
+        if matched[path]:
+            plan[path] = compiled[matched[path][0]][1]
+        elif re.search(EXEMPT, path) or _block(path) in kept:
+            plan[path] = RECIPES["bf16"]
+        else:
+            plan[path] = default
+    for path, chosen in plan.items():
+        _check_layer(path, layers[path], chosen)
+    for path, chosen in plan.items():
+        _set_product(layers[path], chosen, seed, path)
+    return {path: chosen.name for path, chosen in plan.items()}
+
+
+def fold_step(tree: Any, step: int | jax.Array) -> Any:
+    """Sets the training step that stochastic rounding draws from, in every layer.
+
+    The step is set, not added: folding the same step twice gives the same random numbers. With
+    gradient accumulation fold ``step * accumulation + microbatch``.
+
+    Args:
+      tree: an NNX module (changed in place) or any pytree with ``SRKey`` variables, such as the
+        state that ``nnx.split`` returns (left alone).
+      step: int32 scalar ≥ 0; may be traced.
+
+    Returns:
+      The same module, or a new tree.
+
+    Example:
+      >>> model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+      >>> _ = apply_recipe(model, "fp4_sr")
+      >>> fold_step(model, 7).dot_general.key[...][2]
+      Array(7, dtype=uint32)
+    """
+    if isinstance(tree, nnx.Module):
+        nnx.update(tree, fold_step(nnx.state(tree, SRKey), step))
+        return tree
+
+    def set_step(leaf):
+        if not isinstance(leaf, SRKey):
+            return leaf
+        return leaf.replace(leaf[...].at[2].set(jnp.asarray(step, jnp.uint32)))
+
+    return jax.tree.map(set_step, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _linear_layers(model: nnx.Module) -> dict[str, Any]:
+    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+    found = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, kinds)
+    }
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(path: str) -> list:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
+
+
+def _matching(path: str, rules: list) -> list[int]:
+    return [index for index, (pattern, _) in enumerate(rules) if pattern.search(path)]
+
+
+def _check_rules(rules: list, matched: dict[str, list[int]]) -> None:
+    for index, (pattern, _) in enumerate(rules):
+        if not any(index in found for found in matched.values()):
+            raise ValueError(
+                f"rule {pattern.pattern!r} matches no linear layer; the paths are {list(matched)}"
+            )
+    for path, found in matched.items():
+        if len(found) > 1:
+            patterns = [rules[index][0].pattern for index in found]
+            raise ValueError(f"layer {path!r} is matched by {len(found)} rules: {patterns}")
+
+
+def _block(path: str) -> int | None:
+    """Number of the block a layer belongs to: the first number in its path."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _kept_blocks(paths: list[str], keep_last: float) -> set[int]:
+    if not 0.0 <= keep_last < 1.0:
+        raise ValueError(f"keep_last must lie in [0, 1), got {keep_last}")
+    if keep_last == 0.0:
+        return set()
+    blocks = sorted({_block(path) for path in paths} - {None})
+    if not blocks:
+        raise ValueError(
+            f"keep_last={keep_last} needs numbered blocks in the module paths, got {paths}; "
+            "pass keep_last=0 and exempt layers by rules"
+        )
+    return set(blocks[len(blocks) - kept_blocks(len(blocks), keep_last) :])
+
+
+def _check_layer(path: str, layer: Any, recipe: Recipe) -> None:
+    if isinstance(layer, nnx.Einsum):
+        if not recipe.is_identity:
+            raise NotImplementedError(
+                f"layer {path!r} is an nnx.Einsum; only nnx.Linear and nnx.LinearGeneral take a "
+                f"recipe. Exempt it with the rule ({path!r}, None)."
+            )
+        return
+    if layer.dot_general is not lax.dot_general and not isinstance(layer.dot_general, QuantizedDot):
+        raise ValueError(f"layer {path!r} already has its own dot_general {layer.dot_general!r}")
+
+
+def _set_product(layer: Any, recipe: Recipe, seed: int, path: str) -> None:
+    if isinstance(layer, nnx.Einsum):
+        return
+    if recipe.is_identity:
+        layer.dot_general = nnx.static(lax.dot_general)
+    else:
+        layer.dot_general = nnx.data(QuantizedDot(recipe, seed=seed, path=path))
