@@ -47,6 +47,8 @@ def attention(
     Returns:
       Output [B, T, N, H] in the dtype of `query`, and log-sum-exp float32 [B, T, N].
     """
+    if spec.quant is not None:
+        return _quantized(query, key, value, bias, sinks, mask, spec)
     f32, high = jnp.float32, lax.Precision.HIGHEST
     q, k, v = clean(query, key, value, mask, spec)
     k, v = to_heads(k.astype(f32), spec.groups), to_heads(v.astype(f32), spec.groups)
@@ -71,6 +73,67 @@ def attention(
     out = jnp.einsum("bnts,bsnh->btnh", p / l, v, precision=high)
     lse = jnp.where(some, m + jnp.log(l), -jnp.inf)[..., 0]
     return out.astype(query.dtype), lse.swapaxes(1, 2)
+
+
+def _quantized(query, key, value, bias, sinks, mask, spec):
+    """The same with quantised operands; P is quantised against the running maximum of its tile."""
+    from pallas_kernels.ops.attention import quant as numerics
+
+    quant, high = spec.quant, lax.Precision.HIGHEST
+    ops = numerics.operands(query, key, value, mask, spec)
+    repeat = lambda x: to_heads(x, spec.groups) if x.shape[2] == spec.num_kv_heads else x  # noqa: E731
+    x = jnp.einsum(
+        "btnh,bsnh->bnts",
+        ops.q * ops.q_scale[..., None],
+        repeat(ops.k * ops.k_scale[..., None]),
+        precision=high,
+    )
+    if ops.q_mean is not None:
+        ds = jnp.einsum("bqnh,bsnh->bnqs", ops.q_mean, repeat(ops.k_smooth), precision=high)
+        x = x + jnp.repeat(ds, quant.block_q, axis=2)[:, :, : spec.q_len]
+    x = x * spec.scale
+    const = jnp.zeros((1, 1, 1, 1)) if ops.row_const is None else ops.row_const * spec.scale
+    const = const if ops.row_const is None else const.swapaxes(1, 2)[..., None]  # [B, N, T, 1]
+    if spec.soft_cap is not None:
+        # The cap is not linear: it needs the logits as they were before smoothing.
+        x, const = spec.soft_cap * jnp.tanh((x + const) / spec.soft_cap), 0.0 * const
+    if bias is not None:
+        x = x + bias.astype(jnp.float32)
+    x = jnp.where(mask.dense(spec.q_len, spec.kv_len), x, -jnp.inf)
+
+    block = quant.block_kv
+    pad = numerics.padded_length(spec.kv_len, block) - spec.kv_len
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, pad)), constant_values=-jnp.inf)
+    x = x.reshape(*x.shape[:3], -1, block)  # [B, N, T, tiles, block]
+    v = jnp.pad(repeat(ops.v), ((0, 0), (0, pad), (0, 0), (0, 0)))
+    v = v.reshape(v.shape[0], -1, block, *v.shape[2:])  # [B, tiles, block, N, H]
+
+    running = lax.cummax(x.max(-1), axis=3)  # [B, N, T, tiles]
+    m = running[..., -1:]
+    safe = jnp.where(jnp.isneginf(running), 0.0, running)[..., None]
+    p = jnp.exp(x - safe)
+    weight = jnp.exp(running - jnp.where(jnp.isneginf(m), 0.0, m))
+    low = numerics.quantize_p(p, quant, value.dtype)
+    tile = numerics.multiply_pv(
+        low, v.transpose(0, 3, 1, 2, 4), quant, "bntjs,bnjsh->bntjh"
+    )  # [B, N, T, tiles, H]
+    acc = (tile * weight[..., None]).sum(3)
+    l = (p.sum(-1) * weight).sum(-1, keepdims=True)  # [B, N, T, 1]
+
+    top = m if sinks is None else jnp.maximum(m, sinks.astype(jnp.float32)[:, None, None] - const)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    alpha = jnp.exp(m - top)
+    total = l * alpha
+    if sinks is not None:
+        total = total + jnp.exp(sinks.astype(jnp.float32)[:, None, None] - const - top)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    heads_first = lambda x: jnp.moveaxis(repeat(x), 2, 1)  # noqa: E731  [B, N, 1, H]
+    out = acc * heads_first(ops.v_scale) * (alpha / total)
+    if ops.v_mean is not None:
+        out = out + heads_first(ops.v_mean) * (l * alpha / total)
+    lse = jnp.where(some, top + jnp.log(total) + const, -jnp.inf)[..., 0]
+    return out.swapaxes(1, 2).astype(query.dtype), lse.swapaxes(1, 2)
 
 
 def clean(query, key, value, mask: Mask, spec: AttentionSpec):

@@ -102,6 +102,11 @@ class AttentionQuant:
                 f"AttentionQuant: pv='nvfp4' needs block_kv to be a multiple of 16; "
                 f"got {self.block_kv}"
             )
+        if self.accumulator == "float16" and (self.pv != "fp8_e4m3" or self.block_kv % 64):
+            raise ValueError(
+                "AttentionQuant: accumulator='float16' needs pv='fp8_e4m3' and block_kv a multiple "
+                f"of 64; got {self.pv!r} and {self.block_kv}"
+            )
         if not 0 < self.v_max <= 448:
             raise ValueError(f"AttentionQuant: v_max must be in (0, 448]; got {self.v_max}")
 

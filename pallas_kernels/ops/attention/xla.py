@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.masks import Mask
-from pallas_kernels.ops.attention import quant as quantization
+from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention.reference import clean
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 # Up to this many logits per head, one pass without a loop is as fast as any and still small.
 SINGLE_CHUNK = 1024 * 1024
-# Logits of one chunk over all heads; 2**25 float32 numbers are 128 MiB.
+# Logits of one chunk over all heads (128 MiB of float32); a single chunk may hold twice as many.
 _CHUNK_LOGITS = 2**25
 
 
@@ -50,7 +50,9 @@ def attention(
     Returns:
       Output [B, T, N, H] in the dtype of `query`, and log-sum-exp float32 [B, T, N].
     """
-    single = block_kv is None and spec.q_len * spec.kv_len <= SINGLE_CHUNK
+    logits = spec.q_len * spec.kv_len
+    fits = spec.batch * spec.num_heads * logits <= 2 * _CHUNK_LOGITS
+    single = block_kv is None and logits <= SINGLE_CHUNK and (fits or spec.q_len == 1)
     if spec.quant is None and single:
         q, k, v = clean(query, key, value, mask, spec)
         return _single(q, k, v, bias, sinks, mask, spec)
@@ -173,7 +175,7 @@ def _flash_fwd(query, key, value, bias, sinks, mask, spec, block_kv):
     if spec.quant is None:
         out, lse = _forward(query, key, value, bias, sinks, mask, spec, block_kv)
     else:
-        out, lse = quantization.forward(query, key, value, bias, sinks, mask, spec)
+        out, lse = _forward_quantized(query, key, value, bias, sinks, mask, spec)
     return (out, lse), (query, key, value, bias, sinks, mask, out, lse)
 
 
@@ -226,8 +228,8 @@ def _forward(query, key, value, bias, sinks, mask, spec, block_kv):
     return finish_rows(m, l, acc, sinks, spec)
 
 
-def finish_rows(m, l, acc, sinks, spec: AttentionSpec):
-    """Adds the sinks, divides by the row sum and forms the log-sum-exp.
+def finish_rows(m, l, acc, sinks, spec: AttentionSpec, const=None, v_scale=None, v_mean=None):
+    """Adds the sinks, divides by the row sum, undoes the smoothing and forms the log-sum-exp.
 
     Args:
       m: float32 [B, K, G, T], largest logit of each row, -inf for an empty row.
@@ -235,24 +237,77 @@ def finish_rows(m, l, acc, sinks, spec: AttentionSpec):
       acc: float32 [B, K, G, T, H], sum of ``exp(x - m) v``.
       sinks: [N] or None.
       spec: static facts.
+      const: float32 [B, K, G, T], what smoothing took from every logit of the row, or None.
+      v_scale: scale of the values, broadcastable to `acc`, or None.
+      v_mean: mean value that smoothing took away, broadcastable to `acc`, or None.
 
     Returns:
       Output [B, T, N, H] in ``spec.dtype`` and log-sum-exp float32 [B, T, N].
     """
-    m_all = m
+    top = m
     if sinks is not None:
         sinks = _grouped_sinks(sinks, spec)
-        m_all = jnp.maximum(m, sinks)
-    m_all = _zero_if_inf(m_all)
-    alpha = jnp.exp(m - m_all)
-    l = l * alpha
+        sinks = sinks if const is None else sinks - const
+        top = jnp.maximum(m, sinks)
+    top = _zero_if_inf(top)
+    alpha = jnp.exp(m - top)
+    total = l * alpha
     if sinks is not None:
-        l = l + jnp.exp(sinks - m_all)
-    some = l > 0
-    l = jnp.where(some, l, 1.0)
-    out = acc * (alpha / l)[..., None]
-    lse = jnp.where(some, m_all + jnp.log(l), -jnp.inf)
+        total = total + jnp.exp(sinks - top)
+    some = total > 0
+    total = jnp.where(some, total, 1.0)
+    out = acc * (alpha / total)[..., None]
+    out = out if v_scale is None else out * v_scale
+    if v_mean is not None:
+        out = out + v_mean * (l * alpha / total)[..., None]
+    lse = top + jnp.log(total) + (0.0 if const is None else const)
+    lse = jnp.where(some, lse, -jnp.inf)
     return _ungrouped(out.astype(spec.dtype)), _ungrouped(lse)
+
+
+def _forward_quantized(query, key, value, bias, sinks, mask, spec: AttentionSpec):
+    """The online softmax with quantised operands and the variant's own tile of keys."""
+    quant, size = spec.quant, spec.quant.block_kv
+    padded = numerics.padded_length(spec.kv_len, size)
+    ops = numerics.operands(query, key, value, mask, spec)
+    keys_first = lambda x: _pad_keys(x.swapaxes(1, 2), padded, 2)  # noqa: E731  [B, K, S', ...]
+    q = _grouped_query(ops.q * ops.q_scale[..., None], spec)
+    k, v = keys_first(ops.k * ops.k_scale[..., None]), keys_first(ops.v)
+    q_mean = None if ops.q_mean is None else _grouped_query(ops.q_mean, spec)  # [B, K, G, nq, H]
+    k_smooth = None if ops.q_mean is None else keys_first(ops.k_smooth)
+    const = None if ops.row_const is None else _grouped_rows(ops.row_const, spec) * spec.scale
+    if bias is not None:
+        bias = _grouped_pairs(bias, spec)
+        bias = bias if bias.shape[-1] == 1 else _pad_keys(bias, padded, 4)
+
+    def step(carry, j):
+        m, l, acc = carry
+        start = j * size
+        x = _scores(q, _slice(k, start, size, 2))
+        if q_mean is not None:
+            ds = _scores(q_mean, _slice(k_smooth, start, size, 2))  # [B, K, G, nq, C]
+            x = x + jnp.repeat(ds, quant.block_q, axis=3)[..., : spec.q_len, :]
+        x = x * spec.scale
+        if const is not None and spec.soft_cap is not None:
+            x = x + const[..., None]  # the cap is not linear: it needs the true logits
+        ok = _allowed(mask, start, size, padded, spec)
+        x, _ = _finish(x, _slice(bias, start, size, 4), ok, spec)
+        m_new = jnp.maximum(m, x.max(-1))
+        m_safe = _zero_if_inf(m_new)
+        p = jnp.exp(x - m_safe[..., None])
+        alpha = jnp.exp(m - m_safe)
+        low = numerics.quantize_p(p, quant, value.dtype)
+        vj = _slice(v, start, size, 2)
+        pv = numerics.multiply_pv(low, vj, quant, "bkgtc,bkch->bkgth")
+        return (m_new, l * alpha + p.sum(-1), acc * alpha[..., None] + pv), None
+
+    rows = q.shape[:-1]  # [B, K, G, T]
+    start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
+    (m, l, acc), _ = lax.scan(step, start, jnp.arange(padded // size))
+    if spec.soft_cap is not None:
+        const = None
+    channels = lambda x: None if x is None else x.swapaxes(1, 2)[:, :, None]  # noqa: E731
+    return finish_rows(m, l, acc, sinks, spec, const, channels(ops.v_scale), channels(ops.v_mean))
 
 
 def _flash_bwd(spec, block_kv, saved, cotangents):
