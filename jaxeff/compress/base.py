@@ -65,6 +65,11 @@ class Compressor:
         """Queries that the cache must remember per layer; 0 if scores need none."""
         return 0
 
+    @property
+    def evicts_context(self) -> bool:
+        """Whether :meth:`evict_context` makes the decode cache, even without passes."""
+        return False
+
     def fit(self, *, prompt: int, room: int) -> Compressor:
         """Return an equal compressor that allocates no more than ``prompt + room`` slots."""
         del prompt, room

@@ -366,6 +366,11 @@ class KVzip(Compressor):
             if value is not None:
                 object.__setattr__(self, field, tuple(int(token) for token in value))
 
+    @property
+    def evicts_context(self) -> bool:
+        """Always: the prefill's cache has no room to decode."""
+        return True
+
     def prefill_capacity(self, *, prompt: int, room: int) -> int:
         """Return the slots of the prefill's cache; eviction makes a smaller one."""
         del room

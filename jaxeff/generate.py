@@ -1,0 +1,527 @@
+"""Continue texts with a (compressed) cache: prefill and decode, each compiled once.
+
+A generation is ``prefill -> [context passes -> eviction] -> decode``. The prefill is one compiled
+function, with R-KV's first cut inside; the decode is one compiled loop, with every later cut
+inside. Caches are donated to the loop, so they exist once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxeff.compress import Compressor, parse
+from jaxeff.kv_cache import DenseCache, KVCache
+
+__all__ = ["ContinuationScore", "Generation", "generate", "sample", "score_continuation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What :func:`generate` returns.
+
+    Args:
+        tokens: int32 ``[B, max_new_tokens]``; after a stop token, copies of the first stop token.
+        lengths: int32 ``[B]``, tokens generated per row, a stop token included.
+        cache: the cache after the last step.
+        prefill_seconds: time of the prefill, without compilation.
+        compress_seconds: time of context passes and eviction; 0 for methods without.
+        decode_seconds: time of the decode loop, without compilation.
+        tokens_per_second: tokens that the loop produced, over all rows, per second.
+
+    Examples:
+        >>> [field.name for field in dataclasses.fields(Generation)][:2]
+        ['tokens', 'lengths']
+
+    References:
+        R-KV (arXiv 2505.24133), section 4.4 (throughput is counted over the batch).
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    cache: KVCache
+    prefill_seconds: float
+    compress_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuationScore:
+    """What :func:`score_continuation` returns.
+
+    Args:
+        loss: mean negative log-likelihood, in nats per token.
+        logprobs: f32 ``[B, M]``, log-probability of every true token, in nats.
+        tokens: int32 ``[B, M]``, the most likely token at every place.
+        cache: the cache after the last step.
+        prefill_seconds, compress_seconds, decode_seconds: times without compilation.
+        tokens_per_second: decoded tokens over all rows, per second.
+
+    Examples:
+        >>> [field.name for field in dataclasses.fields(ContinuationScore)][:3]
+        ['loss', 'logprobs', 'tokens']
+
+    References:
+        KVzip (arXiv 2505.23416), section 4.1 (one compressed cache, later queries).
+    """
+
+    loss: float
+    logprobs: jax.Array
+    tokens: jax.Array
+    cache: KVCache
+    prefill_seconds: float
+    compress_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """Static facts of a generation loop."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    stop_tokens: tuple[int, ...]
+
+
+def generate(
+    model: Any,
+    tokens: Any,
+    *,
+    lengths: Any = None,
+    max_new_tokens: int,
+    compression: str | Compressor | None = None,
+    cache_dtype: Any = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_tokens: Sequence[int] = (),
+) -> Generation:
+    """Continue a batch of prompts.
+
+    Prefill and decode are two compiled functions, each compiled once for all steps and kept for
+    later calls of the same shapes. The last generated token is returned but not fed back, so the
+    cache has seen ``lengths + max_new_tokens - 1`` tokens.
+
+    Args:
+        model: an NNX module called as ``model(tokens, valid=…, cache=…) -> (logits, cache)``, with
+            ``model.config``.
+        tokens: int ``[B, T]``, prompts, padded on the right.
+        lengths: int ``[B]``, prompt lengths in tokens, from 1 to ``T``; ``None``: all ``T``.
+        max_new_tokens: tokens to generate, 1 or more.
+        compression: ``None`` or ``"full"``, a text such as ``"rkv:256"`` or ``"kvzip:0.3"``, or a
+            compressor.
+        cache_dtype: storage of the cache (``"int8"`` or a float dtype), unless the compressor
+            names one; ``None``: the model's dtype.
+        temperature: 0 takes the most likely token; above 0 divides the logits.
+        top_k: sample among this many most likely tokens only.
+        top_p: sample among the fewest tokens whose probabilities reach this, in (0, 1].
+        key: ``jax.random.key``; needed if ``temperature > 0``.
+        stop_tokens: token ids that end a row.
+
+    Returns:
+        :class:`Generation`.
+
+    Raises:
+        ValueError: if an argument is out of range or a compression is not known.
+
+    Examples:
+        >>> from jaxeff.models import Decoder, ModelConfig
+        >>> config = ModelConfig.llama(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2)
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> result = generate(model, [[1, 2, 3]], max_new_tokens=4, compression="rkv:8")
+        >>> result.tokens.shape, result.lengths.tolist(), result.cache.seen.tolist()
+        ((1, 4), [4], [6])
+
+    References:
+        R-KV (arXiv 2505.24133), section 3.1; KVzip (arXiv 2505.23416), section 3.2; top-p:
+        arXiv 1904.09751, section 3.1.
+    """
+    tokens, lengths = _check_prompt(model, tokens, lengths)
+    sampling = _check_sampling(model, temperature, top_k, top_p, key, stop_tokens)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}; expected a whole number, 1 or more")
+    prepared = _prepare(model, tokens, lengths, max_new_tokens - 1, compression, cache_dtype)
+    key = jax.random.key(0) if key is None else key
+    (out, counts, cache), seconds = _run(
+        _decode,
+        (prepared.graphdef, prepared.compressor, sampling, max_new_tokens),
+        prepared.state,
+        prepared.cache,
+        prepared.logits,
+        key,
+    )
+    _check_overflow(cache)
+    return Generation(
+        tokens=out,
+        lengths=counts,
+        cache=cache,
+        prefill_seconds=prepared.prefill_seconds,
+        compress_seconds=prepared.compress_seconds,
+        decode_seconds=seconds,
+        tokens_per_second=int(jnp.sum(counts - 1)) / seconds,
+    )
+
+
+def score_continuation(
+    model: Any,
+    prompt: Any,
+    continuation: Any,
+    *,
+    lengths: Any = None,
+    compression: str | Compressor | None = None,
+    cache_dtype: Any = None,
+) -> ContinuationScore:
+    """Score true continuations token by token, through the cache that a generation would use.
+
+    ``loss = -mean log p(continuation[i] | prompt, continuation[:i])``: teacher-forced decoding,
+    one token per step, so that a decode-time method compacts exactly as it would when generating.
+
+    Args:
+        model: as in :func:`generate`.
+        prompt: int ``[B, T]``, padded on the right.
+        continuation: int ``[B, M]``, the tokens that truly follow each prompt.
+        lengths: int ``[B]``, prompt lengths in tokens; ``None``: all ``T``.
+        compression: as in :func:`generate`.
+        cache_dtype: as in :func:`generate`.
+
+    Returns:
+        :class:`ContinuationScore`.
+
+    Raises:
+        ValueError: if an argument is out of range or a compression is not known.
+
+    Examples:
+        >>> from jaxeff.models import Decoder, ModelConfig
+        >>> config = ModelConfig.llama(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2)
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> score_continuation(model, [[1, 2, 3]], [[4, 5]]).logprobs.shape
+        (1, 2)
+
+    References:
+        KVzip (arXiv 2505.23416), section 4.1.
+    """
+    prompt, lengths = _check_prompt(model, prompt, lengths)
+    continuation, _ = _check_prompt(model, continuation, None, name="continuation")
+    if continuation.shape[0] != prompt.shape[0]:
+        raise ValueError(
+            f"continuation has {continuation.shape[0]} rows; prompt has {prompt.shape[0]}"
+        )
+    steps = continuation.shape[1] - 1
+    prepared = _prepare(model, prompt, lengths, steps, compression, cache_dtype)
+    (logprobs, best, cache), seconds = _run(
+        _force,
+        (prepared.graphdef, prepared.compressor),
+        prepared.state,
+        prepared.cache,
+        prepared.logits,
+        jnp.asarray(continuation),
+    )
+    _check_overflow(cache)
+    return ContinuationScore(
+        loss=float(-jnp.mean(logprobs)),
+        logprobs=logprobs,
+        tokens=best,
+        cache=cache,
+        prefill_seconds=prepared.prefill_seconds,
+        compress_seconds=prepared.compress_seconds,
+        decode_seconds=seconds,
+        tokens_per_second=prompt.shape[0] * steps / seconds,
+    )
+
+
+def sample(
+    logits: jax.Array,
+    key: jax.Array | None = None,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.Array:
+    """Draw one token per row.
+
+    Args:
+        logits: float ``[B, V]``.
+        key: ``jax.random.key``; needed if ``temperature > 0``.
+        temperature: 0 takes the largest logit; above 0 divides the logits.
+        top_k: keep this many largest logits; ties with the last of them stay.
+        top_p: of what is left, keep the fewest tokens whose probabilities sum to this or more.
+
+    Returns:
+        int32 ``[B]``.
+
+    Raises:
+        ValueError: if ``temperature > 0`` and there is no key.
+
+    Examples:
+        >>> sample(jnp.array([[0.0, 2.0, 1.0]])).tolist()
+        [1]
+        >>> sample(jnp.array([[0.0, 2.0, 1.0]]), jax.random.key(0), temperature=1, top_k=1).tolist()
+        [1]
+
+    References:
+        Holtzman et al., arXiv 1904.09751, section 3.1 (nucleus sampling).
+    """
+    logits = logits.astype(jnp.float32)
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if key is None:
+        raise ValueError(f"key is None; temperature={temperature} needs a jax.random.key")
+    logits = logits / temperature
+    if top_k is not None:
+        least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        ordered = -jnp.sort(-logits, axis=-1)
+        mass = jax.nn.softmax(ordered, axis=-1)
+        # A token stays if those before it do not reach top_p: the first one always stays.
+        kept = jnp.cumsum(mass, axis=-1) - mass < top_p
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A prompt in its cache, ready to decode."""
+
+    graphdef: Any
+    state: Any
+    compressor: Compressor
+    cache: KVCache
+    logits: jax.Array  # [B, V], of each row's last prompt token
+    prefill_seconds: float
+    compress_seconds: float
+
+
+def _prepare(model, tokens, lengths, room, compression, cache_dtype) -> _Prepared:
+    """Prefill, and let the compressor cut the context."""
+    prompt = tokens.shape[1]
+    compressor = parse(compression).fit(prompt=prompt, room=room)
+    store = compressor.storage or cache_dtype
+    store = getattr(model, "dtype", jnp.bfloat16) if store is None else store
+    store = store if store == "int8" else jnp.dtype(store).name
+    capacity = compressor.prefill_capacity(prompt=prompt, room=room)
+    if capacity < prompt:
+        raise ValueError(
+            f"{compressor.name} prefills a cache of {capacity} slots; "
+            f"the prompt has {prompt} tokens"
+        )
+    graphdef, state = nnx.split(model)
+    (logits, cache), prefill_seconds = _run(
+        _prefill,
+        (graphdef, compressor, capacity, store),
+        state,
+        jnp.asarray(tokens),
+        jnp.asarray(lengths),
+    )
+    passes = compressor.context_passes(tokens, lengths, vocab_size=model.config.vocab_size)
+    scores, compress_seconds = (), 0.0
+    for item in passes:
+        found, seconds = _run(
+            _observe,
+            (graphdef, compressor),
+            state,
+            cache,
+            jnp.asarray(item.tokens),
+            jnp.asarray(item.valid),
+            jnp.asarray(item.start, jnp.int32),
+        )
+        scores = tuple(map(jnp.maximum, scores, found)) if scores else found
+        compress_seconds += seconds
+    if passes or compressor.evicts_context:
+        begin = time.perf_counter()
+        cache = jax.block_until_ready(compressor.evict_context(cache, scores, room=room))
+        compress_seconds += time.perf_counter() - begin
+    return _Prepared(graphdef, state, compressor, cache, logits, prefill_seconds, compress_seconds)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _prefill(graphdef, compressor, capacity, store, state, tokens, lengths):
+    """Run the prompts through a fresh cache; return the last logits and the cache to decode on."""
+    model = nnx.merge(graphdef, state)
+    batch, steps = tokens.shape
+    cache = DenseCache.init_for(
+        model, batch, capacity, dtype=store, query_window=compressor.query_window
+    )
+    valid = jnp.arange(steps) < lengths[:, None]
+    rows, last = jnp.arange(batch), lengths - 1
+    if hasattr(model, "logits"):
+        # The vocabulary is wide: only the last token's logits are worth computing. The logits of
+        # all tokens are never used here, and the compiler drops them.
+        _, cache, hidden = model(tokens, valid=valid, cache=cache, return_hidden=True)
+        logits = model.logits(hidden[-1][rows, last][:, None])[:, 0]
+    else:
+        logits, cache = model(tokens, valid=valid, cache=cache)
+        logits = logits[rows, last]
+    return logits.astype(jnp.float32), compressor.after_prefill(cache)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _observe(graphdef, compressor, state, cache, tokens, valid, start):
+    """Run one context pass; return the scores that it recorded. The cache stays as it is."""
+    model = nnx.merge(graphdef, state)
+    _, seen = model(tokens, valid=valid, cache=compressor.observe(cache, start))
+    return compressor.collect(seen)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
+def _decode(graphdef, compressor, sampling, steps, state, cache, logits, key):
+    """Generate up to ``steps`` tokens; stop early once every row has stopped."""
+    stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
+    draw = partial(
+        sample,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+    )
+    first = draw(logits, jax.random.fold_in(key, 0))
+    tokens = jnp.broadcast_to(stop[0], (first.size, steps)).at[:, 0].set(first)
+    done = jnp.isin(first, stop)
+
+    def unfinished(carry):
+        step, _, _, done, _, _ = carry
+        return (step < steps) & ~jnp.all(done)
+
+    def one_step(carry):
+        step, cache, token, done, tokens, lengths = carry
+        out, cache = _step(graphdef, state, compressor, cache, token, ~done)
+        token = draw(out, jax.random.fold_in(key, step))
+        token = jnp.where(done, stop[0], token)
+        tokens = tokens.at[:, step].set(token)
+        lengths = lengths + ~done
+        return step + 1, cache, token, done | jnp.isin(token, stop), tokens, lengths
+
+    start = (jnp.int32(1), cache, first, done, tokens, jnp.ones(first.size, jnp.int32))
+    _, cache, _, _, tokens, lengths = jax.lax.while_loop(unfinished, one_step, start)
+    return tokens, lengths, cache
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
+def _force(graphdef, compressor, state, cache, logits, continuation):
+    """Feed the true tokens one by one; return their log-probabilities and the likeliest ones."""
+    every = jnp.ones(continuation.shape[0], bool)
+
+    def one_step(carry, token):
+        cache, logits = carry
+        seen = _token_score(logits, token)
+        logits, cache = _step(graphdef, state, compressor, cache, token, every)
+        return (cache, logits), seen
+
+    (cache, logits), seen = jax.lax.scan(one_step, (cache, logits), continuation[:, :-1].T)
+    last = _token_score(logits, continuation[:, -1])
+    joined = [jnp.concatenate([a, b[None]]).T for a, b in zip(seen, last, strict=True)]
+    return *joined, cache
+
+
+def _token_score(logits, token):
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, token[:, None].astype(jnp.int32), axis=-1)[:, 0]
+    return chosen, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _step(graphdef, state, compressor, cache, token, active):
+    """Feed one token per row; return f32 logits ``[B, V]`` and the cache, compacted if due."""
+    model = nnx.merge(graphdef, state)
+    logits, cache = model(token[:, None], valid=active[:, None], cache=cache)
+    return logits[:, 0].astype(jnp.float32), compressor.after_step(cache)
+
+
+_EXECUTABLES: OrderedDict[Any, Any] = OrderedDict()
+_MAX_EXECUTABLES = 64
+
+
+def _run(function: Any, static: tuple, *args: Any) -> tuple[Any, float]:
+    """Call a jitted function, compiling it before the clock starts; return result and seconds.
+
+    ``jax.jit`` would compile inside the first call, and its time would count as prefill or decode.
+    So executables are kept here, by static arguments, shapes, shardings and trace settings.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    avals = tuple((jnp.shape(x), jnp.result_type(x), getattr(x, "sharding", None)) for x in leaves)
+    settings = (
+        jax.config.jax_default_matmul_precision,
+        jax.config.jax_enable_x64,
+        jax.config.jax_debug_nans,
+        jax.sharding.get_abstract_mesh(),
+    )
+    identity = (function, static, structure, avals, settings)
+    executable = _EXECUTABLES.get(identity)
+    if executable is None:
+        executable = function.lower(*static, *args).compile()
+        _EXECUTABLES[identity] = executable
+        if len(_EXECUTABLES) > _MAX_EXECUTABLES:
+            _EXECUTABLES.popitem(last=False)
+    jax.block_until_ready(args)
+    begin = time.perf_counter()
+    result = jax.block_until_ready(executable(*args))
+    return result, time.perf_counter() - begin
+
+
+def _check_prompt(model, tokens, lengths, name="tokens") -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and lengths as int32 arrays of the host, or say what is wrong with them."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+        raise ValueError(
+            f"{name} has shape {tokens.shape} and dtype {tokens.dtype}; "
+            "expected integers [B, T] with at least one token"
+        )
+    vocabulary = model.config.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise ValueError(
+            f"{name} has ids from {tokens.min()} to {tokens.max()}; "
+            f"the vocabulary has {vocabulary} tokens"
+        )
+    batch, steps = tokens.shape
+    lengths = np.full(batch, steps) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(
+            f"lengths has shape {lengths.shape} and dtype {lengths.dtype}; "
+            f"expected integers [{batch}]"
+        )
+    if lengths.min() < 1 or lengths.max() > steps:
+        raise ValueError(
+            f"lengths has values from {lengths.min()} to {lengths.max()}; expected 1 to {steps}"
+        )
+    return tokens.astype(np.int32), lengths.astype(np.int32)
+
+
+def _check_sampling(model, temperature, top_k, top_p, key, stop_tokens) -> _Sampling:
+    """Return the sampling settings, or say which one is out of range."""
+    vocabulary = model.config.vocab_size
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}; expected 0 (greedy) or more")
+    if temperature > 0 and key is None:
+        raise ValueError(f"key is None; temperature={temperature} needs a jax.random.key")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError("top_k and top_p need temperature > 0; temperature=0 is greedy")
+    if top_k is not None and not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k={top_k}; expected 1 to {vocabulary}, the vocabulary")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}; expected a probability in (0, 1]")
+    stop = tuple(int(token) for token in stop_tokens)
+    for token in stop:
+        if not 0 <= token < vocabulary:
+            raise ValueError(f"stop_tokens has {token}; the vocabulary has {vocabulary} tokens")
+    return _Sampling(float(temperature), top_k, top_p, stop)
+
+
+def _check_overflow(cache: KVCache) -> None:
+    lost = np.flatnonzero(np.asarray(cache.overflow))
+    if lost.size:
+        raise ValueError(
+            f"the cache overflowed in rows {lost.tolist()}: the compressor allocated fewer slots "
+            "than it let grow"
+        )
