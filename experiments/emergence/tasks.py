@@ -37,7 +37,7 @@ class RecallBatch(NamedTuple):
         tokens: ``[b, 2 max_pairs + 1]`` int32; zeros after the query if there is padding.
         targets: ``[b]`` int32, the value that belongs to the query.
         is_query: ``[b, max_pairs]`` bool, slots that hold the query's pair.
-        query_position: ``[]`` int32, ``2 num_pairs``: where the query stands and the answer is read.
+        query_position: ``[]`` int32, ``2 num_pairs``: where the query stands and is answered.
     """
 
     tokens: jax.Array
@@ -131,7 +131,7 @@ def linear_batch(
     scale = inside / jnp.sqrt(jnp.float32(dim))
     x = jax.random.normal(key_x, (batch_size, seq_len, size)) * scale  # [b, T, D]
     fresh = jax.random.normal(key_rel, (batch_size, size)) * scale  # [b, D]
-    repeated = jax.random.bernoulli(key_rep, p, (batch_size, 1))
+    repeated = jax.random.bernoulli(key_rep, jnp.float32(p), (batch_size, 1))
     vector = jnp.where(repeated, jax.nn.one_hot(0, size), fresh)
     # The B positions of lowest rank are relevant; padding ranks last.
     order = jnp.broadcast_to(-jnp.arange(seq_len, dtype=jnp.float32), (batch_size, seq_len))
@@ -215,7 +215,7 @@ def recall_batch(
     designated = jnp.asarray(DESIGNATED_TOKENS)[
         jax.random.randint(key_which, (batch_size,), 0, len(DESIGNATED_TOKENS))
     ]
-    query = jnp.where(jax.random.bernoulli(key_pick, p, (batch_size,)), designated, uniform)
+    query = jnp.where(jax.random.bernoulli(key_pick, jnp.float32(p), (batch_size,)), designated, uniform)
 
     draw = jax.random.uniform(key_more, (batch_size, slots))
     if literal_bernoulli:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from experiments.emergence import theory
 from experiments.emergence.fit import fit_power_law
 

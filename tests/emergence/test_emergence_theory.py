@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from experiments.emergence import theory
 from scipy.integrate import solve_ivp
+
+from experiments.emergence import theory
 
 # Plateau of the reduced flow, B = 1, p = 0, threshold 0.1; columns d = 16, 32, 64, 256.
 PLATEAUS = {
@@ -87,7 +88,7 @@ def test_weights_overshoot_and_the_transition_is_sharp():
 def test_gradient_descent_takes_as_many_steps(T, d, steps):
     """lr = 1 on the reduced loss of section 3.1, written out here once more."""
     w = a = 0.0
-    for step in range(2 * steps):
+    for step in range(2 * steps):  # noqa: B007 (used after the break)
         alpha = 1 / ((T - 1) * math.exp(-a) + 1)
         hit, noise = alpha * w - math.sqrt(d), (1 - alpha) / (d * (T - 1))
         if 0.5 * ((1 - alpha) * noise * w**2 + hit**2 / d) < 0.1:
