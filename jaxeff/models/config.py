@@ -25,7 +25,8 @@ class ModelConfig:
         mlp_dim: hidden dimension ``F`` of the gated MLP.
         norm_eps: ``eps`` of every RMSNorm.
         rope: RoPE of the layers with full attention.
-        local_rope: RoPE of the layers with a window; ``None`` for the same as ``rope``.
+        local_rope: RoPE of the layers with a window; ``None`` for the same as ``rope`` (and made
+            ``None`` where it is the same, or where no layer has a window).
         layer_windows: per layer the number of tokens a query sees, itself included, or ``None``
             for full attention; empty means full attention in all layers.
         qkv_bias: biases in the query, key and value projections.
@@ -37,7 +38,8 @@ class ModelConfig:
         norm_scale_plus_one: norms multiply by ``1 + scale`` (Gemma).
         post_norms: a norm after attention and MLP as well (Gemma).
         embed_scale: factor on the embeddings, or ``None`` for 1 (Gemma: ``sqrt(D)``).
-        query_scale: softmax scale, or ``None`` for ``H ** -0.5``.
+        query_scale: softmax scale, or ``None`` for ``H ** -0.5`` (and made ``None`` where it is
+            that).
         final_logit_soft_cap: ``c`` in ``c · tanh(logits / c)``, or ``None``.
         max_position_embeddings: context length in tokens that the model was trained for, if
             known; carried along, never enforced.
@@ -101,6 +103,11 @@ class ModelConfig:
             )
         for name in ("norm_eps", "embed_scale", "query_scale", "final_logit_soft_cap"):
             _check_positive(name, getattr(self, name))
+        # One spelling per computation, so that equal models have equal configurations.
+        if self.query_scale == self.head_dim**-0.5:
+            object.__setattr__(self, "query_scale", None)
+        if self.local_rope == self.rope or not any(windows):
+            object.__setattr__(self, "local_rope", None)
 
     def layer_rope(self, layer: int) -> RopeConfig:
         """Return the RoPE of layer number ``layer``: ``local_rope`` where it has a window.

@@ -149,7 +149,8 @@ class Decoder(nnx.Module):
 
         results = [self.logits(x)]
         if cache is not None:
-            results.append(cache.advance(tuple(new_layers), valid))
+            real = jnp.ones(tokens.shape, bool) if valid is None else valid
+            results.append(cache.advance(tuple(new_layers), real))
         if return_hidden:
             results.append(tuple(hidden))
         return results[0] if len(results) == 1 else tuple(results)

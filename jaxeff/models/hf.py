@@ -374,8 +374,8 @@ def _read_tensors(files: dict[str, Path], names: dict[str, str]) -> Iterator[tup
 
 def _check_names(path: Path, names: dict[str, str], files: dict[str, Path], *, tied: bool) -> None:
     if missing := [name for name in names if name not in files]:
-        where = ", ".join(sorted({file.name for file in files.values()})) or "no file"
-        raise ValueError(f"{path}: tensor {_some(missing)} missing (looked in {where})")
+        where = path / (_SINGLE if (path / _SINGLE).is_file() else _INDEX)
+        raise ValueError(f"{where}: missing tensor {_some(missing)} ({len(names)} are needed)")
     allowed = {"lm_head.weight"} if tied else set()
     for name, file in sorted(files.items()):
         if name not in names and name not in allowed and not name.endswith(_COMPUTED):

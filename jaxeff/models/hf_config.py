@@ -244,8 +244,7 @@ def from_hf_config(raw: dict[str, Any]) -> ModelConfig:
         mlp_dim=_size(raw, "intermediate_size"),
         norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=rope,
-        # Without windowed layers nothing reads it, and equal models should compare equal.
-        local_rope=local_rope if any(windows) else None,
+        local_rope=local_rope,
         layer_windows=windows,
         mlp_bias="mlp_bias" in family.fields and _flag(raw, "mlp_bias", False),
         tie_embeddings=_flag(raw, "tie_word_embeddings", family.tie_embeddings),
@@ -523,9 +522,9 @@ def _write_fields(config: ModelConfig, model_type: str, family: _Family) -> dict
         raw["mlp_bias"] = config.mlp_bias
     if model_type != "llama" and len(windows) <= 1:
         raw |= {"layer_types": kinds, "sliding_window": next(iter(windows), None)}
+    if "use_sliding_window" in family.fields:
         raw["use_sliding_window"] = bool(windows)
     if model_type == "gemma3_text":
-        del raw["use_sliding_window"]
         raw["query_pre_attn_scalar"] = _query_scalar(config)
         raw["final_logit_softcapping"] = config.final_logit_soft_cap
         raw["rope_parameters"] = {

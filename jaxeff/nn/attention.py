@@ -30,7 +30,7 @@ def default_attention_fn(quant: Any = None) -> AttentionFn:
     >>> default_attention_fn("sage2") is default_attention_fn("sage2")
     True
     """
-    from pallas_kernels import dot_product_attention
+    from pallas_kernels.ops.attention.api import dot_product_attention
 
     if quant is None:
         return dot_product_attention
