@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-FILES = ("report.html", "report.json")
+from jaxeff import __version__
 
 
 def require_matplotlib() -> None:
@@ -32,7 +32,7 @@ def require_matplotlib() -> None:
 
 def machine() -> dict[str, Any]:
     """What a reader needs to judge a measured number: device, cores and versions."""
-    packages = ("jaxeff", "jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
@@ -40,7 +40,8 @@ def machine() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        # The version of this package itself comes from its source: a checkout need not be installed.
+        "versions": {"jaxeff": __version__, **{name: metadata.version(name) for name in packages}},
     }
 
 

@@ -1,5 +1,6 @@
 """The main job, in small: every part runs, and the files it promises are there."""
 
+import io
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -44,12 +45,11 @@ def finished(tmp_path_factory, small_preset):
     patch = pytest.MonkeyPatch()
     patch.setitem(demo.PRESETS, "cpu", small_preset)
     output = tmp_path_factory.mktemp("demo")
-    console = Console(file=(output / "console.txt").open("w"), width=160)
-    results = demo.run_demo(output=output, seed=1, console=console)
-    console.file.close()
+    printed = io.StringIO()
+    results = demo.run_demo(output=output, seed=1, console=Console(file=printed, width=160))
     patch.undo()
-    (folder,) = (path for path in output.iterdir() if path.is_dir())
-    return folder, results, (output / "console.txt").read_text()
+    (folder,) = output.iterdir()
+    return folder, results, printed.getvalue()
 
 
 def test_report_json_holds_device_versions_seed_and_all_numbers(finished):
