@@ -1,6 +1,7 @@
-"""Decoder models and their configurations."""
+"""Decoder models, their configurations, and Hugging Face checkpoints (``jaxeff.models.hf``)."""
 
+from jaxeff.models import hf
 from jaxeff.models.config import ModelConfig
 from jaxeff.models.decoder import Decoder
 
-__all__ = ["Decoder", "ModelConfig"]
+__all__ = ["Decoder", "ModelConfig", "hf"]

@@ -108,8 +108,9 @@ class Decoder(nnx.Module):
         """Return the logits of the next token at each position.
 
         Args:
-            tokens: ``[B, T]`` integer, ids from 0 to ``V - 1``. Concrete ids are checked; inside
-                ``jit``, where values are unknown, an id outside gives NaN logits in its row.
+            tokens: ``[B, T]`` integer, ids from 0 to ``V - 1``; any where ``valid`` is False.
+                Concrete ids are checked; inside ``jit``, where values are unknown, an id of ``V``
+                or more gives NaN logits in its row.
             positions: ``[B, T]`` integer, logical positions in tokens. By default each valid token
                 follows the one before it, starting at ``cache.seen`` or 0.
             valid: ``[B, T]`` bool, False for padding on either side: nothing attends to it, it
@@ -127,9 +128,12 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: an argument has another shape, dtype or range than above.
         """
-        _check_tokens(tokens, self.config.vocab_size)
+        _check_tokens(tokens)
         _check_like_tokens("positions", positions, jnp.integer, tokens.shape)
         _check_like_tokens("valid", valid, jnp.bool_, tokens.shape)
+        if valid is not None:
+            tokens = jnp.where(valid, tokens, 0)  # an id outside would give NaN, and 0 · NaN too
+        _check_range(tokens, self.config.vocab_size)
         layer_caches = self._layer_caches(cache)
         attention_fns = _per_layer(attention_fn, self.config.num_layers)
         if positions is None:
@@ -255,13 +259,16 @@ def _positions(shape: tuple[int, int], valid: Array | None, cache: Any) -> Array
     return steps if cache is None else cache.seen[:, None] + steps  # [B, T]
 
 
-def _check_tokens(tokens: Any, vocab_size: int) -> None:
+def _check_tokens(tokens: Any) -> None:
     shape, dtype = getattr(tokens, "shape", None), getattr(tokens, "dtype", None)
     if shape is None or len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
         came = type(tokens).__name__ if shape is None else f"{dtype} of shape {shape}"
         raise ValueError(f"tokens are {came}; expected an integer array [B, T]")
     if 0 in shape:
         raise ValueError(f"tokens have shape {shape}; expected at least one row and one token")
+
+
+def _check_range(tokens: Any, vocab_size: int) -> None:
     if not isinstance(tokens, jax.core.Tracer):
         low, high = (int(bound) for bound in (np.min(tokens), np.max(tokens)))
         if low < 0 or high >= vocab_size:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxeff.nn.norm import RMSNorm
 from jaxeff.nn.rope import RopeConfig, apply_rope
 from jaxeff.typing import Array, AttentionFn, DTypeLike
+from pallas_kernels import dot_product_attention
 
 __all__ = ["Attention", "default_attention_fn"]
 
@@ -30,8 +31,6 @@ def default_attention_fn(quant: Any = None) -> AttentionFn:
     >>> default_attention_fn("sage2") is default_attention_fn("sage2")
     True
     """
-    from pallas_kernels.ops.attention.api import dot_product_attention
-
     if quant is None:
         return dot_product_attention
     return functools.partial(dot_product_attention, quant=quant)

@@ -132,9 +132,9 @@ def apply_rope(x: Array, positions: Array, config: RopeConfig) -> Array:
         ValueError: ``H`` is odd, or ``positions`` does not have the shape ``[B, T]``.
 
     >>> import jax.numpy as jnp
-    >>> x = jnp.ones((1, 2, 1, 2))
-    >>> apply_rope(x, jnp.array([[0, 1]]), RopeConfig())[0, :, 0].round(3).tolist()
-    [[1.0, 1.0], [-0.30099999904632568, 1.3819999694824219]]
+    >>> y = apply_rope(jnp.ones((1, 1, 1, 2)), jnp.array([[1]]), RopeConfig())
+    >>> [round(v, 3) for v in y.ravel().tolist()]  # cos 1 - sin 1, cos 1 + sin 1
+    [-0.301, 1.382]
 
     References: Su et al., "RoFormer", 2021, section 3.4.2 (halves instead of neighbouring pairs).
     """

@@ -13,6 +13,11 @@ from jaxeff.nn import RopeConfig
 SMALL = {"vocab_size": 32, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
 
 
+@nnx.jit
+def run(model, ids, **options):
+    return model(ids, **options)
+
+
 def make(config=None, **options):
     config = ModelConfig.llama(**SMALL) if config is None else config
     return Decoder(config, rngs=nnx.Rngs(0), **options)
@@ -26,7 +31,7 @@ def tokens(batch=2, length=6, seed=0):
 def test_future_tokens_change_nothing(family):
     model = make(getattr(ModelConfig, family)(**SMALL))
     ids = (tokens(), tokens().at[:, 4:].set(3))
-    first, second = (nnx.jit(lambda m, t: m(t))(model, t) for t in ids)
+    first, second = (run(model, t) for t in ids)
     np.testing.assert_allclose(first[:, :4], second[:, :4], atol=1e-6)
     assert not np.allclose(first[:, 4:], second[:, 4:])
 
@@ -35,8 +40,8 @@ def test_a_window_forgets():
     config = ModelConfig.llama(**SMALL | {"num_layers": 1}, layer_windows=(2,))
     model = make(config)
     changed = tokens().at[:, 0].add(1) % 32
-    np.testing.assert_allclose(model(tokens())[:, 2:], model(changed)[:, 2:], atol=1e-6)
-    assert not np.allclose(model(tokens())[:, 1], model(changed)[:, 1])
+    np.testing.assert_allclose(run(model, tokens())[:, 2:], run(model, changed)[:, 2:], atol=1e-6)
+    assert not np.allclose(run(model, tokens())[:, 1], run(model, changed)[:, 1])
 
 
 def test_abstract_init_has_the_same_shapes_and_allocates_nothing():
@@ -89,7 +94,7 @@ def test_attention_function_per_call_and_per_layer():
 
         return fn
 
-    want = make()(tokens())
+    want = run(make(), tokens())
     model = make(attention_fn=named("init"))
     np.testing.assert_allclose(model(tokens()), want, atol=1e-5)
     model(tokens(), attention_fn=named("call"))
@@ -101,34 +106,36 @@ def test_attention_function_per_call_and_per_layer():
 def test_results_that_are_asked_for():
     model = make()
     cache = DenseCache.init_for(model, 2, 6, dtype=jnp.float32)
-    logits, new, hidden = model(tokens(), cache=cache, return_hidden=True)
+    logits, new, hidden = nnx.jit(lambda m, t, c: m(t, cache=c, return_hidden=True))(
+        model, tokens(), cache
+    )
     assert logits.shape == (2, 6, 32)
     assert new.seen.tolist() == [6, 6]
     assert [h.shape for h in hidden] == [(2, 6, 16)] * 2
-    np.testing.assert_allclose(model.logits(hidden[-1]), logits)
-    np.testing.assert_allclose(model(tokens()), logits, atol=1e-5)
+    np.testing.assert_allclose(model.logits(hidden[-1]), logits, atol=1e-5)
+    np.testing.assert_allclose(run(model, tokens()), logits, atol=1e-5)
 
 
 def test_padding_takes_no_position():
     model = make()
     ids = tokens(1)
-    padded = jnp.concatenate((jnp.zeros((1, 2), jnp.int32), ids), axis=1)
+    padded = jnp.concatenate((jnp.full((1, 2), 99), ids), axis=1)  # no id of the vocabulary
     valid = jnp.array([[False] * 2 + [True] * 6])
-    np.testing.assert_allclose(model(padded, valid=valid)[:, 2:], model(ids), atol=1e-5)
-    explicit = jnp.arange(-2, 6)[None]
-    np.testing.assert_allclose(
-        model(padded, valid=valid, positions=jnp.maximum(explicit, 0))[:, 2:], model(ids), atol=1e-5
-    )
+    want, explicit = run(model, ids), jnp.maximum(jnp.arange(-2, 6)[None], 0)
+    got = run(model, padded, valid=valid)[:, 2:]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    got = run(model, padded, valid=valid, positions=explicit)[:, 2:]
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_soft_cap_bounds_the_logits():
     config = dataclasses.replace(ModelConfig.llama(**SMALL), final_logit_soft_cap=0.01)
-    plain, capped = make()(tokens()), make(config)(tokens())
+    plain, capped = run(make(), tokens()), run(make(config), tokens())
     np.testing.assert_allclose(capped, 0.01 * jnp.tanh(plain / 0.01), atol=1e-6)
 
 
 def test_first_predictions_are_near_uniform():
-    logits = make(ModelConfig.llama(**SMALL | {"embed_dim": 64}))(tokens())
+    logits = run(make(ModelConfig.llama(**SMALL | {"embed_dim": 64})), tokens())
     loss = -jnp.mean(jax.nn.log_softmax(logits))
     assert float(loss) == pytest.approx(np.log(32), abs=0.2)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxeff.kv_cache import DenseCache
 from jaxeff.nn import Attention, GatedMLP, RMSNorm, TransformerBlock
 from jaxeff.nn.attention import default_attention_fn
+from pallas_kernels import dot_product_attention
 
 plain = jax.nn.dot_product_attention
 
@@ -98,8 +99,6 @@ def test_padding_changes_nothing_for_real_tokens():
 
 
 def test_quant_is_the_kernels_own_function_with_that_quant():
-    from pallas_kernels.ops.attention.api import dot_product_attention
-
     layer = Attention(16, 4, quant="sage2", rngs=nnx.Rngs(0))
     assert layer.attention_fn is default_attention_fn("sage2")
     assert layer.attention_fn.func is dot_product_attention
