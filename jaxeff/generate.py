@@ -21,6 +21,7 @@ from flax import nnx
 
 from jaxeff.compress import Compressor, parse
 from jaxeff.kv_cache import DenseCache, KVCache
+from jaxeff.kv_cache.dense import store_name
 
 __all__ = ["ContinuationScore", "Generation", "generate", "sample", "score_continuation"]
 
@@ -312,7 +313,7 @@ def _prepare(model, tokens, lengths, room, compression, cache_dtype) -> _Prepare
     compressor = parse(compression).fit(prompt=prompt, room=room)
     store = compressor.storage or cache_dtype
     store = getattr(model, "dtype", jnp.bfloat16) if store is None else store
-    store = store if store == "int8" else jnp.dtype(store).name
+    store = store_name(store)
     capacity = compressor.prefill_capacity(prompt=prompt, room=room)
     if capacity < prompt:
         raise ValueError(

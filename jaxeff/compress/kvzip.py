@@ -232,8 +232,8 @@ def keep_mask(
             (also ``"pair-uniform"``): every layer and head keeps its share. ``"head"``: the share
             of heads with the largest maximum keeps all its entries, the others none.
         upstream_threshold: keep ``score > threshold`` with the threshold of the authors' code,
-            which loses one entry and all ties, instead of exactly the share. Not with
-            ``"uniform"``, which is exact there too.
+            which below ratio 1 loses one entry and all ties, instead of exactly the share. No
+            effect on ``"uniform"``, which is exact there too.
 
     Returns:
         bool ``[L, B, K, S]``; ties go to the lower layer, head and slot.
@@ -252,6 +252,8 @@ def keep_mask(
     _check_selection(ratio, level)
     layers, batch, heads, _ = scores.shape
     eligible = scores > -jnp.inf
+    if ratio == 1:
+        return eligible
     if level in ("uniform", "pair-uniform"):
         return _largest(scores, _count(jnp.sum(eligible, -1), ratio)) & eligible
     by_row = jnp.moveaxis(scores, 1, 0)  # [B, L, K, S]
@@ -393,7 +395,7 @@ class KVzip(Compressor):
             ValueError: if a prompt token is not in the vocabulary.
         """
         tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-        if self.ratio == 1.0 and not self.upstream_threshold:
+        if self.ratio == 1:
             return []
         first, later = self._prompts(vocab_size)
         longest = int(lengths.max())

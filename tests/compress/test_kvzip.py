@@ -1,0 +1,255 @@
+"""KVzip against the original code's golden data, its repeat pass, and its messages."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxeff.compress import KVzip
+from jaxeff.compress.kvzip import (
+    REPEAT_FIRST,
+    REPEAT_LATER,
+    keep_mask,
+    reconstruction_scores,
+)
+from jaxeff.kv_cache import DenseCache, check_invariants
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "kvzip"
+FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+RATIOS = (0.1, 0.3, 0.5, 0.9, 1.0)
+
+
+def _load(name):
+    data = np.load(GOLDEN / f"{name}.npz")
+    return data, json.loads(str(data["meta_json"]))
+
+
+def _score_layer(data, meta, layer, block=128):
+    """Scores of one layer over all chunks, ``[B, K, n_s + n_c]``."""
+    keys = jnp.asarray(data["cache_k"][layer]).swapaxes(1, 2)
+    best, start = None, meta["n_s"]
+    for number, size in enumerate(meta["chunks"]):
+        got = reconstruction_scores(
+            jnp.asarray(data[f"q_chunk{number}"][layer]).swapaxes(1, 2),
+            keys,
+            jnp.asarray(data[f"k_in_chunk{number}"][layer]).swapaxes(1, 2),
+            num_sinks=meta["n_s"],
+            start=start,
+            chunk=size,
+            query_block=block,
+        )
+        best = got if best is None else jnp.maximum(best, got)
+        start += size
+    return best
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_scores_equal_the_original(name):
+    data, meta = _load(name)
+    for layer in range(meta["L"]):
+        for block in (128, 17):
+            got = np.asarray(_score_layer(data, meta, layer, block))
+            assert np.isneginf(got[..., : meta["n_s"]]).all()
+            got = got[..., meta["n_s"] :]
+            np.testing.assert_allclose(got, data["score"][layer], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                got.max(-1)[0], data["head_score"][layer], rtol=1e-5, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_selection_equals_the_original(name):
+    data, _ = _load(name)
+    score = jnp.asarray(data["score"])
+    for ratio in RATIOS:
+        upstream = keep_mask(score, ratio, upstream_threshold=True)
+        np.testing.assert_array_equal(upstream, data[f"pair_valid_r{ratio}"])
+        exact = keep_mask(score, ratio)
+        assert int(exact.sum()) == int(score.size * ratio)
+        # Without ties the original loses exactly the threshold element.
+        assert int((exact & ~upstream).sum()) == (ratio < 1) and not (upstream & ~exact).any()
+        for level in ("uniform", "pair-uniform"):
+            got = keep_mask(score, ratio, level=level)
+            np.testing.assert_array_equal(got, data[f"uniform_valid_r{ratio}"])
+    tied = jnp.asarray(data["tied_score"])
+    for ratio in (0.3, 0.5):
+        got = keep_mask(tied, ratio, upstream_threshold=True)
+        np.testing.assert_array_equal(got, data[f"tied_pair_valid_r{ratio}"])
+        assert int(keep_mask(tied, ratio).sum()) == int(tied.size * ratio)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_head_level_equals_the_original(name):
+    data, _ = _load(name)
+    score = jnp.asarray(data["head_level_score"])[..., None]  # [L, B, K, 1]
+    score = jnp.broadcast_to(score, data["score"].shape)
+    both = np.maximum(data["head_score"], data["head_score_second_file"])
+    np.testing.assert_array_equal(both, data["head_level_score"][:, 0])
+    for ratio in (0.3, 0.5, 0.6):
+        got = np.asarray(keep_mask(score, ratio, level="head", upstream_threshold=True))
+        expected = np.broadcast_to(data[f"head_valid_r{ratio}"][..., None], got.shape)
+        np.testing.assert_array_equal(got, expected)
+        exact = np.asarray(keep_mask(score, ratio, level="head"))
+        assert (exact.all(-1) == exact.any(-1)).all()
+        assert exact.all(-1).sum() == int(both.size * ratio)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("level", ["pair", "pair-uniform"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_eviction_keeps_the_original_rows(name, level, ratio):
+    data, meta = _load(name)
+    sinks, slots = meta["n_s"], data["cache_k"].shape[3]
+    cache = DenseCache.init(meta["L"], 1, slots, meta["Hkv"], meta["d"], dtype=jnp.float32)
+    layers = []
+    for number, layer in enumerate(cache.layers):
+        k = jnp.asarray(data["cache_k"][number]).swapaxes(1, 2)
+        layers.append(layer.update(k, k, positions=jnp.arange(slots)[None]))
+    cache = cache.advance(layers, jnp.ones((1, slots), bool))
+    scores = jnp.pad(
+        jnp.asarray(data["score"]), ((0, 0),) * 3 + ((sinks, 0),), constant_values=-jnp.inf
+    )
+    method = KVzip(ratio=ratio, level=level, num_sinks=sinks, upstream_threshold=True, bucket=1)
+    small = method.evict_context(cache, tuple(scores), room=3)
+    check_invariants(small)
+    key = f"{level.replace('-', '_')}_r{ratio}"
+    lengths = np.asarray(small.lengths())[:, 0]
+    np.testing.assert_array_equal(lengths, data[f"evict_{key}_len_k"])
+    flat = [
+        head * slots + small.layers[layer].positions[0, head, : lengths[layer, head]]
+        for layer in range(meta["L"])
+        for head in range(meta["Hkv"])
+    ]
+    np.testing.assert_array_equal(np.concatenate(flat), data[f"evict_{key}_flat_index"])
+    assert [layer.capacity for layer in small.layers] == (lengths.max(1) + 3).tolist()
+    assert all((layer.frozen == sinks).all() for layer in small.layers)
+    for before, after in zip(cache.layers, small.layers, strict=True):
+        got = after.k[0, 0, : after.length[0, 0]]
+        np.testing.assert_array_equal(got, before.k[0, 0][after.positions[0, 0, : got.shape[0]]])
+
+
+def _plain(queries, keys, input_keys, columns, length, scored):
+    """Maximum softmax weight per slot for one row and one KV head, in float64."""
+    rows, best = queries.shape[0], np.full(keys.shape[0], -np.inf)
+    own = np.arange(rows)
+    shown = [j for j in columns if j < length]
+    for head in range(queries.shape[1]):
+        for row in range(rows):
+            every = np.concatenate([keys[shown], input_keys[own <= row]])
+            logits = every @ queries[row, head] / np.sqrt(keys.shape[-1])
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            for place, slot in enumerate(shown):
+                if slot in scored:
+                    best[slot] = max(best[slot], weights[place])
+    return best
+
+
+@pytest.mark.parametrize("norm", ["chunk", "full"])
+def test_scores_with_short_rows_follow_the_formula(norm):
+    rng = np.random.default_rng(0)
+    queries, inputs = rng.normal(size=(2, 9, 4, 8)), rng.normal(size=(2, 9, 2, 8))
+    keys = rng.normal(size=(2, 12, 2, 8))
+    length, valid = [12, 7], np.arange(9) < np.array([[9], [5]])
+    got = reconstruction_scores(
+        *(jnp.asarray(x, jnp.float32) for x in (queries, keys, inputs)),
+        num_sinks=2,
+        start=5,
+        chunk=4,
+        length=jnp.asarray(length),
+        input_valid=jnp.asarray(valid),
+        norm=norm,
+        query_block=4,
+    )
+    columns = range(12) if norm == "full" else [0, 1, 5, 6, 7, 8]
+    for row, (size, real) in enumerate(zip(length, (9, 5), strict=True)):
+        for head in range(2):
+            want = _plain(
+                queries[row, :real, 2 * head : 2 * head + 2],
+                keys[row, :, head],
+                inputs[row, :real, head],
+                columns,
+                size,
+                range(5, 9),
+            )
+            np.testing.assert_allclose(got[row, head], want, rtol=1e-5, atol=1e-6)
+
+
+def test_one_chunk_and_full_softmax_agree_and_no_norm_gives_logits():
+    rng = np.random.default_rng(1)
+    shapes = ((1, 6, 2, 8), (1, 5, 1, 8), (1, 6, 1, 8))
+    queries, keys, inputs = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    chunk = reconstruction_scores(queries, keys, inputs)
+    np.testing.assert_allclose(
+        chunk, reconstruction_scores(queries, keys, inputs, norm="full"), 1e-6
+    )
+    logits = jnp.einsum("banh,bskh->bkans", queries, keys) / 8**0.5
+    np.testing.assert_allclose(
+        reconstruction_scores(queries, keys, inputs, norm="none"), logits.max((2, 3)), 1e-5
+    )
+
+
+def test_dead_slots_never_compete_and_ties_go_to_the_lower_slot():
+    scores = jnp.array([[[[0.5, 0.5, 0.5, -jnp.inf]]], [[[0.5, 0.1, -jnp.inf, -jnp.inf]]]])
+    kept = keep_mask(scores, 0.4)  # 2 of 5
+    assert kept[:, 0, 0].tolist() == [[True, True, False, False], [False] * 4]
+    assert keep_mask(scores, 1.0).tolist() == (scores > -jnp.inf).tolist()
+
+
+def test_passes_repeat_every_context_token_once():
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(256, size=(2, 50)).astype(np.int32)
+    lengths = np.array([50, 23])
+    method = KVzip(ratio=0.5, chunk=20, num_sinks=4, header=(7, 8))
+    passes = method.context_passes(tokens, lengths, vocab_size=256)
+    assert [item.start for item in passes] == [4, 24, 44]
+    assert len({item.tokens.shape for item in passes}) == 1
+    first, later = list(REPEAT_FIRST.encode()), list(REPEAT_LATER.encode())
+    row = [int(x) for x in tokens[0]]
+    got = passes[0].tokens[0][passes[0].valid[0]].tolist()
+    assert got == [*first, 7, 8, *row[4:24]]
+    got = passes[1].tokens[0][passes[1].valid[0]].tolist()
+    assert got == [*later, *row[16:24], 7, 8, *row[24:44]]
+    got = passes[2].tokens[0][passes[2].valid[0]].tolist()
+    assert got == [*later, *row[36:44], 7, 8, *row[44:50]]
+    assert not passes[1].valid[1].any() and not passes[2].valid[1].any()
+    silent = method.context_passes(tokens, lengths, vocab_size=1000)[0]
+    assert silent.tokens[0][silent.valid[0]].tolist() == [7, 8, *row[4:24]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: KVzip(ratio=0), r"ratio=0 must be in \(0, 1\]"),
+        (lambda: KVzip(ratio=1.5), r"ratio=1.5 must be in \(0, 1\]"),
+        (lambda: KVzip(ratio=float("nan")), r"ratio=nan must be in"),
+        (lambda: KVzip(ratio=0.3, level="layer"), "level='layer'; expected 'pair'"),
+        (lambda: KVzip(ratio=0.3, norm="softmax"), "norm='softmax'; expected 'chunk'"),
+        (lambda: KVzip(ratio=0.3, chunk=0), "chunk=0; expected 1 or more tokens"),
+        (
+            lambda: KVzip(ratio=0.3, repeat_prompt=[300]).context_passes(
+                np.zeros((1, 4), int), np.array([4]), vocab_size=256
+            ),
+            "repeat_prompt has token ids from 300 to 300; the vocabulary has 256",
+        ),
+        (
+            lambda: reconstruction_scores(
+                jnp.ones((1, 2, 3, 4)), jnp.ones((1, 5, 2, 4)), jnp.ones((1, 2, 2, 4))
+            ),
+            r"keys has 2 heads; query heads \(3\)",
+        ),
+    ],
+)
+def test_bad_settings_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_scoring_memory_is_one_query_block():
+    shapes = [(1, 512, 2, 8), (1, 640, 1, 8), (1, 512, 1, 8)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    text = jax.jit(lambda *a: reconstruction_scores(*a, query_block=64)).lower(*args).as_text()
+    assert "512x1152" not in text and "64x1152" in text
