@@ -254,19 +254,20 @@ def initial_parameters(
     heads = config.num_heads * (config.head_dim or config.embed_dim // config.num_heads)
     fan_in |= {"down": hidden, "out_proj": heads}
 
-    def draw(path, leaf, key):
+    def scaled(path, leaf, uniform):
         names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
         if "scale" in names:
             return jnp.ones(leaf.shape, leaf.dtype)
         if any("norm" in name for name in names):
             return jnp.zeros(leaf.shape, leaf.dtype)
         size = next((fan_in[name] for name in names if name in fan_in), config.embed_dim)
-        bound = 1.0 / jnp.sqrt(jnp.asarray(size, jnp.float32))
-        return bound * jax.random.uniform(key, leaf.shape, leaf.dtype, -1.0, 1.0)
+        return uniform.reshape(leaf.shape) / jnp.sqrt(jnp.asarray(size, jnp.float32))
 
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [draw(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)]
+    ends = np.cumsum([leaf.size for _, leaf in leaves])
+    # One draw for all leaves: every call of the generator costs compile time.
+    parts = jnp.split(jax.random.uniform(key, (ends[-1],), minval=-1.0), ends[:-1])
+    drawn = [scaled(path, leaf, part) for (path, leaf), part in zip(leaves, parts, strict=True)]
     return jax.tree.unflatten(structure, drawn)
 
 

@@ -5,8 +5,9 @@ traced number (T, d, B, p, number of pairs, vocabulary, learning rate). They are
 through one ``lax.scan`` of training steps. Batches depend only on (seed, step), so that a sweep
 that was killed goes on from its last checkpoint to the very numbers it would have had.
 
-Files in the output folder: ``runs.jsonl`` (one line for each finished run, or for an unfinished one
-when time ran out; the last line of an id counts) and ``state/<group>.npz`` while a group is trained.
+Files in the output folder: ``runs.jsonl`` (one line for each finished run, or for an
+unfinished one when time ran out; the last line of an id counts) and ``state/<group>.npz`` while a
+group is trained.
 """
 
 import contextlib
@@ -158,8 +159,8 @@ def make_evaluate(group: Group) -> Callable:
 
 
 def make_chunk(group: Group) -> Callable:
-    """Return the function (state, numbers, first step) -> (state, curves) of one chunk of steps."""
-    transform, evaluate = _transform(group), make_evaluate(group)
+    """Return the function (state, numbers, first step) -> (state, mean loss ``[R]``) of a chunk."""
+    transform = _transform(group)
 
     def step(carry, index):
         state, numbers = carry
@@ -177,7 +178,7 @@ def make_chunk(group: Group) -> Callable:
             return jax.vmap(step, in_axes=((0, 0), None))((state, numbers), index)
 
         state, losses = jax.lax.scan(body, state, first + jnp.arange(group.eval_every))
-        return state, evaluate(state, numbers) | {"train_loss": losses.mean(0)}
+        return state, losses.mean(0)
 
     return chunk
 
@@ -261,7 +262,9 @@ def _load_state(path: Path, like: Any) -> tuple[Any, list, list[int]]:
                 )
         names = [name for name in stored.files if name.startswith("curve_")]
         steps = stored["steps"].tolist()
-        curves = [{n.removeprefix("curve_"): stored[n][i] for n in names} for i in range(len(steps))]
+        curves = [
+            {n.removeprefix("curve_"): stored[n][i] for n in names} for i in range(len(steps))
+        ]
     return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in found]), curves, steps
 
 
@@ -346,7 +349,7 @@ def _over(group: Group, curves: list, watched: np.ndarray) -> bool:
     """Whether every run of the group has crossed (or diverged), ``patience`` evaluations ago."""
     if group.runs_on or len(curves) <= group.patience:
         return False
-    name, threshold, rising = group.objective.watched
+    _, threshold, rising = group.objective.watched
     stop = threshold if group.stop is None else group.stop
     before = watched[: len(curves) - group.patience]  # [n, R]
     crossed = before >= stop if rising else before < stop
@@ -404,7 +407,8 @@ def train_group(
         if deadline is not None and time.monotonic() > deadline:
             status = "time"
             break
-        state, found = programs.chunk(state, numbers, jnp.int32(steps[-1]))
+        state, loss = programs.chunk(state, numbers, jnp.int32(steps[-1]))
+        found = programs.evaluate(state, numbers) | {"train_loss": loss}
         curves.append(jax.device_get(found))
         watched.append(curves[-1][name])
         steps.append(steps[-1] + group.eval_every)
@@ -495,8 +499,8 @@ def _progress(groups: Sequence[Group], quiet: bool) -> Iterator[Callable]:
     if quiet:
         yield lambda group: None
         return
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
     from rich.progress import BarColumn as Bar
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}"),

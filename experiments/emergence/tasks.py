@@ -126,17 +126,18 @@ def linear_batch(
     _check_static("B", B, 1, length if not isinstance(length, jax.core.Tracer) else seq_len)
     _check_static("p", p, 0.0, 1.0)
 
-    key_x, key_rel, key_rep, key_pos = jax.random.split(key, 4)
+    # Few, large draws: every call of the generator costs compile time.
+    key_x, key_u = jax.random.split(key)
     inside = jnp.arange(size) < dim
     scale = inside / jnp.sqrt(jnp.float32(dim))
-    x = jax.random.normal(key_x, (batch_size, seq_len, size)) * scale  # [b, T, D]
-    fresh = jax.random.normal(key_rel, (batch_size, size)) * scale  # [b, D]
-    repeated = jax.random.bernoulli(key_rep, jnp.float32(p), (batch_size, 1))
-    vector = jnp.where(repeated, jax.nn.one_hot(0, size), fresh)
+    drawn = jax.random.normal(key_x, (batch_size, seq_len + 1, size)) * scale
+    x, fresh = drawn[:, :-1], drawn[:, -1]  # [b, T, D], [b, D]
+    uniform = jax.random.uniform(key_u, (batch_size, seq_len + 1))
+    vector = jnp.where(uniform[:, -1:] < p, jax.nn.one_hot(0, size), fresh)
     # The B positions of lowest rank are relevant; padding ranks last.
     order = jnp.broadcast_to(-jnp.arange(seq_len, dtype=jnp.float32), (batch_size, seq_len))
     if random_positions:
-        order = jax.random.uniform(key_pos, (batch_size, seq_len))
+        order = uniform[:, :-1]
     order = jnp.where(jnp.arange(seq_len) < length, order, jnp.inf)
     relevant = jnp.argsort(jnp.argsort(order, axis=1), axis=1) < B  # [b, T]
     inputs = jnp.where(relevant[:, :, None], vector[:, None, :], x)
@@ -200,33 +201,35 @@ def recall_batch(
     _check_static("B", B, 0.0 if literal_bernoulli else 1.0, most)
     _check_static("p", p, 0.0, 1.0)
 
-    key_map, key_q, key_pick, key_slot, key_more, key_other = jax.random.split(key, 6)
     token, slot = jnp.arange(vocab), jnp.arange(slots)
+    # One draw, cut into its uses: every call of the generator costs compile time.
+    uniform = jax.random.uniform(key, (batch_size, 2 * vocab + slots + 4))
+    noise_map, noise_other, draw, scalars = jnp.split(
+        uniform, [vocab, 2 * vocab, 2 * vocab + slots], axis=1
+    )
 
-    def shuffled(k, allowed):
+    def whole(u, count):
+        """Uniform whole number below ``count`` from a uniform number in [0, 1)."""
+        return jnp.minimum(jnp.floor(u * count).astype(jnp.int32), count - 1)
+
+    def shuffled(noise, allowed):
         """Random order of the allowed entries, then the others."""
-        noise = jax.random.uniform(k, (batch_size, vocab))
         return jnp.argsort(jnp.where(allowed, noise, jnp.inf), axis=1)
 
-    mapping = shuffled(key_map, token < vocab_size)  # [b, V]
+    mapping = shuffled(noise_map, token < vocab_size)  # [b, V]
     # p_query = p · uniform(designated) + (1−p) · uniform(vocabulary).
-    key_uniform, key_which = jax.random.split(key_q)
-    uniform = jax.random.randint(key_uniform, (batch_size,), 0, vocab_size)
-    designated = jnp.asarray(DESIGNATED_TOKENS)[
-        jax.random.randint(key_which, (batch_size,), 0, len(DESIGNATED_TOKENS))
-    ]
-    query = jnp.where(jax.random.bernoulli(key_pick, jnp.float32(p), (batch_size,)), designated, uniform)
+    designated = jnp.asarray(DESIGNATED_TOKENS)[whole(scalars[:, 0], len(DESIGNATED_TOKENS))]
+    query = jnp.where(scalars[:, 1] < p, designated, whole(scalars[:, 2], vocab_size))
 
-    draw = jax.random.uniform(key_more, (batch_size, slots))
     if literal_bernoulli:
         is_query = draw < B / num_pairs
     else:
-        certain = jax.random.randint(key_slot, (batch_size, 1), 0, num_pairs) == slot
+        certain = whole(scalars[:, 3:], num_pairs) == slot
         is_query = certain | (draw < (B - 1.0) / jnp.maximum(num_pairs - 1, 1))
     used = slot < num_pairs
     is_query = is_query & used  # [b, slots]
 
-    others = shuffled(key_other, (token < vocab_size) & (token != query[:, None]))
+    others = shuffled(noise_other, (token < vocab_size) & (token != query[:, None]))
     rank = jnp.cumsum(~is_query, axis=1) - 1  # place of a slot among those without the query
     other_keys = jnp.take_along_axis(others, jnp.clip(rank, 0, vocab - 1), axis=1)
     keys = jnp.where(is_query, query[:, None], other_keys)  # [b, slots]
