@@ -104,9 +104,10 @@ def test_quant_is_the_kernels_own_function_with_that_quant():
     assert layer.attention_fn.func is dot_product_attention
     assert layer.attention_fn.keywords == {"quant": "sage2"}
     assert Attention(16, 4, rngs=nnx.Rngs(0)).attention_fn is dot_product_attention
-    # Eight bits keep about two digits of the attention's output.
+    # FP8 values have three bits of mantissa: single outputs are off by up to 6 %.
     exact = make(16, 4)(inputs())
-    np.testing.assert_allclose(layer(inputs()), exact, atol=0.05)
+    error = jnp.abs(layer(inputs()) - exact)
+    assert 0 < float(jnp.sum(error) / jnp.sum(jnp.abs(exact))) < 0.05
 
 
 def test_gradients_reach_every_parameter():
