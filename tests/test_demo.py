@@ -90,7 +90,7 @@ def test_page_is_self_contained(finished):
     folder, _, _ = finished
 
     class Links(HTMLParser):
-        found: list[str] = []  # noqa: RUF012
+        found: list[str] = []
 
         def handle_starttag(self, tag, attributes):
             self.found += [value for name, value in attributes if name == "src"]
