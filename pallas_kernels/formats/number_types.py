@@ -76,6 +76,11 @@ class FloatType:
         return math.frexp(self.max)[1] - 1
 
     @property
+    def lowest(self) -> float:
+        """Most negative value; e8m0 has no sign and no zero, so its smallest value."""
+        return -self.max if self.mantissa_bits else self.smallest
+
+    @property
     def smallest(self) -> float:
         """Smallest positive value that float32 arithmetic keeps."""
         return max(2.0 ** (self.min_exponent - self.mantissa_bits), FLOAT32_MIN_NORMAL)

@@ -250,7 +250,8 @@ def _check_tiling(name: str, tiles: tuple[int, ...], stored: tuple[int, ...]) ->
             f"{name} must have the rank of the value, {len(stored)}; got shape {tiles} for {stored}"
         )
     for axis, (count, length) in enumerate(zip(tiles, stored, strict=True)):
-        if count < 1 or length % count:
+        divides = length == 0 if count == 0 else length % count == 0
+        if not divides:
             raise ValueError(
                 f"{name} has {count} tiles along axis {axis}, which does not divide the stored "
                 f"length {length}"
@@ -284,7 +285,9 @@ def split_tiles(x: jax.Array, counts: tuple[int, ...]) -> jax.Array:
     >>> split_tiles(jnp.zeros((4, 6)), (1, 3)).shape
     (1, 4, 3, 2)
     """
-    pairs = ((count, length // count) for count, length in zip(counts, x.shape, strict=True))
+    pairs = (
+        (count, length // max(count, 1)) for count, length in zip(counts, x.shape, strict=True)
+    )
     return x.reshape(*(dim for pair in pairs for dim in pair))
 
 

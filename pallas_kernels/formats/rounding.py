@@ -38,7 +38,7 @@ def round_to(
     References: IEEE 754 roundTiesToEven; FP4 All the Way (arXiv:2505.19115), section 3.
     """
     x = jnp.asarray(x, jnp.float32)
-    lowest = -kind.max if symmetric or isinstance(kind, FloatType) else kind.lowest
+    lowest = -kind.max if symmetric and isinstance(kind, IntType) else kind.lowest
     clipped = jnp.clip(x, lowest, kind.max)
     if isinstance(kind, FloatType) and kind.covers_float32 and kind.mantissa_bits > 0:
         return _round_wide(clipped, kind, noise)

@@ -23,10 +23,10 @@ def quantize(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec) -> QTensor
         QTensor, bit for bit what ``xla.quantize`` returns.
 
     >>> from pallas_kernels.ops.quantize.spec import make_spec
-    >>> quantize(jnp.float32([1.3, 6.0]), None, make_spec((2,), "nvfp4")).dequantize().tolist()
+    >>> quantize(jnp.float32([1.3, 6.0]), None, make_spec((2,), "mxfp4")).dequantize().tolist()
     [1.5, 6.0]
     """
-    x = jnp.pad(x.astype(jnp.float32), [(0, pad) for pad in spec.padding])
+    x = jax.lax.pad(x.astype(jnp.float32), 0.0, [(0, pad, 0) for pad in spec.padding])
     noise = jax.random.uniform(key, x.shape, jnp.float32) if spec.rounding != "nearest" else None
     scaling = _asymmetric if spec.asymmetric else _symmetric
     units, scale, rest = scaling(x, spec)

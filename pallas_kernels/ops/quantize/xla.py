@@ -30,7 +30,9 @@ def quantize(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec) -> QTensor
     >>> quantize(jnp.float32([1.0, -2.0]), None, make_spec((2,), "int8")).qvalue.tolist()
     [64, -127]
     """
-    padded = jnp.pad(x.astype(jnp.float32), [(0, pad) for pad in spec.padding])
+    padded = x.astype(jnp.float32)
+    if any(spec.padding):
+        padded = jnp.pad(padded, [(0, pad) for pad in spec.padding])
     counts = tuple(n // size for n, size in zip(padded.shape, spec.tile, strict=True))
     tiles = split_tiles(padded, counts)  # [n0, tile0, n1, tile1, ...]; scales have 1 for every tile
     noise = None
