@@ -116,7 +116,7 @@ def test_on_a_decoder_under_jit():
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 32)
     found = nnx.jit(lambda m, t: attention_sparsity(m, t, block_q=8, block_kv=8))(model, tokens)
     assert all(field.shape == (3, 4) for field in found)
-    assert bool(jnp.all(found.entropy > 0.8))  # fresh weights: attention is spread out
+    assert bool(jnp.all(found.entropy > 0.6))  # fresh weights: attention is spread out
     padded = attention_sparsity(model, tokens, valid=jnp.arange(24)[None] < jnp.array([[24], [20]]))
     assert bool(jnp.all(jnp.isfinite(padded.entropy)))
 
