@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -123,13 +124,18 @@ def dot_product_attention(
         config=config,
     )
     name = _dispatch.resolve("attention", implementation, _reasons(spec))
-    if name == "reference":
-        out, lse = reference.attention(*call, spec)
-    else:
-        out, lse = xla.attention(*call, spec, block_kv)
+    out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
     if not batched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "name", "block_kv"))
+def _run(query, key, value, bias, sinks, rules, *, spec, name, block_kv):
+    """One compiled call, so that use outside `jit` does not pay for every small operation."""
+    if name == "reference":
+        return reference.attention(query, key, value, bias, sinks, rules, spec)
+    return xla.attention(query, key, value, bias, sinks, rules, spec, block_kv)
 
 
 def explain(*args, implementation: str | None = None, **kwargs) -> _dispatch.Explanation:
@@ -222,7 +228,8 @@ def _prepare(
     config=None,
 ):
     """Checks everything; returns the arrays in one fixed form, the spec, and the chunk size."""
-    q, k, v = _arrays(query, key, value)
+    quant = spec_lib.get_quant(quant)
+    q, k, v = _arrays(query, key, value, quant)
     b, t, n, h = q.shape
     s = k.shape[1]
     bias = _pairs("bias", bias, (b, n, t, s))
@@ -251,7 +258,7 @@ def _prepare(
         dtype=str(q.dtype),
         scale=_number("scale", scale, 1.0 / math.sqrt(h)),
         soft_cap=_number("logits_soft_cap", logits_soft_cap, None, positive=True),
-        quant=spec_lib.get_quant(quant),
+        quant=quant,
         quantized_key=_is_qtensor(key),
         quantized_value=_is_qtensor(value),
         has_bias=bias is not None,
@@ -265,7 +272,7 @@ def _is_qtensor(x) -> bool:
     return hasattr(x, "qvalue") and hasattr(x, "dequantize")
 
 
-def _arrays(query, key, value):
+def _arrays(query, key, value, quant):
     """Query, key and value as [B, ., ., H] arrays of one dtype."""
     q = jnp.asarray(query)
     if str(q.dtype) not in _DTYPES:
@@ -274,7 +281,13 @@ def _arrays(query, key, value):
         raise ValueError(f"query must be [B, T, N, H] or [T, N, H]; got shape {q.shape}")
     out = {"query": q}
     for name, x in (("key", key), ("value", value)):
-        x = x.dequantize(q.dtype) if _is_qtensor(x) else jnp.asarray(x)
+        if _is_qtensor(x):
+            # A quantised variant takes the codes exactly; full precision rounds to its dtype.
+            x = x.dequantize(q.dtype if quant is None else jnp.float32)
+            if quant is not None and x.ndim == q.ndim:
+                out[name] = x
+                continue
+        x = jnp.asarray(x)
         if x.ndim != q.ndim:
             form = "[B, S, K, H]" if q.ndim == 4 else "[S, K, H]"
             raise ValueError(f"{name} must be {form} like query {q.shape}; got shape {x.shape}")

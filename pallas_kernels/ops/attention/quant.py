@@ -78,7 +78,6 @@ def operands(
       SageAttention 4.2 (smooth K), SageAttention2 3.1 (smooth Q, per thread), 3.2 and 3.4 (V).
     """
     quant, f32 = spec.quant, jnp.float32
-    dtype_v = value.dtype
     q, k, v = (x.astype(f32) for x in clean(query, key, value, mask, spec))
     live = live_keys(mask, spec)
     one = jnp.ones((1, 1, 1), f32)
@@ -101,7 +100,7 @@ def operands(
         if quant.smooth_v:
             v_mean = _mean(v, live)
             v = _only(live, v - v_mean)
-        v, v_scale = quantize_value(v, quant, dtype_v)
+        v, v_scale = quantize_value(v, quant, spec.dtype)
     return Operands(q, q_scale, k, k_scale, v, v_scale, v_mean, q_mean, k_smooth, row_const)
 
 
@@ -214,7 +213,7 @@ def quantize_value(v: jax.Array, quant: AttentionQuant, dtype) -> tuple[jax.Arra
     Args:
       v: float32 [B, S, K, H], dead rows zero.
       quant: the variant.
-      dtype: dtype in which V came; decides what "half" means.
+      dtype: dtype of the call; decides what "half" means.
 
     Returns:
       Values float32 [B, S, K, H] on the format's grid, and scales float32 broadcastable to
@@ -235,7 +234,7 @@ def quantize_value(v: jax.Array, quant: AttentionQuant, dtype) -> tuple[jax.Arra
 
 def _half(x: jax.Array, quant: AttentionQuant, dtype) -> jax.Array:
     """Rounds to the 16-bit format that `pv` names."""
-    is_f16 = quant.pv == "fp16" or (quant.pv == "half" and dtype == jnp.float16)
+    is_f16 = quant.pv == "fp16" or (quant.pv == "half" and jnp.dtype(dtype) == jnp.float16)
     if not is_f16:
         return x.astype(jnp.bfloat16).astype(jnp.float32)
     return jnp.clip(x, -F16_MAX, F16_MAX).astype(jnp.float16).astype(jnp.float32)
@@ -247,7 +246,7 @@ def quantize_p(p: jax.Array, quant: AttentionQuant, dtype) -> jax.Array:
     Args:
       p: float32 [..., C], in [0, 1].
       quant: the variant.
-      dtype: dtype in which V came; decides what "half" means.
+      dtype: dtype of the call; decides what "half" means.
 
     Returns:
       float32 [..., C]: the values that multiply V, with the format's constant factor divided out.

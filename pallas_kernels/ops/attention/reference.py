@@ -113,7 +113,7 @@ def _quantized(query, key, value, bias, sinks, mask, spec):
     safe = jnp.where(jnp.isneginf(running), 0.0, running)[..., None]
     p = jnp.exp(x - safe)
     weight = jnp.exp(running - jnp.where(jnp.isneginf(m), 0.0, m))
-    low = numerics.quantize_p(p, quant, value.dtype)
+    low = numerics.quantize_p(p, quant, spec.dtype)
     tile = numerics.multiply_pv(
         low, v.transpose(0, 3, 1, 2, 4), quant, "bntjs,bnjsh->bntjh"
     )  # [B, N, T, tiles, H]

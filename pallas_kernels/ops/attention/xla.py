@@ -296,7 +296,7 @@ def _forward_quantized(query, key, value, bias, sinks, mask, spec: AttentionSpec
         m_safe = _zero_if_inf(m_new)
         p = jnp.exp(x - m_safe[..., None])
         alpha = jnp.exp(m - m_safe)
-        low = numerics.quantize_p(p, quant, value.dtype)
+        low = numerics.quantize_p(p, quant, spec.dtype)
         vj = _slice(v, start, size, 2)
         pv = numerics.multiply_pv(low, vj, quant, "bkgtc,bkch->bkgth")
         return (m_new, l * alpha + p.sum(-1), acc * alpha[..., None] + pv), None

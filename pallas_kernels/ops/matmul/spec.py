@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static facts of a matrix product, and who can serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels._device import Device
+
+IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class OperandSpec:
+    """What is known about one operand before the call runs.
+
+    Args:
+      dtype: name of the dtype of the array, or of the codes of a QTensor.
+      quantized: True for a QTensor.
+      k_tiles: scales along the contracted axis; 1 when one scale covers it.
+      plain: no zero point, no packing, no padding.
+    """
+
+    dtype: str
+    quantized: bool = False
+    k_tiles: int = 1
+    plain: bool = True
+
+    @property
+    def kind(self) -> str | None:
+        """Which low-precision product the codes can enter: "int8", "fp8" or None."""
+        if not (self.quantized and self.plain and self.k_tiles == 1):
+            return None
+        return {
+            "int8": "int8",
+            "int4": "int8",
+            "float8_e4m3fn": "fp8",
+            "float8_e5m2": "fp8",
+        }.get(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulSpec:
+    """Everything about a product that is known before it runs.
+
+    Args:
+      m: rows of the left operand, leading axes folded in.
+      n: columns of the right operand.
+      k: contracted length.
+      lhs: the left operand.
+      rhs: the right operand.
+      out_dtype: name of the dtype of the result.
+    """
+
+    m: int
+    n: int
+    k: int
+    lhs: OperandSpec
+    rhs: OperandSpec
+    out_dtype: str
+
+    @property
+    def direct(self) -> str | None:
+        """ "int8" or "fp8" when the codes are multiplied themselves, else None."""
+        return self.lhs.kind if self.lhs.kind == self.rhs.kind else None
+
+
+def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) -> str | None:
+    """Why an implementation cannot serve a product, or None when it can.
+
+    Args:
+      spec: the call.
+      device: the device it would run on.
+      implementation: "mosaic", "xla" or "reference".
+
+    Returns:
+      One sentence, or None.
+    """
+    if implementation != "mosaic":
+        return None
+    if device.platform != "gpu":
+        return (
+            f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
+        )
+    return "a Mosaic GPU matmul kernel is not part of this version"
+
+
+def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
+    """What a user should know about the chosen implementation, for `explain`.
+
+    Args:
+      spec: the call.
+      implementation: the chosen one.
+
+    Returns:
+      Sentences, possibly none.
+    """
+    if not (spec.lhs.quantized or spec.rhs.quantized):
+        return ()
+    if implementation == "xla" and spec.direct:
+        total = "int32" if spec.direct == "int8" else "float32"
+        return (f"the {spec.direct} codes are multiplied directly and summed in {total}",)
+    if implementation == "xla":
+        why = (
+            "both operands must be QTensors of one kind with one scale along k, without zero point"
+        )
+        return (f"operands are dequantised before the product: for a direct one {why}",)
+    return ("operands are dequantised to float32 before the product",)

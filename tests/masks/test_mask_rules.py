@@ -1,0 +1,171 @@
+"""Masks against rules written out pair by pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.masks import EMPTY, FULL, BlockMask, Mask
+
+B = 2
+SETTINGS = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def cases(draw):
+    """A mask built from some rules, and the same pairs computed one by one with NumPy."""
+    # Few distinct sizes: every new shape is compiled anew.
+    t, s = draw(st.sampled_from([(1, 1), (5, 9), (9, 5), (8, 8)]))
+    row, col = np.arange(t)[:, None], np.arange(s)
+    allowed = np.ones((B, 1, t, s), bool)
+    mask = Mask()
+    small = st.integers(-3, 9)
+    if draw(st.booleans()):
+        offset = draw(small)
+        mask, allowed = mask & Mask.causal(offset), allowed & (col <= row + offset)
+    if draw(st.booleans()):
+        offsets = np.array([draw(small), draw(small)])
+        mask &= Mask.causal(jnp.asarray(offsets))
+        allowed = allowed & (col <= row + offsets[:, None, None, None])
+    if draw(st.booleans()):
+        left, right = draw(st.integers(0, 4)), draw(st.integers(0, 4) | st.none())
+        mask &= Mask.window(left, right, 1)
+        allowed = allowed & (col >= row + 1 - left)
+        allowed = allowed if right is None else allowed & (col <= row + 1 + right)
+    if draw(st.booleans()):
+        lengths = np.array([draw(st.integers(0, s)), draw(st.integers(0, s))])
+        mask &= Mask.lengths(kv_lengths=jnp.asarray(lengths))
+        allowed = allowed & (col < lengths[:, None, None, None])
+    if draw(st.booleans()):
+        lengths = np.array([draw(st.integers(0, t)), draw(st.integers(0, t))])
+        mask &= Mask.lengths(q_lengths=jnp.asarray(lengths))
+        allowed = allowed & (row < lengths[:, None, None, None])
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    if draw(st.booleans()):
+        q_ids, kv_ids = np.sort(rng.integers(0, 3, (B, t))), np.sort(rng.integers(0, 3, (B, s)))
+        mask &= Mask.segment_ids(jnp.asarray(q_ids), jnp.asarray(kv_ids))
+        allowed = allowed & (q_ids[:, None, :, None] == kv_ids[:, None, None, :])
+    if draw(st.booleans()):
+        array = rng.random((B, 3, t, s)) < 0.6
+        mask, allowed = mask & Mask.from_array(jnp.asarray(array)), allowed & array
+    return mask, allowed, t, s
+
+
+@SETTINGS
+@given(cases())
+def test_dense_and_transpose(case):
+    mask, allowed, t, s = case
+    got = mask.dense(t, s)
+    np.testing.assert_array_equal(np.broadcast_to(got, allowed.shape), allowed)
+    other = np.swapaxes(mask.transpose().dense(s, t), 2, 3)
+    np.testing.assert_array_equal(np.broadcast_to(other, allowed.shape), allowed)
+
+
+@SETTINGS
+@given(cases())
+def test_blocks_of_tokens_equal_parts_of_the_whole(case):
+    mask, allowed, t, s = case
+    rows, cols = jnp.arange(0, t, 2), jnp.arange(s - 1, s + 3)
+    got = mask.block(rows, cols, t, s)
+    want = np.pad(allowed, ((0, 0), (0, 0), (0, 0), (0, 4)))[:, :, ::2, s - 1 : s + 3]
+    np.testing.assert_array_equal(np.broadcast_to(got, want.shape), want)
+
+
+@SETTINGS
+@given(cases(), st.sampled_from([(2, 4), (3, 2)]))
+def test_tile_status_is_safe(case, blocks):
+    """A tile called empty holds no allowed pair; a tile called full holds no forbidden one."""
+    mask, allowed, t, s = case
+    bq, bk = blocks
+    status = np.asarray(mask.tile_status(t, s, bq, bk))
+    status = np.repeat(np.repeat(status, bq, 2), bk, 3)[:, :, :t, :s]
+    status, allowed = np.broadcast_arrays(status, allowed)
+    assert not allowed[status == EMPTY].any()
+    assert allowed[status == FULL].all()
+
+
+@SETTINGS
+@given(cases())
+def test_live_tokens_are_never_called_dead(case):
+    mask, allowed, t, s = case
+    keys, queries = mask.live_keys(t, s), mask.live_queries(t, s)
+    for live, axis in ((keys, 2), (queries, 3)):
+        some = allowed.any(axis)
+        if live is None:
+            continue  # nothing is claimed
+        assert np.broadcast_to(live, some.shape)[some].all()
+
+
+@SETTINGS
+@given(cases(), st.sampled_from([(2, 4), (3, 2)]))
+def test_block_mask_keeps_every_pair(case, blocks):
+    mask, allowed, t, s = case
+    block_mask = BlockMask.from_mask(mask, t, s, block_q=blocks[0], block_kv=blocks[1])
+    got = block_mask.to_dense()
+    np.testing.assert_array_equal(np.broadcast_to(got, allowed.shape), allowed)
+    again = BlockMask.from_dense(jnp.asarray(allowed), block_q=blocks[0], block_kv=blocks[1])
+    np.testing.assert_array_equal(again.to_dense(), allowed)
+    counts, lists = np.asarray(block_mask.kv_num_blocks), np.asarray(block_mask.kv_indices)
+    for where in np.ndindex(counts.shape):
+        listed = lists[where][: counts[where]]
+        assert (np.diff(listed) > 0).all() and (lists[where][counts[where] :] == 0).all()
+
+
+def test_static_tiles_are_exact_for_causal():
+    status = np.asarray(Mask.causal().tile_status(8, 8, 4, 4))[0, 0]
+    np.testing.assert_array_equal(status, [[1, 0], [2, 1]])
+
+
+def test_from_blocks_round_trip_and_tail():
+    kept = np.random.default_rng(0).random((1, 2, 3, 5)) < 0.5
+    blocks = BlockMask.from_blocks(jnp.asarray(kept), 20, 18, block_q=8, block_kv=4)
+    np.testing.assert_array_equal(blocks.to_blocks(), kept)
+    want = np.repeat(np.repeat(kept, 8, 2), 4, 3)[:, :, :20, :18]
+    np.testing.assert_array_equal(blocks.to_dense(), want)
+    causal = BlockMask.from_blocks(
+        jnp.asarray(kept), 20, 18, block_q=8, block_kv=4, mask=Mask.causal()
+    )
+    np.testing.assert_array_equal(
+        causal.to_dense(), want & (np.arange(18) <= np.arange(20)[:, None])
+    )
+
+
+def test_pytrees_pass_through_jit_and_vmap():
+    mask = Mask.causal(2) & Mask.lengths(kv_lengths=jnp.array([2, 3]))
+    leaves, tree = jax.tree.flatten(mask)
+    assert len(leaves) == 1  # the integer bound is static
+    assert jax.tree.unflatten(tree, leaves).max_diff == 2
+    got = jax.jit(lambda m: m.dense(3, 4))(mask)
+    np.testing.assert_array_equal(got, mask.dense(3, 4))
+    each = jax.vmap(lambda n: Mask.lengths(kv_lengths=n[None]).dense(3, 4)[0])(jnp.array([2, 3]))
+    np.testing.assert_array_equal(
+        each, Mask.lengths(kv_lengths=jnp.array([2, 3])).dense(3, 4) & jnp.ones((1, 1, 3, 1), bool)
+    )
+    blocks = jax.jit(lambda m: BlockMask.from_mask(m, 8, 8, block_q=4, block_kv=4))(Mask.causal())
+    assert blocks.grid == (2, 2) and abs(float(blocks.sparsity()) - 0.25) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Mask.window(-1, 0), "left must be >= 0 tokens; got -1"),
+        (lambda: Mask.lengths(jnp.zeros((2, 2), int)), r"q_lengths .* 1 dimension.*\(2, 2\)"),
+        (lambda: Mask.segment_ids(jnp.zeros(3)), "q_ids must be an integer array with 2"),
+        (lambda: Mask.from_array(jnp.ones((2, 2))), "mask must be boolean"),
+        (lambda: Mask.from_array(jnp.ones((2, 2), bool)).dense(3, 3), r"T=3, S=3\]; got shape"),
+        (lambda: BlockMask.from_dense(jnp.ones(3, bool)), r"mask must be \[.., T, S\]"),
+        (
+            lambda: BlockMask.from_blocks(jnp.ones((2, 3)), 8, 8, block_q=4, block_kv=4),
+            r"blocks must be \[.., 2, 2\] for T=8, S=8 in blocks of 4 x 4; got shape \(2, 3\)",
+        ),
+        (
+            lambda: BlockMask.from_mask(Mask(), 8, 8, block_q=0),
+            "block_q must be at least 1 token; got 0",
+        ),
+    ],
+)
+def test_messages(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
