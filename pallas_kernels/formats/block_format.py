@@ -35,8 +35,8 @@ class BlockFormat:
     Args:
         element: type of a code: int4, int8, e2m1, e2m3, e3m2, e4m3 or e5m2.
         block: values per scale along a quantised axis; ``None`` means the whole axis.
-        scale: type of the scale: float32, bfloat16, float16, e8m0, e4m3 or any eXmY. A type that jax does
-            not have is stored as float32 whose values lie on its grid.
+        scale: type of the scale: float32, bfloat16, float16, e8m0, e4m3 or any eXmY. A type that
+            jax does not have is stored as float32 whose values lie on its grid.
         scale_rule: ``"nearest"`` rounds amax / max to the scale type. ``"floor"``, ``"ceil"`` and
             ``"qwix"`` give a power of two, see ``scale_from_amax``. ``None`` means ``"floor"`` for
             e8m0 and ``"nearest"`` otherwise.
