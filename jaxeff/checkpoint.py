@@ -218,7 +218,7 @@ def _facts_of(leaf: Any) -> tuple[list[int], str]:
 def _check_leaves(path: Path, facts: dict[str, Any], wanted: dict[str, Any]) -> None:
     problems = [f"{name} is not in the checkpoint" for name in wanted if name not in facts]
     problems += [f"{name} is only in the checkpoint" for name in facts if name not in wanted]
-    for name in wanted.keys() & facts.keys():
+    for name in (name for name in wanted if name in facts):
         shape, dtype = _facts_of(wanted[name])
         stored = facts[name]
         if (stored["shape"], stored["dtype"]) != (shape, dtype):

@@ -273,12 +273,7 @@ def fit(
     graph, state = init_state(model, optimizer)
     if sharding is not None:
         state = _replicated(state, sharding)
-    last = _last_checkpoint(checkpoint_dir) if resume else None
-    if last is not None:
-        state = checkpoint.restore(last, state)
-    else:
-        # Donation would delete the arrays that the model still holds.
-        state = jax.tree.map(jnp.copy, state)
+    state = _start(state, _last_checkpoint(checkpoint_dir) if resume else None)
     start = int(state.step)
     step = _compiled_step(graph, optimizer)
     run = _Run(config, start, log_path, resume, on_step)
@@ -499,6 +494,13 @@ def _progress_bar(config, start, description, console, visible):
 
 
 # --- checkpoints --------------------------------------------------------------------------------
+
+
+def _start(state: TrainState, path: Path | None) -> TrainState:
+    if path is not None:
+        return checkpoint.restore(path, state)
+    # Donating the arrays that the model holds would delete them.
+    return jax.tree.map(jnp.copy, state)
 
 
 def _is_due(done: int, config: TrainConfig) -> bool:

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from jaxeff.quant.dot import quantized_dot_general
+from jaxeff.quant.noise import counter_key
 from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
 
 # Embeddings and the output head stay in high precision in every published FP4 recipe.
@@ -65,7 +66,7 @@ class QuantizedDot(nnx.Module):
         key = None
         if self.key is not None:
             state = self.key[...]
-            key = jax.random.fold_in(jax.random.wrap_key_data(state[:2]), state[2])
+            key = jax.random.fold_in(counter_key(state[:2]), state[2])
         return quantized_dot_general(
             lhs,
             rhs,

@@ -66,7 +66,7 @@ class OperandQuant:
     format: Any = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
     granularity: Literal["contraction", "square", "tensor"] = "contraction"
-    tile: int | None | Literal["default"] = "default"
+    tile: int | Literal["default"] | None = "default"
     scale_rule: str | None = None
     overrange: float = 1.0
     two_level: bool | None = None

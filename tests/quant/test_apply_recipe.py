@@ -1,0 +1,154 @@
+"""Putting recipes into NNX models: which layers get them, and where their randomness comes from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from jaxeff.quant import RECIPES, QuantizedDot, SRKey, apply_recipe, dot_general, fold_step
+
+
+class Block(nnx.Module):
+    def __init__(self, width, rngs):
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(nnx.relu(self.up(x)))
+
+
+class Model(nnx.Module):
+    def __init__(self, num_layers=3, width=16, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.embed = nnx.Embed(8, width, rngs=rngs)
+        self.layers = nnx.List([Block(width, rngs) for _ in range(num_layers)])
+        self.lm_head = nnx.Linear(width, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+TOKENS = jnp.arange(32).reshape(2, 16) % 8
+BLOCK_PATHS = [f"layers.{i}.{name}" for i in range(3) for name in ("up", "down")]
+
+
+def _loss(model):
+    return model(TOKENS).astype(jnp.float32).var()
+
+
+def test_default_rules():
+    model = Model()
+    plan = apply_recipe(model, "fp4_all_the_way")
+    assert plan == dict.fromkeys(BLOCK_PATHS, "fp4_all_the_way") | {"lm_head": "bf16"}
+    assert model.lm_head.dot_general is lax.dot_general
+    assert isinstance(model.layers[0].up.dot_general, QuantizedDot)
+
+
+def test_rules_and_exemptions():
+    model = Model()
+    rules = [(r"lm_head", "mxfp8"), (r"layers\.1\.", None), (r"layers\.2\.up", RECIPES["fp4_sr"])]
+    plan = apply_recipe(model, "fp4_rtn", rules=rules)
+    assert plan["lm_head"] == "mxfp8", "a rule stands above the built-in exemption"
+    assert plan["layers.1.up"] == plan["layers.1.down"] == "bf16"
+    assert plan["layers.2.up"] == "fp4_sr" and plan["layers.2.down"] == "fp4_rtn"
+
+
+def test_keep_last():
+    plan = apply_recipe(Model(), "nvidia_nvfp4")
+    plain = {name for name, recipe in plan.items() if recipe == "bf16"}
+    assert plain == {"layers.2.up", "layers.2.down", "lm_head"}
+    plan = apply_recipe(Model(), "nvidia_nvfp4", keep_last=0.5)
+    assert plan["layers.0.up"] == "nvidia_nvfp4" and plan["layers.1.up"] == "bf16"
+    plan = apply_recipe(Model(), "nvidia_nvfp4", keep_last=0.0)
+    assert plan["layers.2.down"] == "nvidia_nvfp4"
+
+
+def test_bad_rules():
+    with pytest.raises(
+        ValueError, match=r"rule 'attention' matches no linear layer; the paths are"
+    ):
+        apply_recipe(Model(), "fp4_rtn", rules=[("attention", None)])
+    with pytest.raises(ValueError, match=r"layer 'layers.0.up' is matched by 2 rules"):
+        apply_recipe(Model(), "fp4_rtn", rules=[(r"\.up", None), (r"layers\.0", "mxfp8")])
+    with pytest.raises(ValueError, match="recipe must be one of"):
+        apply_recipe(Model(), "fp5")
+    with pytest.raises(ValueError, match="recipe must be one of"):
+        apply_recipe(Model(), "fp4_rtn", rules=[("up", "fp5")])
+    with pytest.raises(ValueError, match=r"keep_last must lie in \[0, 1\), got 2"):
+        apply_recipe(Model(), "fp4_rtn", keep_last=2)
+    with pytest.raises(ValueError, match=r"Embed has no nnx\.Linear layer"):
+        apply_recipe(Model().embed, "fp4_rtn")
+    with pytest.raises(ValueError, match="needs numbered blocks in the module paths"):
+        apply_recipe(Block(16, nnx.Rngs(0)), "nvidia_nvfp4")
+    model = Model()
+    model.layers[1].up.dot_general = dot_general("mxfp8")
+    with pytest.raises(ValueError, match=r"layer 'layers.1.up' already has its own dot_general"):
+        apply_recipe(model, "fp4_rtn")
+    assert model.layers[0].up.dot_general is lax.dot_general, "a refused call changes nothing"
+
+
+def test_einsum_is_not_ignored():
+    class WithEinsum(nnx.Module):
+        def __init__(self):
+            self.mix = nnx.Einsum("ab,bc->ac", (16, 16), rngs=nnx.Rngs(0))
+            self.out = nnx.Linear(16, 4, rngs=nnx.Rngs(1))
+
+    with pytest.raises(NotImplementedError, match=r"layer 'mix' is an nnx\.Einsum"):
+        apply_recipe(WithEinsum(), "fp4_rtn")
+    assert apply_recipe(WithEinsum(), "fp4_rtn", rules=[("mix", None)])["out"] == "fp4_rtn"
+
+
+def test_identity_is_bitwise_and_undoes():
+    model, plain = Model(), Model()
+    apply_recipe(model, "fp4_all_the_way")
+    assert float(_loss(model)) != float(_loss(plain))
+    apply_recipe(model, "bf16")
+    np.testing.assert_array_equal(model(TOKENS), plain(TOKENS))
+    grads = [nnx.grad(_loss)(one) for one in (model, plain)]
+    jax.tree.map(np.testing.assert_array_equal, *grads)
+    assert not jax.tree.leaves(nnx.state(model, SRKey))
+
+
+def test_parameters_are_untouched():
+    model, plain = Model(), Model()
+    apply_recipe(model, "fp4_all_the_way")
+    params = [nnx.state(one, nnx.Param) for one in (model, plain)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+def test_keys_and_steps():
+    model = Model()
+    apply_recipe(model, "fp4_all_the_way", seed=5)
+    keys = {tuple(np.asarray(leaf)) for leaf in jax.tree.leaves(nnx.state(model, SRKey))}
+    assert len(keys) == 6, "every layer has its own key"
+    again, partly = Model(), Model()
+    apply_recipe(again, "fp4_all_the_way", seed=5)
+    apply_recipe(partly, "fp4_all_the_way", seed=5, rules=[(r"layers\.0\.up", None)])
+    state, same = nnx.state(model, SRKey), nnx.state(again, SRKey)
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    np.testing.assert_array_equal(
+        partly.layers[2].up.dot_general.key[...], model.layers[2].up.dot_general.key[...]
+    )
+
+    grad = nnx.jit(lambda model: nnx.grad(_loss)(model).layers[0].up.kernel[...])
+    first = grad(model)
+    np.testing.assert_array_equal(first, grad(again))
+    assert (first != grad(fold_step(model, 1))).any()
+    np.testing.assert_array_equal(first, grad(fold_step(model, 0)))
+
+
+def test_fold_step_on_state_is_pure():
+    model = Model()
+    apply_recipe(model, "fp4_sr")
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    folded = jax.jit(fold_step)(rest, jnp.int32(9))
+    steps = {int(leaf[2]) for leaf in jax.tree.leaves(folded)}
+    assert steps == {9} and {int(leaf[2]) for leaf in jax.tree.leaves(rest)} == {0}
+    merged = nnx.merge(graph, params, folded)
+    np.testing.assert_array_equal(merged(TOKENS), fold_step(model, 9)(TOKENS))
+    assert fold_step({"a": jnp.ones(2)}, 3)["a"].sum() == 2
