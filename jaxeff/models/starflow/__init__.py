@@ -20,6 +20,7 @@ from jaxeff.models.starflow.flow import (
     flow_loss,
     patchify,
     unpatchify,
+    with_dtype,
 )
 from jaxeff.models.starflow.guidance import linear_guidance, score_guidance
 from jaxeff.models.starflow.sampling import InverseTrace, inverse, sample
@@ -56,4 +57,5 @@ __all__ = [
     "tarflow_in64",
     "tarflow_mnist",
     "unpatchify",
+    "with_dtype",
 ]

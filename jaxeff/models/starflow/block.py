@@ -116,11 +116,10 @@ def rotate(x: Array, angles: Array, pairs: str = "interleaved") -> Array:
     else:
         first, second = jnp.split(wide, 2, -1)
     out = (first * cos - second * sin, first * sin + second * cos)
-    if pairs == "interleaved":
-        out = jnp.stack(out, -1).reshape(shape)
-    else:
-        out = jnp.concatenate(out, -1)
-    return out.astype(x.dtype)
+    joined = (
+        jnp.stack(out, -1).reshape(shape) if pairs == "interleaved" else jnp.concatenate(out, -1)
+    )
+    return joined.astype(x.dtype)
 
 
 class TokenMap(NamedTuple):

@@ -45,8 +45,10 @@ class CacheSpec:
       ValueError: for an unknown storage, a size below 1, or window and budget together.
 
     Example:
-      >>> CacheSpec.parse("int8"), CacheSpec.parse("rkv:32").budget, CacheSpec.parse("window:8").window
-      (CacheSpec(storage='int8', window=None, budget=None, buffer=16, observation=8, mix=0.1), 32, 8)
+      >>> CacheSpec.parse("int8").storage, CacheSpec.parse("rkv:32").budget
+      ('int8', 32)
+      >>> CacheSpec.parse("window:8/int8")
+      CacheSpec(storage='int8', window=8, budget=None, buffer=16, observation=8, mix=0.1)
     """
 
     storage: str = "float32"
@@ -320,8 +322,9 @@ def cache_bytes(
       before the next block starts.
 
     >>> from jaxeff.models.starflow.config import starflow_tiny
-    >>> cache_bytes(starflow_tiny(), "bfloat16")["deep"], cache_bytes(starflow_tiny(), "int8")["deep"]
-    (66820, 37700)
+    >>> config = starflow_tiny()
+    >>> cache_bytes(config, "bfloat16")["deep"], cache_bytes(config, "int8")["deep"]
+    (67600, 38480)
     """
     spec = CacheSpec.parse(cache) if isinstance(cache, str) else cache
     tokens = int(np.prod(grid or config.grid))

@@ -25,6 +25,7 @@ __all__ = [
     "flow_loss",
     "patchify",
     "unpatchify",
+    "with_dtype",
 ]
 
 
@@ -486,6 +487,30 @@ def flow_loss(
     penalty = sum(jnp.mean(jnp.square(u)) for u in inter) if latent_norm else 0.0
     metrics = {"nll": nll, "z": half_square, "logdet": logdet.mean()}
     return nll + latent_norm * penalty, metrics
+
+
+def with_dtype(flow: TARFlow, dtype: DTypeLike) -> TARFlow:
+    """The same weights with the transformer's arithmetic in another dtype.
+
+    Args:
+      flow: the model; it is not changed.
+      dtype: floating dtype of the arithmetic. The stored weights keep theirs.
+
+    Returns:
+      a flow that shares the weights.
+
+    >>> flow = TARFlow(TARFlowConfig(1, 4, 2, 16, (1,), head_dim=8), rngs=nnx.Rngs(0))
+    >>> with_dtype(flow, "bfloat16").blocks[0].proj_in(jnp.ones((1, 4))).dtype.name
+    'bfloat16'
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating, got {dtype}")
+    copy = nnx.merge(*nnx.split(flow))
+    for _, module in nnx.iter_graph(copy):
+        if isinstance(module, nnx.Linear | FlowBlock):
+            module.dtype = dtype
+    return copy
 
 
 def ema_update(average, state, decay: float):

@@ -46,7 +46,6 @@ class _Options:
     caches: tuple[Any, ...]  # per block
     method: str
     chunks: tuple[int, ...]  # per block
-    threshold: float
     max_sweeps: int
     progress: Callable | None
 
@@ -140,8 +139,9 @@ def inverse(
     null = _null(flow, condition, null_cond, batch) if guided else Condition()
     graphdef, state = nnx.split(flow)
     x, trace = _inverse(
-        graphdef, state, z, condition, null, jnp.float32(guidance), options, return_trace
-    )
+        graphdef, state, z, condition, null, jnp.float32(guidance), jnp.float32(threshold),
+        options, return_trace,
+    )  # fmt: skip
     return (x, trace) if return_trace else x
 
 
@@ -246,7 +246,6 @@ def _options(
         caches=tuple(specs[0] if is_deep else specs[1] for is_deep in deep),
         method=method,
         chunks=chunks,
-        threshold=float(threshold),
         max_sweeps=max_sweeps,
         progress=progress,
     )
@@ -267,8 +266,8 @@ def _null(flow: TARFlow, condition: Condition, null_cond, batch: int) -> Conditi
     return flow.condition(None, batch)
 
 
-@partial(jax.jit, static_argnums=(0, 6, 7))
-def _inverse(graphdef, state, z, condition, null, weight, options: _Options, keep: bool):
+@partial(jax.jit, static_argnums=(0, 7, 8))
+def _inverse(graphdef, state, z, condition, null, weight, threshold, options: _Options, keep: bool):
     flow: TARFlow = nnx.merge(graphdef, state)
     tokens, grid = flow.to_tokens(z)
     states, sweeps = [tokens], []
@@ -282,7 +281,8 @@ def _inverse(graphdef, state, z, condition, null, weight, options: _Options, kee
         flipped = flow.config.reversed_blocks[index]
         tokens = tokens[:, ::-1] if flipped else tokens
         with _precision(flow.precision):
-            solver = _BlockSolver(flow, index, condition, null, weight, grid, options)
+            numbers = (weight, threshold)
+            solver = _BlockSolver(flow, index, condition, null, numbers, grid, options)
             tokens, count = solver.solve(tokens)
         tokens = tokens[:, ::-1] if flipped else tokens
         states.append(tokens)
@@ -294,12 +294,12 @@ def _inverse(graphdef, state, z, condition, null, weight, options: _Options, kee
 class _BlockSolver:
     """Inverts one block in its own token order; lives inside one trace."""
 
-    def __init__(self, flow, index, condition, null, weight, grid, options: _Options):
+    def __init__(self, flow, index, condition, null, numbers, grid, options: _Options):
         self.block: FlowBlock = flow.blocks[index]
         self.attention_fn, self.grid, self.options = flow.attention_fn, grid, options
         self.flipped = flow.config.reversed_blocks[index]
         self.guided = options.guided and options.guided_blocks[index]
-        self.weight, self.chunk = weight, options.chunks[index]
+        (self.weight, self.threshold), self.chunk = numbers, options.chunks[index]
         self.spec = options.caches[index]
         if self.guided:
             pairs = zip(condition, null, strict=True)
@@ -442,7 +442,7 @@ class _BlockSolver:
             square = jnp.maximum(jnp.mean(jnp.square(new)), jnp.finfo(jnp.float32).tiny)
             change = jnp.mean(jnp.square(new - old)) / square
             sequence = jax.lax.dynamic_update_slice_in_dim(sequence, new, start + 1, 1)
-            return sequence, layers, count + 1, change < self.options.threshold
+            return sequence, layers, count + 1, change < self.threshold
 
         def unfinished(state):
             return ~state[3] & (state[2] < limit)

@@ -105,8 +105,8 @@ def config_from_upstream(config: Mapping[str, Any]) -> TARFlowConfig:
     """Translate constructor arguments of the original ``Model`` classes.
 
     A mapping with ``layers_per_block`` as a list or with any STARFlow argument is read as
-    apple/ml-starflow's, else as apple/ml-tarflow's. A mapping with a ``model`` entry (a report file)
-    is read from there.
+    apple/ml-starflow's, else as apple/ml-tarflow's. A mapping with a ``model`` entry (a report
+    file) is read from there.
 
     Args:
       config: the original constructor arguments; missing ones take the original defaults.
@@ -159,7 +159,7 @@ def from_upstream(
 
     Args:
       state_dict: original names → arrays in torch layout (linear weights ``[out, in]``, rows of
-        ``qkv`` ordered queries, keys, values). ``attn_mask`` and ``feat_rope`` buffers may be there.
+        ``qkv`` ordered queries, keys, values). Mask and rotary buffers may be there.
       config: the original constructor arguments, or our configuration.
       kwargs: of `TARFlow` (dtype, attention_fn, …).
 
