@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from pallas_kernels.masks import EMPTY, FULL, BlockMask, Mask
 
 B = 2
-SETTINGS = settings(max_examples=25, deadline=None)
+SETTINGS = settings(max_examples=15, deadline=None)
 
 
 @st.composite
 def cases(draw):
     """A mask built from some rules, and the same pairs computed one by one with NumPy."""
     # Few distinct sizes: every new shape is compiled anew.
-    t, s = draw(st.sampled_from([(1, 1), (5, 9), (9, 5), (8, 8)]))
+    t, s = draw(st.sampled_from([(1, 1), (5, 9), (9, 5)]))
     row, col = np.arange(t)[:, None], np.arange(s)
     allowed = np.ones((B, 1, t, s), bool)
     mask = Mask()
