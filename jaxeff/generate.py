@@ -311,6 +311,10 @@ def _prepare(model, tokens, lengths, room, compression, cache_dtype) -> _Prepare
     """Prefill, and let the compressor cut the context."""
     prompt = tokens.shape[1]
     compressor = parse(compression).fit(prompt=prompt, room=room)
+    scale = getattr(model.config, "query_scale", None)
+    if scale is not None and getattr(compressor, "scale", scale) is None:
+        # Score with the logits of the model's own attention.
+        compressor = dataclasses.replace(compressor, scale=scale)
     store = compressor.storage or cache_dtype
     store = getattr(model, "dtype", jnp.bfloat16) if store is None else store
     store = store_name(store)

@@ -120,6 +120,15 @@ def test_pair_level_gives_bytes_back_per_layer(model):
         assert layer.capacity == -(-longest // 16) * 16 + 3
 
 
+def test_scores_use_the_softmax_scale_of_the_model(prompts):
+    config = ModelConfig.llama(
+        vocab_size=256, num_layers=1, embed_dim=16, num_heads=2, head_dim=8, query_scale=0.02
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    prepared = module._prepare(model, prompts, np.array([12, 12]), 2, "rkv:8", None)
+    assert prepared.compressor == RKV(budget=8, buffer=7, scale=0.02)
+
+
 def test_prompts_shorter_than_the_budget_are_untouched(model, prompts):
     full = generate(model, prompts, max_new_tokens=5)
     same = generate(model, prompts, max_new_tokens=5, compression="rkv:256")
