@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        # The version of this package itself comes from its source: a checkout need not be installed.
+        # Our own version comes from the source: a checkout need not be installed.
         "versions": {"jaxeff": __version__, **{name: metadata.version(name) for name in packages}},
     }
 
