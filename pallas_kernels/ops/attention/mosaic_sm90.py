@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import math
 
 import jax
@@ -95,6 +96,7 @@ class Config:
     qk_split: int = 1
     exp_half: bool = False
     num_sms: int = 132
+    chunk: int = 4
     ablate: str = ""
 
     @property
@@ -286,9 +288,7 @@ def _probabilities(words, scales, offsets, config: Config, *, poly=False, floats
             if "exp" not in config.ablate:
                 lines += _poly_exp2(f"x{i}", "t") if poly else [f"ex2.approx.ftz.f32 x{i}, x{i};"]
         if "cvt8" in config.ablate:
-            lines += ["add.f32 x0, x0, x1;", "add.f32 x2,x2,x3;", "add.f32 x0,x0,x2;", "mov.b32 $0, x0; }"]
-            i32 = ir.IntegerType.get_signless(32)
-            return _asm("\n".join(lines), [i32], [*words, scales[0], scales[1], offsets[0], offsets[1]], effects=False)[0]
+            raise NotImplementedError
         lines.append("cvt.rn.satfinite.e4m3x2.f32 lo, x1, x0;")
         lines.append("cvt.rn.satfinite.e4m3x2.f32 hi, x3, x2;")
     lines.append("mov.b32 $0, {lo, hi}; }")
@@ -351,6 +351,8 @@ def _softmax_step(config, head_dim, mask, scores, m, q_scale, k_scale, position=
     Returns the packed P registers, the new maxima and the factors that bring old sums to them.
     """
     del head_dim
+    if position is None and config.chunk:
+        return _sliced_softmax(config, scores, m, q_scale, k_scale)
     tiles = config.block_kv // 8
     blocks = len(k_scale) // 2  # scale blocks per tile; each has one scale per column parity here
     per_block = tiles // blocks
@@ -412,6 +414,164 @@ def _softmax_step(config, head_dim, mask, scores, m, q_scale, k_scale, position=
     # Operand order of an 8-bit A: per 16 columns, row half 0 then row half 1.
     p = [packed[h][jj] for jj in range(tiles // 2) for h in range(2)]
     return p, new_m, alpha
+
+
+class _Slice:
+    """One slice of the softmax as PTX: a basic block that ptxas schedules by itself.
+
+    Left alone, ptxas puts all integer-to-float conversions first, then all exp2, then all conversions
+    to e4m3, so the units wait for each other. A slice holds the exp2 of one group of scores, the
+    preparation of the next and the packing of the last. It ends in a backward branch that is never
+    taken, which nothing is moved across.
+    """
+
+    def __init__(self):
+        self.lines, self.ins, self.outs = [], [], []
+
+    def read(self, value) -> str:
+        for i, (v, _) in enumerate(self.ins):
+            if v is value:
+                return f"@I{i}@"
+        self.ins.append((value, None))
+        return f"@I{len(self.ins) - 1}@"
+
+    def write(self, ty) -> str:
+        self.outs.append(ty)
+        return f"@O{len(self.outs) - 1}@"
+
+    def emit(self, never: ir.Value | None, number: int) -> list[ir.Value]:
+        text = "\n".join(["{ .reg .b16 lo, hi; .reg .pred never;", *self.lines])
+        if never is not None:
+            mark = self.read(never)
+            text += f"\nsetp.eq.b32 never, {mark}, {0x7FAB0000 + number};\n@never exit;"
+        text += "\n}"
+        for i in reversed(range(len(self.outs))):
+            text = text.replace(f"@O{i}@", f"${i}")
+        for i in reversed(range(len(self.ins))):
+            text = text.replace(f"@I{i}@", f"${len(self.outs) + i}")
+        return _asm(text, self.outs, [v for v, _ in self.ins])
+
+
+def _sliced_softmax(config, scores, m, q_scale, k_scale):
+    """`_softmax_step` for a tile without a mask, in slices of ``config.chunk`` groups of 4 scores."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    tiles = config.block_kv // 8
+    blocks = len(k_scale) // 2
+    never = llvm.bitcast(i32, q_scale[0])
+    word = lambda h, c, j: scores[4 * j + 2 * h + c]
+    scale = [
+        [[arith.mulf(q_scale[h], k_scale[2 * b + c]) for c in range(2)] for b in range(blocks)]
+        for h in range(2)
+    ]
+    per_block = tiles // blocks
+
+    def finish_max(h, tops):
+        best = None
+        for b in range(blocks):
+            for c in range(2):
+                value = arith.mulf(arith.sitofp(f32, tops[b][c]), scale[h][b][c])
+                best = value if best is None else arith.maximumf(best, value)
+        new = arith.maximumf(m[h], _quad_max(best))
+        return new, _exp2(arith.subf(m[h], new)), arith.subf(_f32(LOG2_P_MAX), new)
+
+    span = lambda b: range(b * per_block, (b + 1) * per_block)
+    tops0 = [[_int_max([word(0, c, j) for j in span(b)]) for c in range(2)] for b in range(blocks)]
+    states = [finish_max(0, tops0), None]
+    groups = [(h, jj) for h in range(2) for jj in range(tiles // 2)]
+    chunks = [groups[i : i + config.chunk] for i in range(0, len(groups), config.chunk)]
+    # The second row's maximum is taken while the first row is exponentiated.
+    first_row = len(chunks) // 2
+    todo = [(b, c, j) for b in range(blocks) for j in span(b) for c in range(2)]
+    share = -(-len(todo) // max(first_row - 1, 1))
+    running = {}
+    packed = {}
+    ready, done = {}, {}  # prepared exponents and finished exp2 by (group, index)
+
+    def prepare(part, slice_, out):
+        for h, jj in part:
+            b = 2 * jj // per_block
+            for i in range(4):
+                dst = slice_.write(f32)
+                src = slice_.read(word(h, i % 2, 2 * jj + i // 2))
+                out.append(((h, jj, i), dst))
+                yield [
+                    f"cvt.rn.f32.s32 {dst}, {src};",
+                    f"fma.rn.f32 {dst}, {dst}, {slice_.read(scale[h][b][i % 2])}, {slice_.read(states[h][2])};",
+                ]
+
+    def pack(part, slice_, out):
+        for h, jj in part:
+            x = [slice_.read(done[(h, jj, i)]) for i in range(4)]
+            dst = slice_.write(i32)
+            out.append(((h, jj), dst))
+            yield [f"cvt.rn.satfinite.e4m3x2.f32 lo, {x[1]}, {x[0]};"]
+            yield [f"cvt.rn.satfinite.e4m3x2.f32 hi, {x[3]}, {x[2]};", f"mov.b32 {dst}, {{lo, hi}};"]
+
+    def power(part, slice_, out):
+        for h, jj in part:
+            for i in range(4):
+                dst = slice_.write(f32)
+                out.append(((h, jj, i), dst))
+                yield [f"ex2.approx.ftz.f32 {dst}, {slice_.read(ready[(h, jj, i)])};"]
+
+    def maxima(items, slice_, out):
+        by_chain = {}
+        for b, c, j in items:
+            by_chain.setdefault((b, c, j % 4), []).append(j)
+        for (b, c, lane), js in by_chain.items():
+            dst = slice_.write(i32)
+            names = [slice_.read(word(1, c, j)) for j in js]
+            key = (b, c, lane)
+            if key in running:
+                names.insert(0, slice_.read(running[key]))
+            out.append((key, dst))
+            if len(names) == 1:
+                yield [f"mov.b32 {dst}, {names[0]};"]
+                continue
+            steps = [f"max.s32 {dst}, {names[0]}, {names[1]};"]
+            steps += [f"max.s32 {dst}, {dst}, {n};" for n in names[2:]]
+            for i in range(0, len(steps), 2):
+                yield steps[i : i + 2]
+
+    def interleave(slice_, *streams):
+        streams = [list(s) for s in streams]
+        length = max(len(s) for s in streams)
+        for i in range(length):
+            for s in streams:
+                lo, hi = i * len(s) // length, (i + 1) * len(s) // length
+                for lines in s[lo:hi]:
+                    slice_.lines += lines
+
+    def run(k):
+        """Slice k: exp2 of chunk k, preparation of chunk k + 1, packing of chunk k - 1."""
+        slice_, names = _Slice(), [[], [], [], []]
+        items = []
+        if 0 <= k < first_row - 1:
+            items = todo[k * share : (k + 1) * share]
+        interleave(
+            slice_,
+            power(chunks[k] if 0 <= k < len(chunks) else [], slice_, names[0]),
+            prepare(chunks[k + 1] if k + 1 < len(chunks) else [], slice_, names[1]),
+            pack(chunks[k - 1] if k >= 1 else [], slice_, names[2]),
+            maxima(items, slice_, names[3]),
+        )
+        results = slice_.emit(never, k + 1)
+        number = lambda name: results[int(name[2:-1])]
+        done.update({key: number(n) for key, n in names[0]})
+        ready.update({key: number(n) for key, n in names[1]})
+        packed.update({key: number(n) for key, n in names[2]})
+        running.update({key: number(n) for key, n in names[3]})
+
+    for k in range(-1, len(chunks) + 1):
+        if k == first_row - 1:
+            tops1 = []
+            for b in range(blocks):
+                lanes = [[running[(b, c, lane)] for lane in range(4)] for c in range(2)]
+                tops1.append([_int_max(lane) for lane in lanes])
+            states[1] = finish_max(1, tops1)
+        run(k)
+    p = [packed[(h, jj)] for jj in range(tiles // 2) for h in range(2)]
+    return p, [s[0] for s in states], [s[1] for s in states]
 
 
 # --- The same blocks as Pallas functions --------------------------------------------------------------
@@ -640,7 +800,7 @@ def _kernel(config: Config, shapes, mask: _Mask, scale, ragged, has_lengths, out
         return lo, mid_lo, mid_hi, hi
 
     def body(refs, scratch):
-        q_ref, k_ref, v_ref, qs_ref, ks_ref, vs_ref, len_ref, out_ref, lse_ref = refs
+        q_ref, k_ref, v_ref, qs_ref, ks_ref, vs_ref, order_ref, len_ref, out_ref, lse_ref = refs
         (q_smem, k_smem, v_smem, o_smem, lse_smem), (q_ready, k_ready, v_ready), (
             q_free,
             k_free,
@@ -660,13 +820,9 @@ def _kernel(config: Config, shapes, mask: _Mask, scale, ragged, has_lengths, out
                 return
 
             def one(round_, step):
-                place = jnp.where(lax.rem(round_, i32(2)) == 0, block, num_blocks - 1 - block)
-                return run(round_ * num_blocks + place, step)
+                return run(order_ref[block, round_ + 1], step)
 
-            full, rest = divmod(total, num_blocks)
-            last_place = block if full % 2 == 0 else num_blocks - 1 - block
-            rounds = i32(full) + (last_place < rest).astype(i32)
-            lax.fori_loop(i32(0), rounds, one, i32(0))
+            lax.fori_loop(i32(0), order_ref[block, 0], one, i32(0))
 
         def slot_of(step):
             return lax.rem(step, i32(stages))
@@ -901,7 +1057,7 @@ def _kernel(config: Config, shapes, mask: _Mask, scale, ragged, has_lengths, out
 
     def entry(*refs):
         if not has_lengths:
-            refs = (*refs[:6], None, *refs[6:])
+            refs = (*refs[:7], None, *refs[7:])
         if not with_lse:
             refs = (*refs, None)
         compute = config.num_compute
@@ -934,7 +1090,35 @@ def _kernel(config: Config, shapes, mask: _Mask, scale, ragged, has_lengths, out
             lambda *scratch: body(refs, scratch), arrays, ready, free, turn, collective_axes="wg"
         )
 
-    return entry, num_blocks
+    return entry, num_blocks, _order(config, mask, num_blocks, batch * num_heads, q_tiles, group, s_len)
+
+
+@functools.lru_cache
+def _order(config, mask, num_blocks, heads, q_tiles, group, s_len) -> np.ndarray:
+    """Which tiles each block walks over: row i is [count, tile, tile, ...].
+
+    Tiles go, in the kernel's order (longest first within a group of heads), to the block that would
+    be free first, as a dynamic scheduler would hand them out.
+    """
+    total = heads * q_tiles
+    lists = [[] for _ in range(num_blocks)]
+    free = [(0.0, i) for i in range(num_blocks)]
+    for index in range(total):
+        cost = 1.0
+        if mask.right is not None:
+            q_tile = q_tiles - 1 - (index % (q_tiles * group)) // group
+            last = (q_tile + 1) * config.block_q + mask.offset + mask.right
+            first = 0 if mask.left is None else q_tile * config.block_q + mask.offset - mask.left
+            steps = math.ceil(min(max(last, 1), s_len) / config.block_kv) - max(first, 0) // config.block_kv
+            cost = max(steps, 1) + 0.7
+        when, block = heapq.heappop(free)
+        lists[block].append(index)
+        heapq.heappush(free, (when + cost, block))
+    table = np.zeros((num_blocks, 1 + max(map(len, lists))), np.int32)
+    for i, tiles in enumerate(lists):
+        table[i, 0] = len(tiles)
+        table[i, 1 : 1 + len(tiles)] = tiles
+    return table
 
 
 def attention_forward(
@@ -963,14 +1147,14 @@ def attention_forward(
     mask = _Mask(left, right, offset)
     ragged = s_len % config.block_kv != 0
     shapes = (batch, t_len, num_heads, head_dim, s_len, num_kv_heads, scale_block)
-    entry, num_blocks = _kernel(
+    entry, num_blocks, order = _kernel(
         config, shapes, mask, scale, ragged, lengths is not None, out_dtype, with_lse
     )
     out_type = [jax.ShapeDtypeStruct((batch, t_len, num_heads, head_dim), out_dtype)]
     if with_lse:
         padded = pl.cdiv(t_len, 4) * 4
         out_type.append(jax.ShapeDtypeStruct((batch, num_heads, padded), jnp.float32))
-    args = [q, k, v, q_scale, k_scale, v_scale] + ([] if lengths is None else [lengths])
+    args = [q, k, v, q_scale, k_scale, v_scale, jnp.asarray(order)] + ([] if lengths is None else [lengths])
     result = plgpu.kernel(
         entry,
         out_type=out_type,
