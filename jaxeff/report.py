@@ -53,7 +53,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     (folder / "report.html").write_text(page(results))
 
 
-HEADERS = ("variant", "bits/byte", "vs first", "bytes", "tokens/s", "notes")
+HEADERS = ("variant", "bits/byte", "vs full", "bytes", "tok/s", "notes")
 SECTIONS = ("training", "attention", "KV cache")
 
 
@@ -79,7 +79,7 @@ def _attention_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     cells = []
     for name, variant in variants.items():
         errors = variant["relative_l1_per_layer"]
-        notes = f"rel. L1 {min(errors):.3f}–{max(errors):.3f}" if any(errors) else ""
+        notes = f"L1 {min(errors):.3f}–{max(errors):.3f}" if any(errors) else ""
         cells.append(_row(name, variant["validation_loss"], base, notes=notes))
     return cells
 
@@ -108,8 +108,12 @@ def _row(name, loss, base, *, size="", speed="", notes="") -> tuple[str, ...]:
 def table(results: dict[str, Any]) -> Table:
     """The results as one ``rich`` table that fits 80 columns, one section per question."""
     device = results["machine"]["device"]
-    drawn = Table(title=f"jaxeff demo: {results['preset']} preset on {device}", box=box.SIMPLE_HEAD)
-    drawn.padding = (0, 1, 0, 0)
+    drawn = Table(
+        title=f"jaxeff demo: {results['preset']} preset on {device}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for header in HEADERS:
         left = header in ("variant", "notes")
         drawn.add_column(header, justify="left" if left else "right", no_wrap=True)
