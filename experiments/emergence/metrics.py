@@ -263,3 +263,75 @@ def co_emergence(
         for name, values in curves.items()
     }
     return dict(sorted(found.items(), key=lambda item: (item[1].censored, item[1].length)))
+
+
+def sparge_skipped(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    block_q: int,
+    block_kv: int,
+    cdf: float = 0.95,
+    similarity: float = -1.0,
+) -> jax.Array:
+    """Share of causal tiles that SpargeAttn's mean-similarity prediction leaves out, by head.
+
+    Each block of queries and of (mean-free) keys is replaced by its mean; the softmax over the
+    means predicts the mass of a tile; the largest are kept until they hold ``cdf``. Blocks that are
+    not self-similar are always computed. A plain reference: whole blocks, equal head counts.
+
+    Args:
+        query: ``[B, T, N, H]``, T a multiple of ``block_q``.
+        key: ``[B, T, N, H]``, T a multiple of ``block_kv``.
+        block_q: Rows in a tile.
+        block_kv: Keys in a tile.
+        cdf: Predicted mass to keep, in (0, 1].
+        similarity: Mean cosine within a block above which its mean stands for it; −1 trusts all.
+
+    Returns:
+        ``[N]`` in [0, 1).
+
+    Raises:
+        ValueError: If the shapes do not fit or ``cdf`` is out of its range.
+
+    >>> x = jnp.ones((1, 8, 2, 4))  # equal tokens: uniform attention, nothing to skip
+    >>> sparge_skipped(x, x, block_q=2, block_kv=2, cdf=1.0).tolist()
+    [0.0, 0.0]
+
+    Reference: SpargeAttn, arXiv 2502.18137, section 3.2 and 3.3.
+    """
+    if query.shape != key.shape or query.ndim != 4:
+        raise ValueError(f"query {query.shape} and key {key.shape} must both be [B, T, N, H]")
+    if query.shape[1] % block_q or query.shape[1] % block_kv:
+        raise ValueError(
+            f"{query.shape[1]} tokens must be a multiple of block_q ({block_q}) and block_kv "
+            f"({block_kv})"
+        )
+    if not 0.0 < cdf <= 1.0:
+        raise ValueError(f"cdf must lie in (0, 1]; got {cdf}")
+
+    def pooled(x, block):
+        B, T, N, H = x.shape
+        x = x.reshape(B, T // block, block, N, H)
+        unit = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+        cosine = jnp.sum(unit.mean(2) ** 2, axis=-1)  # mean cosine of all pairs, [B, blocks, N]
+        return x.mean(2), cosine > similarity
+
+    q, q_similar = pooled(query, block_q)
+    k, k_similar = pooled(key - key.mean(1, keepdims=True), block_kv)
+    score = jnp.einsum("binh,bjnh->bnij", q, k) * query.shape[-1] ** -0.5
+    first_key = jnp.arange(score.shape[-1]) * block_kv
+    last_row = (jnp.arange(score.shape[-2]) + 1) * block_q - 1
+    visible = first_key <= last_row[:, None]  # [i, j]
+    fixed = ~k_similar.swapaxes(1, 2)[:, :, None, :] | ~q_similar.swapaxes(1, 2)[..., None]
+    trusted = visible & k_similar.swapaxes(1, 2)[:, :, None, :]
+    top = jnp.max(score, axis=-1, keepdims=True, initial=-1e30, where=trusted)
+    mass = jnp.where(trusted, jnp.exp(score - top), 0.0)
+    mass = mass / jnp.maximum(mass.sum(-1, keepdims=True), 1e-30)
+    order = jnp.argsort(-mass, axis=-1)
+    ranked = jnp.take_along_axis(mass, order, axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked  # mass of the tiles ranked above
+    kept_ranked = before < cdf
+    kept = jnp.take_along_axis(kept_ranked, jnp.argsort(order, axis=-1), axis=-1)
+    kept = (kept | fixed) & visible
+    return 1.0 - kept.sum((0, 2, 3)) / (score.shape[0] * visible.sum())
