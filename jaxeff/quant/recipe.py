@@ -144,7 +144,8 @@ class Recipe:
       keep_last: fraction of the last blocks of a model that ``apply_recipe`` leaves alone.
 
     Raises:
-      ValueError: if an option is unknown, or the combination cannot be executed natively.
+      ValueError: if an option is unknown.
+      NotImplementedError: if the formats cannot be executed natively.
 
     Example:
       >>> recipe = RECIPES["fp4_all_the_way"]
@@ -190,7 +191,7 @@ class Recipe:
                 quant.granularity == "contraction" and quant.tile in ("default", None)
             )
             if not (eight_bit and one_scale):
-                raise ValueError(
+                raise NotImplementedError(
                     f"execution 'native' needs fp8_e4m3 or fp8_e5m2 with one scale along the "
                     f"contraction axis at every point; {point} is {quant}. Use 'emulate'."
                 )

@@ -158,6 +158,25 @@ def test_same_key_same_bits_other_key_other_bits():
     np.testing.assert_array_equal(_run("fp4_all_the_way", x, w, d, data)[1], runs[0][1])
 
 
+@pytest.mark.multidevice
+@pytest.mark.parametrize("axis", ["tokens", "outputs"])
+def test_random_bits_do_not_depend_on_the_sharding(axis):
+    """Eight devices, tokens or outputs split: the same codes, sums in another order at most."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("x",))
+    layouts = {"tokens": [("x",), (), ("x",)], "outputs": [(), (None, "x"), (None, "x")]}[axis]
+    operands = _operands(t=128, k=32, n=128)
+    split = [
+        jax.device_put(value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*layout)))
+        for value, layout in zip(operands, layouts, strict=True)
+    ]
+    key = jax.random.key(2)
+    got, expected = _run("fp4_all_the_way", *split, key), _run("fp4_all_the_way", *operands, key)
+    assert len(got[0].sharding.device_set) == 8
+    _assert_close(got, expected)
+
+
 def test_remat_repeats_the_rounding():
     x, w, d = _operands()
     recipe = RECIPES["fp4_sr"]

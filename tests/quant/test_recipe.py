@@ -65,12 +65,17 @@ def test_changing_points():
         (lambda: Recipe("x", residuals="none"), "residuals must be one of"),
         (lambda: Recipe("x", keep_last=1.0), r"keep_last must lie in \[0, 1\), got 1.0"),
         (lambda: resolve_recipe("fp5"), "recipe must be one of .*'fp4_all_the_way'.* got 'fp5'"),
-        (
-            lambda: dataclasses.replace(RECIPES["fp8_block"], execution="native"),
-            "needs fp8_e4m3 or fp8_e5m2 with one scale along the contraction axis.*fwd_x is",
-        ),
     ],
 )
 def test_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "mxfp8", "fp4_rtn"])
+def test_native_refused(name):
+    message = "one scale along the contraction axis at every point; fwd_x is .* Use 'emulate'"
+    with pytest.raises(NotImplementedError, match=message):
+        dataclasses.replace(RECIPES[name], execution="native")
+    with pytest.raises(ValueError, match="execution 'native' needs residuals='master'"):
+        dataclasses.replace(RECIPES["fp8_current"], execution="native", residuals="quantized")
