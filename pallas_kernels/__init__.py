@@ -11,16 +11,20 @@ from pallas_kernels.formats import (
     BlockFormat,
     QTensor,
     get_format,
+    inverse_rht,
+    rht,
     stochastic_round,
 )
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention.api import dot_product_attention
-from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant
+from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, AttentionQuant
+from pallas_kernels.ops.matmul import matmul, scaled_matmul
 from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
 
 __all__ = [
     "FORMATS",
     "QUANTS",
+    "AttentionConfig",
     "AttentionQuant",
     "BlockFormat",
     "BlockMask",
@@ -31,6 +35,10 @@ __all__ = [
     "explain",
     "fake_quantize",
     "get_format",
+    "inverse_rht",
+    "matmul",
     "quantize",
+    "rht",
+    "scaled_matmul",
     "stochastic_round",
 ]
