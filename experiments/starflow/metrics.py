@@ -3,11 +3,17 @@
 import numpy as np
 
 
+def _flat(x) -> np.ndarray:
+    # Guidance can blow samples up: what is not finite counts as the bound it left through.
+    flat = np.asarray(x, np.float64).reshape(len(x), -1)
+    return np.clip(np.nan_to_num(flat, nan=1.0, posinf=1.0, neginf=-1.0), -1, 1)
+
+
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """``‖m_x − m_y‖² + tr(C_x + C_y − 2(C_x C_y)^½)`` of clipped raw values, C + 1e-4·I."""
     means, covariances = [], []
     for values in (x, y):
-        flat = np.clip(np.asarray(values, np.float64).reshape(len(values), -1), -1, 1)
+        flat = _flat(values)
         means.append(flat.mean(0))
         covariances.append(np.cov(flat, rowvar=False) + 1e-4 * np.eye(flat.shape[1]))
     values, vectors = np.linalg.eigh(covariances[0])
@@ -20,8 +26,7 @@ def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 def knn_agreement(samples, labels, train, train_labels, neighbours: int = 3) -> float:
     """Share of samples whose nearest training images mostly carry the label asked for."""
-    a = np.asarray(samples, np.float64).reshape(len(samples), -1)
-    b = np.asarray(train, np.float64).reshape(len(train), -1)
+    a, b = _flat(samples), _flat(train)
     distance = (a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1)
     near = np.asarray(train_labels)[np.argsort(distance, 1)[:, :neighbours]]
     votes = np.stack([np.bincount(row, minlength=int(np.max(train_labels)) + 1) for row in near])

@@ -125,5 +125,6 @@ def test_measures():
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(x, x + 0.5) == pytest.approx(0.75, rel=1e-2)
     assert out_of_range(np.array([[0.0], [3.5], [np.nan], [-2.0]])) == 0.5
-    train, labels = np.array([[0.0], [0.1], [5.0], [5.1]]), np.array([0, 0, 1, 1])
-    assert knn_agreement([[0.05], [4.9]], [0, 0], train, labels, neighbours=2) == 0.5
+    train, labels = np.array([[0.0], [0.1], [0.8], [0.9]]), np.array([0, 0, 1, 1])
+    samples = [[0.05], [0.7], [np.nan]]
+    assert knn_agreement(samples, [0, 0, 1], train, labels, neighbours=2) == pytest.approx(2 / 3)
