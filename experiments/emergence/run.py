@@ -46,7 +46,6 @@ def linear_groups(preset: str) -> list[sweep.Group]:
             (16, (8, 16)): plain,
             (32, (8, 16)): [*plain, (1, 0.2), (1, 0.4)],
             (64, (8,)): plain,
-            (64, (16,)): plain[:1],
         }
     else:
         cells = {
@@ -99,10 +98,10 @@ def toy_groups(preset: str) -> list[sweep.Group]:
 def optimiser_groups(preset: str) -> list[sweep.Group]:
     """One layer, one head: SGD against Adam (Fig. 15)."""
     cpu = preset == "cpu"
-    dims, lengths = ((8,), (8, 16, 32)) if cpu else ((8, 16), (16, 32))
+    dims, lengths = ((8,), (8, 16)) if cpu else ((8, 16), (16, 32))
     groups = []
     for name, rate in (("adam", 1e-3 if cpu else 1e-4), ("sgd", 5e-3)):
-        steps = (8000 if cpu else 24000) if name == "sgd" else (1500 if cpu else 4000)
+        steps = (4000 if cpu else 24000) if name == "sgd" else (1000 if cpu else 4000)
         every = 50 if name == "sgd" else 10
         groups.append(
             sweep.Group(
@@ -165,7 +164,6 @@ def recall_groups(preset: str) -> list[sweep.Group]:
     if preset == "cpu":
         sets = [
             ("recall_N3_4", [(3, 16, 1, 0.0), (4, 16, 1, 0.0), (4, 16, 1, 0.4)], small, 1e-3, 2500),
-            ("recall_N6", [(6, 16, 1, 0.0)], small, 1e-3, 8000),
         ]
     else:
         large = [
