@@ -1,17 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantisation of attention operands on Hopper: two passes over K and V, one over Q.
 
-`quantize_qkv` turns 16-bit ``Q [B, T, N, H]``, ``K, V [B, S, K, H]`` into what the INT8/FP8 attention
-kernel reads: INT8 Q with a scale per row, INT8 ``K - mean(K)`` with eight scales per block of keys, FP8
-V transposed to ``[B, K, H, S]`` with a scale per channel. The kernels are bound by memory:
+`quantize_qkv` turns 16-bit ``Q [B, T, N, H]``, ``K, V [B, S, K, H]`` into what the INT8/FP8
+attention kernel reads: INT8 Q with a scale per row, INT8 ``K - mean(K)`` with eight scales per
+block of keys, FP8 V transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound:
 
 * statistics: K and V are read once, giving partial sums of K and partial maxima of V,
 * one kernel each for Q, K and V reads 2 and writes 1 byte per element.
 
-Every thread owns 8 neighbouring channels (one 16-byte load), so 16 threads share a token. Thread,
-token and channel are laid out so that all maxima stay within half a warp: no shared memory is used.
+Every thread owns 8 neighbouring channels (one 16-byte load). Threads, tokens and channels are laid
+out so that every maximum stays within a warp: no shared memory is used.
 
-References: SageAttention (arXiv 2410.02367), section 4.2 and 4.6; SageAttention2 (arXiv 2411.10958),
-sections 3.1 to 3.3.
+References: SageAttention (arXiv 2410.02367), sections 4.2 and 4.6; SageAttention2
+(arXiv 2411.10958), sections 3.1 to 3.3.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class AttentionOperands(NamedTuple):
     k_mean: jax.Array | None
 
 
-# --- Register-level helpers -----------------------------------------------------------------------------
+# -- Register-level helpers ------------------------------------------------------------------------
 
 
 def _types():
@@ -112,7 +113,8 @@ def _load8(ref, offset, ok):
     """Eight 16-bit values as four words; zeros where ``ok`` is false."""
     i32 = _types()[0]
     text = (
-        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0;"
+        " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
         " @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }"
     )
     flag = arith.extui(i32, ok)
@@ -238,7 +240,7 @@ def _call(body, outs, grid, args):
     )(*args)
 
 
-# --- Kernels ---------------------------------------------------------------------------------------------
+# -- Kernels ---------------------------------------------------------------------------------------
 
 
 def _check(name, x):
@@ -285,7 +287,13 @@ def kv_statistics(k, v, *, chunk=256):
             row = arith.addi(token, _c32(step))
             ok = _slt(row, _c32(s_len))
             offset = _dot_offset(
-                [(b, s_len * heads * head_dim), (row, heads * head_dim), (head, head_dim), (channel, 1)], 2
+                [
+                    (b, s_len * heads * head_dim),
+                    (row, heads * head_dim),
+                    (head, head_dim),
+                    (channel, 1),
+                ],
+                2,
             )
             for i, x in enumerate(_floats(_load8(k_ref, offset, ok), is_bf16)):
                 sums[i] = arith.addf(sums[i], x)
@@ -296,7 +304,13 @@ def kv_statistics(k, v, *, chunk=256):
         tops = [_lanes_max(x, distances) for x in tops]
         slot = arith.addi(arith.muli(piece, _c32(4)), warp)
         offset = _dot_offset(
-            [(b, heads * chunks * 4 * head_dim), (head, chunks * 4 * head_dim), (slot, head_dim), (channel, 1)], 4
+            [
+                (b, heads * chunks * 4 * head_dim),
+                (head, chunks * 4 * head_dim),
+                (slot, head_dim),
+                (channel, 1),
+            ],
+            4,
         )
         first = _slt(lane, _c32(lanes))
         upper = arith.addi(offset, arith.constant(_types()[1], 16))
@@ -336,7 +350,13 @@ def quantize_q(q, *, block=128):
         words = []
         for row in rows:
             offset = _dot_offset(
-                [(b, t_len * heads * head_dim), (row, heads * head_dim), (head, head_dim), (channel, 1)], 2
+                [
+                    (b, t_len * heads * head_dim),
+                    (row, heads * head_dim),
+                    (head, head_dim),
+                    (channel, 1),
+                ],
+                2,
             )
             words.append(_load8(q_ref, offset, _slt(row, _c32(t_len))))
         for row, word in zip(rows, words, strict=True):
@@ -346,7 +366,13 @@ def quantize_q(q, *, block=128):
             factor = arith.divf(_f32(127.0), top)
             codes = [arith.mulf(value, factor) for value in x]
             offset = _dot_offset(
-                [(b, padded * heads * head_dim), (row, heads * head_dim), (head, head_dim), (channel, 1)], 1
+                [
+                    (b, padded * heads * head_dim),
+                    (row, heads * head_dim),
+                    (head, head_dim),
+                    (channel, 1),
+                ],
+                1,
             )
             _store(codes_ref, offset, [_int8x4(codes[:4]), _int8x4(codes[4:])])
             place = _dot_offset([(b, heads * row_stride), (head, row_stride), (row, 1)], 4)
@@ -367,7 +393,7 @@ def quantize_k(k, mean, *, scale_block=256):
         int8 [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes, per_warp, per_pass = _layout(head_dim)
+    lanes, _, per_pass = _layout(head_dim)
     is_bf16 = k.dtype == jnp.bfloat16
     blocks = pl.cdiv(s_len, scale_block)
     padded = blocks * scale_block
@@ -381,19 +407,27 @@ def quantize_k(k, mean, *, scale_block=256):
         tile, head, b = axes
         _, lane, warp = _thread()
         channel = arith.muli(arith.remui(lane, _c32(lanes)), _c32(8))
-        # A pass covers 8 tokens (16 at head_dim 64); give the thread always the same token modulo 8.
+        # A pass covers 8 tokens (16 at head_dim 64): a thread always sees the same token modulo 8.
         local = arith.divui(lane, _c32(lanes))
         token = arith.addi(arith.muli(warp, _c32(2)), arith.remui(local, _c32(2)))
         token = arith.addi(token, arith.muli(arith.divui(local, _c32(2)), _c32(8)))
         group = arith.remui(token, _c32(8))
         token = arith.addi(token, arith.muli(tile, _c32(scale_block)))
-        shift = _load_f32x8(mean_ref, _dot_offset([(b, heads * head_dim), (head, head_dim), (channel, 1)], 4))
+        shift = _load_f32x8(
+            mean_ref, _dot_offset([(b, heads * head_dim), (head, head_dim), (channel, 1)], 4)
+        )
         rows = [arith.addi(token, _c32(step)) for step in range(0, scale_block, per_pass)]
         inside = [_slt(row, _c32(s_len)) for row in rows]
         words = []
         for row, ok in zip(rows, inside, strict=True):
             offset = _dot_offset(
-                [(b, s_len * heads * head_dim), (row, heads * head_dim), (head, head_dim), (channel, 1)], 2
+                [
+                    (b, s_len * heads * head_dim),
+                    (row, heads * head_dim),
+                    (head, head_dim),
+                    (channel, 1),
+                ],
+                2,
             )
             words.append(_load8(k_ref, offset, ok))
 
@@ -410,7 +444,13 @@ def quantize_k(k, mean, *, scale_block=256):
         for row, word, ok in zip(rows, words, inside, strict=True):
             codes = [arith.mulf(x, factor) for x in smoothed(word, ok)]
             offset = _dot_offset(
-                [(b, padded * heads * head_dim), (row, heads * head_dim), (head, head_dim), (channel, 1)], 1
+                [
+                    (b, padded * heads * head_dim),
+                    (row, heads * head_dim),
+                    (head, head_dim),
+                    (channel, 1),
+                ],
+                1,
             )
             _store(codes_ref, offset, [_int8x4(codes[:4]), _int8x4(codes[4:])])
         place = _dot_offset([(b, heads * blocks * 8), (head, blocks * 8), (tile, 8), (group, 1)], 4)
@@ -451,12 +491,20 @@ def quantize_v(v, factor):
             arith.muli(arith.divui(task, _c32(channel_blocks)), _c32(128)),
             arith.muli(arith.divui(lane, _c32(4)), _c32(16)),
         )
-        scale = _load_f32x8(factor_ref, _dot_offset([(b, heads * head_dim), (head, head_dim), (channel, 1)], 4))
+        scale = _load_f32x8(
+            factor_ref, _dot_offset([(b, heads * head_dim), (head, head_dim), (channel, 1)], 4)
+        )
         words = []
         for i in range(16):
             row = arith.addi(token, _c32(i))
             offset = _dot_offset(
-                [(b, s_len * heads * head_dim), (row, heads * head_dim), (head, head_dim), (channel, 1)], 2
+                [
+                    (b, s_len * heads * head_dim),
+                    (row, heads * head_dim),
+                    (head, head_dim),
+                    (channel, 1),
+                ],
+                2,
             )
             words.append(_load8(v_ref, offset, arith.andi(ok_task, _slt(row, _c32(s_len)))))
         tokens = [_floats(word, is_bf16) for word in words]  # [16][8]
@@ -465,7 +513,13 @@ def quantize_v(v, factor):
             packed = [_e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
             row = arith.addi(channel, _c32(c))
             offset = _dot_offset(
-                [(b, heads * head_dim * padded), (head, head_dim * padded), (row, padded), (token, 1)], 1
+                [
+                    (b, heads * head_dim * padded),
+                    (head, head_dim * padded),
+                    (row, padded),
+                    (token, 1),
+                ],
+                1,
             )
             _store(codes_ref, offset, packed, ok_task)
 
