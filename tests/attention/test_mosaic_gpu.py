@@ -18,7 +18,7 @@ def _run(b, t, s, n, k, h, mask, *, shift=0.0):
     key_bias = 3 * jax.random.normal(keys[3], (1, 1, 1, h))
     key = jax.random.normal(keys[1], (b, s, k, h)) + key_bias
     value = jax.random.normal(keys[2], (b, s, k, h)) + shift
-    # Normal numbers drawn in bfloat16 have few values and a skewed mean: draw in float32, then cast.
+    # Normal numbers drawn in bfloat16 take few values and have a skewed mean: cast afterwards.
     q, k_, v = (x.astype(jnp.bfloat16) for x in (query, key, value))
     spec = AttentionSpec(b, t, s, n, k, h, "bfloat16", h**-0.5, quant=QUANTS["sage2"])
     run = jax.jit(lambda q, k, v: mosaic_sm90.attention(q, k, v, None, None, mask, spec))
