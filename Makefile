@@ -30,12 +30,16 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Runs with the interpreter that has a CUDA build of jax: PYTHON=... to choose another one.
-PYTHON ?= python3
-gpu-test:
+# On a GPU machine name the interpreter that has a CUDA build of jax: make gpu-test PYTHON=python3
+PYTHON ?= $(BIN)/python
+ifeq ($(PYTHON),$(BIN)/python)
+PYTHON_READY := $(STAMP)
+endif
+
+gpu-test: $(PYTHON_READY)
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
-bench:
+bench: $(PYTHON_READY)
 	$(PYTHON) -m experiments.benchmarks.attention $(BENCH_ARGS)
 
 notebooks: $(STAMP)

@@ -1,0 +1,1 @@
+"""Speed and error of the kernels beside every peer that is installed."""
