@@ -281,7 +281,7 @@ class Options:
     preset: Literal["auto", "cpu", "gpu"] = "auto"
     """Shapes: ``auto`` takes ``gpu`` where there is one."""
     output: Path = Path("runs/benchmarks/attention.json")
-    """File to write; a ``.png`` beside it holds the plot."""
+    """File to write; a ``.svg`` beside it holds the plot."""
     repeats: int = 20
     """Timed runs of each implementation."""
     max_seq_len: int = 32768
@@ -307,7 +307,28 @@ def main(options: Options) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     console.print(_table(rows))
-    console.print(f"{options.output} written")
+    plot(rows, options.output.with_suffix(".svg"))
+    console.print(f"{options.output} and the plot beside it written")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """TFLOP/s against length, one panel per (head size, mask), one line per implementation."""
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if "tflops" in row]
+    panels = sorted({(row["head_dim"], row["is_causal"]) for row in timed})
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    for axes, (head_dim, is_causal) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        inside = [r for r in timed if (r["head_dim"], r["is_causal"]) == (head_dim, is_causal)]
+        for name in dict.fromkeys(row["implementation"] for row in inside):
+            line = [(r["seq_len"], r["tflops"]) for r in inside if r["implementation"] == name]
+            axes.plot(*zip(*sorted(line), strict=True), marker="o", label=name)
+        title = f"head_dim {head_dim}, {'causal' if is_causal else 'full'}"
+        axes.set(title=title, xlabel="tokens", ylabel="TFLOP/s", xscale="log")
+        axes.legend(fontsize="small")
+    figure.savefig(path)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
