@@ -58,7 +58,36 @@ def attention(
         return _single(q, k, v, bias, sinks, mask, spec)
     if block_kv is None:
         block_kv = _heuristic_block_kv(spec)
-    return _flash(query, key, value, bias, sinks, mask, spec, block_kv)
+    arrays = same_axes((query, key, value, bias, sinks, mask))
+    return _flash(*arrays, spec, block_kv)
+
+
+def same_axes(tree, like=None):
+    """Lets every array vary over the mesh axes over which any of them varies.
+
+    Under `jax.shard_map` a loop must start with arrays of the type that it returns, and a constant
+    varies over nothing. The cast is the identity; its gradient is the sum over those axes that an
+    array shared between devices needs. Outside `shard_map` nothing happens.
+
+    Args:
+      tree: pytree of arrays.
+      like: pytree of arrays whose axes count too, or None.
+
+    Returns:
+      `tree`, cast.
+    """
+    axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves((tree, like))))
+
+    def cast(x):
+        missing = tuple(axes - _axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def _axes(x) -> frozenset:
+    """Mesh axes over which an array inside `shard_map` varies."""
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _heuristic_block_kv(spec: AttentionSpec) -> int:
@@ -224,7 +253,7 @@ def _forward(query, key, value, bias, sinks, mask, spec, block_kv):
 
     rows = q.shape[:-1]  # [B, K, G, T]
     start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
-    (m, l, acc), _ = lax.scan(step, start, jnp.arange(count))
+    (m, l, acc), _ = lax.scan(step, same_axes(start, q), jnp.arange(count))
     return finish_rows(m, l, acc, sinks, spec)
 
 
@@ -303,7 +332,7 @@ def _forward_quantized(query, key, value, bias, sinks, mask, spec: AttentionSpec
 
     rows = q.shape[:-1]  # [B, K, G, T]
     start = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
-    (m, l, acc), _ = lax.scan(step, start, jnp.arange(padded // size))
+    (m, l, acc), _ = lax.scan(step, same_axes(start, q), jnp.arange(padded // size))
     if spec.soft_cap is not None:
         const = None
     channels = lambda x: None if x is None else x.swapaxes(1, 2)[:, :, None]  # noqa: E731
@@ -350,6 +379,7 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
 
     db = None if bias is None else jnp.zeros(bias_g.shape, f32)
     init = (jnp.zeros(q.shape, f32), jnp.zeros_like(k), jnp.zeros_like(v), db)
+    init = same_axes(init, q)
     (dq, dk, dv, db), _ = lax.scan(step, init, jnp.arange(count))
     dq = _ungrouped(dq).astype(query.dtype)
     dk, dv = (x[:, :, : spec.kv_len].transpose(0, 2, 1, 3) for x in (dk, dv))
