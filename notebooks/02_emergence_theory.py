@@ -24,6 +24,7 @@
 # Paper: Zucchet et al., *The emergence of sparse attention*, NeurIPS 2025, arXiv 2505.17863.
 
 # %%
+# %matplotlib inline
 import tempfile
 
 import matplotlib.pyplot as plt
@@ -86,6 +87,7 @@ print(
 figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
 plot.plateau_lines(axis, points, "T", "d", law.as_dict())
 axis.set_title("plateau of the toy flow; dashed: the fit")
+plt.show()
 # %% [markdown]
 # **Found.** `T^0.99 d^0.49`: the paper's exponents, and a constant that approaches 1.2533. The
 # linearised time is more than three times too long; only its scaling can be used.
@@ -111,6 +113,7 @@ for flow, marker in (("reduced", "o-"), ("full", "s-")):
     axis.loglog(repeats, times, marker, label=f"{flow}: B^{law.exponents['B']:.2f}")
 axis.set(xlabel="B", ylabel="plateau", title="T = 4096, d = 64")
 axis.legend(frameon=False)
+plt.show()
 # %% [markdown]
 # Which one does gradient descent follow? We train the toy model with its real parameters, on
 # fresh batches, with learning rate 1 (a small case, two seeds each).
@@ -138,12 +141,13 @@ for B, color in ((1, "C0"), (4, "C1")):
     axis.axvline(theory.plateau_time(64, 32, B=B, flow="full"), color=color, ls="--", lw=1)
     axis.axvline(theory.plateau_time(64, 32, B=B, flow="reduced"), color=color, ls=":", lw=1)
 axis.set_title("SGD on the real scores; dashed: full flow, dotted: reduced")
+plt.show()
 # %% [markdown]
 # **Found.** Training sides with the full flow: repetition helps like `1/√B` in this
 # parameterisation. The claim that repetition speeds up emergence stands; the exponent depends on
 # how scores are parameterised (sharing one score among the B positions, or a learning rate B times
-# larger for scores, gives `1/B` back). Steps exceed the flow by some ten per cent: gradient noise
-# and a random start cost time, and the excess shrinks with `T`.
+# larger for scores, gives `1/B` back). Steps exceed the flow by 17 and 28 per cent at
+# this small size: gradient noise and a random start cost time, and the excess shrinks with `T`.
 
 # %% [markdown]
 # ## Repetition across samples
@@ -164,4 +168,4 @@ for p, t in zip(shares, times, strict=True):
 
 # %% [markdown]
 # **Found.** Half the data repeated cuts the wait 3.6-fold, as the scale `√d T / √(p²d + (1−p)²)`
-# says; near p = 1 the gain turns into a loss, because the rare directions still have to be learned.
+# says; towards p = 1 the wait grows again, because the other directions still have to be learned.

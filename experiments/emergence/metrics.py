@@ -334,4 +334,4 @@ def sparge_skipped(
     kept_ranked = before < cdf
     kept = jnp.take_along_axis(kept_ranked, jnp.argsort(order, axis=-1), axis=-1)
     kept = (kept | fixed) & visible
-    return 1.0 - kept.sum((0, 2, 3)) / (score.shape[0] * visible.sum())
+    return (visible & ~kept).sum((0, 2, 3)) / (score.shape[0] * visible.sum())

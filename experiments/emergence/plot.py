@@ -41,12 +41,14 @@ def plateau_lines(
     values = sorted({point[by] for point in points})
     for shade, value in enumerate(values):
         line = sorted((p for p in points if p[by] == value), key=lambda p: p[x])
-        place, mean = [p[x] for p in line], np.array([p["mean"] for p in line])
         color = f"C{shade}"
-        spread = np.array([[p.get("min", p["mean"]), p.get("max", p["mean"])] for p in line]).T
-        error = np.abs(spread - mean)
+        # A cut-off cell is a lower bound: a triangle, outside the line.
+        whole = [p for p in line if not p.get("num_censored")]
+        mean = np.array([p["mean"] for p in whole])
+        spread = np.array([[p.get("min", p["mean"]), p.get("max", p["mean"])] for p in whole]).T
+        error = np.abs(spread - mean) if whole else None
         axis.errorbar(
-            place, mean, error, color=color, fmt="-", capsize=2, label=f"{by} = {value:g}"
+            [p[x] for p in whole], mean, error, color=color, capsize=2, label=f"{by} = {value:g}"
         )
         for p in line:
             style = {"marker": "^", "markerfacecolor": "white"} if p.get("num_censored") else {}
@@ -56,7 +58,7 @@ def plateau_lines(
                 law["constant"] * np.prod([p[n] ** e for n, e in law["exponents"].items()])
                 for p in line
             ]
-            axis.plot(place, fitted, "--", color=color, linewidth=0.8)
+            axis.plot([p[x] for p in line], fitted, "--", color=color, linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel=x, ylabel="plateau (steps)")
     axis.legend(frameon=False, fontsize=8)
 

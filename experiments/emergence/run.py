@@ -348,7 +348,7 @@ def analyse_linear(records: Records) -> dict[str, Any]:
     """Exponents of d, T and B, effect of p, sharpness."""
     points = _points(_selected(records, p=0.0), ("T", "d", "B"))
     law = _fit(points, "d", "T", "B")
-    # The paper's grid keeps T/B ≥ 32; below it the plateau is shorter than the model's warm-up.
+    # The paper's grid keeps T/B ≥ 32; ours goes down to 8, where the law flattens.
     wide = _fit([point for point in points if point["T"] >= 32 * point["B"]], "d", "T", "B")
     repetition = [
         point
