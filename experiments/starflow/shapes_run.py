@@ -14,7 +14,7 @@ from flax import nnx
 from experiments.starflow.cache_study import drift_table, formats_for
 from experiments.starflow.data import SHAPE_CLASSES, shape_batches, shapes
 from experiments.starflow.metrics import frechet_distance
-from jaxeff.models.starflow import TARFlow, TARFlowConfig, bits_per_dim, with_dtype
+from jaxeff.models.starflow import TARFlow, TARFlowConfig, bits_per_dim, denoise, with_dtype
 from jaxeff.models.starflow.training import FlowTraining, fit_flow, save_flow
 
 SIGMA = 0.05
@@ -95,58 +95,43 @@ def timed(call, repeats: int):
 
 
 def sampling_study(
-    flow: TARFlow, batches, preset: str, seed: int, deadline: float = math.inf
+    flow: TARFlow, labels, preset: str, seed: int, deadline: float = math.inf
 ) -> list[dict]:
     """Sequential against Jacobi sampling from the same noise: time, difference, likelihood."""
     repeats = {"tiny": 1, "cpu": 3, "gpu": 5}[preset]
-    tokens = flow.config.num_tokens
-    chunks = {"tiny": (4,), "cpu": (16, tokens), "gpu": (64, tokens)}[preset]
-    dtypes = ("float32", "bfloat16") if preset == "gpu" else ("float32",)
-    side, channels = flow.config.img_size, flow.config.in_channels
-    rows = []
-    for batch in batches:
-        labels = jnp.arange(batch) % len(SHAPE_CLASSES)
-        z = jax.random.normal(jax.random.key(seed + 50), (batch, side, side, channels))
-        reference = None
-        real = np.asarray(shape_batches(512, side)(jax.random.key(99))[0])
-        for dtype in dtypes:
-            model = with_dtype(flow, dtype)
-            options = [{"method": "scan"}]
-            options += [
-                {"method": "jacobi", "chunk": c, "threshold": t}
-                for c in chunks
-                for t in (1e-3, 1e-5)
-            ]
-            base = None
-            for option in options:
-                if time.perf_counter() > deadline:
-                    rows.append({"batch": batch, "dtype": dtype, **option, "skipped": "time"})
-                    continue
-                cache = "bfloat16" if dtype == "bfloat16" else "float32"
-                (x, trace), facts = timed(
-                    lambda m=model, o=option, c=cache, z=z, y=labels: m.inverse(
-                        z, y, cache=c, return_trace=True, **o
-                    ),
-                    repeats,
-                )
-                reference = x if reference is None else reference
-                base = facts["seconds"] if base is None else base
-                bits = flow.nll(x, labels).mean() / math.log(2)
-                rows.append(
-                    {
-                        "batch": batch,
-                        "dtype": dtype,
-                        **option,
-                        **facts,
-                        "speed_up": base / facts["seconds"],
-                        "sweeps": [[int(v) for v in s] for s in trace.sweeps],
-                        "rms_to_float32_sequential": float(
-                            jnp.sqrt(jnp.square(x - reference).mean())
-                        ),
-                        "model_nll_bits_per_dim": float(bits),
-                        "frechet_pooled": frechet_distance(pooled(x), pooled(real)),
-                    }
-                )
+    side, tokens = flow.config.img_size, flow.config.num_tokens
+    chunks = {"tiny": (4,), "cpu": (tokens, 16), "gpu": (tokens, 64)}[preset]
+    options = [{"method": "scan"}]
+    options += [
+        {"method": "jacobi", "chunk": c, "threshold": t} for c in chunks for t in (1e-3, 1e-5)
+    ]
+    z = jax.random.normal(jax.random.key(seed + 50), (len(labels), side, side, 3))
+    real = pooled(shape_batches(512, side)(jax.random.key(99))[0])
+    reference, rows = None, []
+    for dtype in ("float32", "bfloat16") if preset == "gpu" else ("float32",):
+        model, base = with_dtype(flow, dtype), None
+        for option in options:
+            row = {"batch": len(labels), "dtype": dtype, **option}
+            rows.append(row)
+            if time.perf_counter() > deadline:
+                row["skipped"] = "time"
+                continue
+            traced = option["method"] == "jacobi"
+
+            def call(model=model, option=option, traced=traced, cache=dtype):
+                return model.inverse(z, labels, cache=cache, return_trace=traced, **option)
+
+            out, facts = timed(call, repeats)
+            x, trace = out if traced else (out, None)
+            reference = x if reference is None else reference
+            base = facts["seconds"] if base is None else base
+            row |= facts | {
+                "speed_up": base / facts["seconds"],
+                "sweeps": [[int(v) for v in s] for s in trace.sweeps] if traced else None,
+                "rms_to_float32_sequential": float(jnp.sqrt(jnp.square(x - reference).mean())),
+                "model_nll_bits_per_dim": float(flow.nll(x, labels).mean() / math.log(2)),
+                "frechet_pooled": frechet_distance(pooled(x), real),
+            }
     return rows
 
 
@@ -183,11 +168,6 @@ def run_shapes(size: int, preset: str, budget: float | None, seed: int, output: 
     )
     model = with_dtype(trained.averaged, "float32")
     keep(noisy=_training_facts(trained), loss_curve=[float(v) for v in _thin(trained.losses)])
-    labels = jnp.repeat(jnp.arange(len(SHAPE_CLASSES)), 10)
-    for name, weight in (("samples", 0.0), ("guided", 1.0)):
-        x = model.sample(jax.random.key(seed + 7), labels, guidance=weight, denoise_sigma=SIGMA)
-        save_grid(output / f"shapes{size}_{name}.png", x)
-    keep(round_trip_max=_round_trip(model, size))
     # The discrete likelihood needs a model of the dequantised data: continue without the noise.
     rest = dataclasses.replace(
         training,
@@ -200,9 +180,17 @@ def run_shapes(size: int, preset: str, budget: float | None, seed: int, output: 
     fine = fit_flow(trained.flow, make, rest, description="dequantised shapes")
     bits = _bits(with_dtype(fine.averaged, "float32"), size, seed)
     keep(dequantised=_training_facts(fine) | bits)
-    batches = {"tiny": (2,), "cpu": (8,), "gpu": (32,)}[preset]
-    keep(sampling=sampling_study(model, batches, preset, seed, deadline))
-    keep(cache=_cache_rows(model, preset, size, deadline))
+    # Few programs, one batch size: compiling them is most of a short run on a GPU.
+    per_class = {"tiny": 1, "cpu": 8, "gpu": 10}[preset]
+    labels = jnp.repeat(jnp.arange(len(SHAPE_CLASSES)), per_class)
+    x = model.sample(jax.random.key(seed + 7), labels)
+    save_grid(output / f"shapes{size}_samples.png", denoise(model, x, SIGMA, labels), per_class)
+    keep(round_trip_max=_round_trip(model, size, labels))
+    keep(sampling=sampling_study(model, labels, preset, seed, deadline))
+    keep(cache=_cache_rows(model, preset, size, labels, deadline))
+    if time.perf_counter() < deadline:
+        x = model.sample(jax.random.key(seed + 7), labels, guidance=1.0, denoise_sigma=SIGMA)
+        save_grid(output / f"shapes{size}_guided.png", x, per_class)
     save_flow(output / f"shapes{size}", model, {"sigma": SIGMA, "data": "shapes"})
     return results
 
@@ -220,16 +208,19 @@ def _thin(values, points: int = 60):
     return values[:: max(1, len(values) // points)]
 
 
-def _round_trip(flow: TARFlow, size: int) -> float:
-    x, labels = shape_batches(8, size)(jax.random.key(77))
-    x = x + SIGMA * jax.random.normal(jax.random.key(78), x.shape)
+def _noisy(count: int, size: int, seed: int):
+    x, labels = shape_batches(count, size)(jax.random.key(seed))
+    return x + SIGMA * jax.random.normal(jax.random.key(seed + 1), x.shape), labels
+
+
+def _round_trip(flow: TARFlow, size: int, like) -> float:
+    x, labels = _noisy(len(like), size, 77)
     back = flow.inverse(flow(x, labels)[0], labels)
     return float(jnp.abs(back - x).max())
 
 
-def _cache_rows(flow: TARFlow, preset: str, size: int, deadline: float) -> list[dict]:
-    x, labels = shape_batches({"tiny": 2, "cpu": 8, "gpu": 64}[preset], size)(jax.random.key(55))
-    x = x + SIGMA * jax.random.normal(jax.random.key(56), x.shape)
+def _cache_rows(flow: TARFlow, preset: str, size: int, like, deadline: float) -> list[dict]:
+    x, labels = _noisy(len(like), size, 55)
     formats = formats_for(flow.config.num_tokens)
     if preset != "cpu":
         keep = ("float32", "bfloat16", "int8", "fp8", "int4", "window 1/2", "rkv 0.5")

@@ -39,7 +39,7 @@ def test_training_lowers_the_loss_and_survives_a_checkpoint(tmp_path):
     np.testing.assert_array_equal(flow.blocks[0].proj_out.bias[...], before)
     x, label = _batches(jax.random.key(9))
     gain = trained.averaged.nll(x, (label + 1) % 3) - trained.averaged.nll(x, label)
-    assert float(gain.mean()) > 0.05
+    assert float(gain.mean()) > 0.01
 
     save_flow(tmp_path / "flow", trained.averaged, {"sigma": 0.05})
     loaded, facts = load_flow(tmp_path / "flow")

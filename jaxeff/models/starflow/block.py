@@ -336,12 +336,32 @@ class FlowBlock(nnx.Module):
 
     def run(self, h, angles, caches, attention_fn, cooling=None) -> tuple[Array, Any]:
         """All layers over ``h [B, T, width]``; ``caches`` is None or (layers, positions, table)."""
+        if caches is None:
+            return self._run_parallel(h, angles, attention_fn, cooling), ()
         layers = []
         for index, layer in enumerate(self.layers):
-            cached = None if caches is None else (caches[0][index], *caches[1:])
+            cached = (caches[0][index], *caches[1:])
             h, new = layer(h, angles, cached, attention_fn, cooling)
             layers.append(new)
         return h, tuple(layers)
+
+    def _run_parallel(self, h, angles, attention_fn, cooling) -> Array:
+        """All layers without a cache, as one scan: a deep block compiles as fast as a shallow one.
+
+        With a cache the layers are unrolled: a scan would copy every layer's cache at every token.
+        """
+        graphdefs, states = zip(*(nnx.split(layer) for layer in self.layers), strict=True)
+        if len(set(graphdefs)) > 1:  # layers that a quantisation rule made different
+            for layer in self.layers:
+                h, _ = layer(h, angles, None, attention_fn, cooling)
+            return h
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+        def step(h, state):
+            layer = nnx.merge(graphdefs[0], state)
+            return layer(h, angles, None, attention_fn, cooling)[0], None
+
+        return jax.lax.scan(step, h, stacked)[0]
 
     def read_out(self, h: Array) -> TokenMap:
         """The affine maps that the hidden states ``[B, T, width]`` give, in float32."""
@@ -396,8 +416,8 @@ def _uniform(key, shape, dtype=jnp.float32, *, bound: float):
 
 
 def _fan_in(key, shape, dtype=jnp.float32, **_):
-    # ±1/√fan_in for the kernel, the scale at which both papers' code starts its linear layers.
-    return _uniform(key, shape, dtype, bound=shape[0] ** -0.5)
+    # Unit gain: √3 times torch's default, which trained more slowly on digits.
+    return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
 
 
 def _norm(config: TARFlowConfig, width: int, rngs: nnx.Rngs):
