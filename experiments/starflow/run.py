@@ -174,7 +174,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = command.run()
     settings = {k: v for k, v in asdict(command).items() if k not in ("output", "checkpoint")}
     name = type(command).__name__.lower() + str(settings.get("size", ""))
-    shown = [w for w in words if "/" not in w and w != "--output"]
+    # The report names no folder of this machine: a path is shown by its last part.
+    shown = [Path(word).name if "/" in word else word for word in words]
     report = {
         "command": "python -m experiments.starflow.run " + " ".join(shown),
         "settings": settings,
