@@ -1,6 +1,12 @@
 """Low-precision training: recipes, quantised matrix products, and how a model gets them."""
 
 from jaxeff.quant.apply import EXEMPT, QuantizedDot, SRKey, apply_recipe, fold_step
+from jaxeff.quant.calibrate import (
+    AttentionPolicy,
+    attention_errors,
+    calibrate_attention,
+    set_attention,
+)
 from jaxeff.quant.dot import dot_general, quantized_dot_general
 from jaxeff.quant.recipe import POINTS, RECIPES, RHT, OperandQuant, Recipe, resolve_recipe
 
@@ -9,13 +15,17 @@ __all__ = [
     "POINTS",
     "RECIPES",
     "RHT",
+    "AttentionPolicy",
     "OperandQuant",
     "QuantizedDot",
     "Recipe",
     "SRKey",
     "apply_recipe",
+    "attention_errors",
+    "calibrate_attention",
     "dot_general",
     "fold_step",
     "quantized_dot_general",
     "resolve_recipe",
+    "set_attention",
 ]
