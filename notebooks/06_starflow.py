@@ -17,8 +17,9 @@
 # evicted key-value cache?
 #
 # A language model gives no exact answer: there is no "true" continuation. A normalizing flow does.
-# It maps an image to noise and back *without error*, token by token through a KV cache. So encode in
-# full precision, decode through the compressed cache, and compare with the image you started from.
+# It maps an image to noise and back *without error*, token by token through a KV cache. So encode
+# in full precision, decode through the compressed cache, and compare with the image you started
+# from.
 #
 # **What to expect.** A small TARFlow is trained on 8×8 digits for a minute or two on a CPU. INT8
 # costs well under a percent of the data's spread; dropping tokens costs much more.
@@ -42,7 +43,7 @@ from jaxeff.models.starflow.cli import image_grid
 # data carries noise of σ = 0.1, which a score step removes after sampling.
 
 # %%
-data, trained = digits.train(steps=200)
+data, trained = digits.train(steps=120)
 flow = trained.averaged
 plt.figure(figsize=(5, 2.5))
 plt.plot(trained.losses)
@@ -86,8 +87,8 @@ for row in rows:
     )
 
 # %% [markdown]
-# **Found.** Quantising every token to 8 bits costs orders of magnitude less than keeping half of the
-# tokens exactly. For a flow every earlier token carries information about the next one.
+# **Found.** Quantising every token to 8 bits costs orders of magnitude less than keeping half of
+# the tokens exactly. For a flow every earlier token carries information about the next one.
 #
 # ## Guidance: two rules
 #

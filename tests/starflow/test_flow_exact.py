@@ -46,7 +46,9 @@ def test_logdet_is_the_jacobians(name):
     assert abs(got - expected) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["tarflow", "starflow_class"])
+@pytest.mark.parametrize(
+    "name", ["tarflow", pytest.param("starflow_class", marks=pytest.mark.slow)]
+)
 def test_causal_in_the_blocks_own_direction(name):
     flow, cond = make(name), condition(name, 1)
     tokens, grid = flow.to_tokens(data(name, 1))

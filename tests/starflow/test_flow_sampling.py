@@ -24,8 +24,10 @@ from jaxeff.models.starflow.sampling import _inverse
 from .flow_cases import CASES, condition, data, make
 
 
-@pytest.mark.parametrize("name", ["tarflow", "starflow_class"])
-@pytest.mark.parametrize("chunk", [3, 99])
+@pytest.mark.parametrize(
+    ("name", "chunk"),
+    [("tarflow", 3), ("starflow", 99), pytest.param("starflow_class", 3, marks=pytest.mark.slow)],
+)
 def test_jacobi_without_tolerance_is_sequential(name, chunk):
     flow, z, cond = make(name), data(name), condition(name, 3)
     exact = flow.inverse(z, cond)
@@ -34,7 +36,7 @@ def test_jacobi_without_tolerance_is_sequential(name, chunk):
     )
     assert float(jnp.abs(jacobi - exact).max()) <= 1e-5
     steps = flow.config.num_tokens - (0 if flow.config.sos else 1)
-    assert all(int(s.sum()) == steps for s in trace.sweeps)
+    assert all(int(s.sum()) == steps for s in trace.sweeps if s.size)  # none: identity
 
 
 def test_jacobi_tolerance_bounds_the_work():
@@ -81,10 +83,10 @@ def test_guidance_properties():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("tarflow_class", {"guidance_kind": "linear"}),
         ("tarflow_class", {"guidance_kind": "linear", "annealed": True, "attn_temp": 1.4}),
-        ("starflow_class", {}),
-        ("starflow_text", {"null_cond": jnp.zeros((3, 5))}),
+        pytest.param("tarflow_class", {"guidance_kind": "linear"}, marks=pytest.mark.slow),
+        pytest.param("starflow_class", {}, marks=pytest.mark.slow),
+        pytest.param("starflow_text", {"null_cond": jnp.zeros((3, 5))}, marks=pytest.mark.slow),
     ],
 )
 def test_guided_sampling_cached_uncached_and_jacobi(name, options):
@@ -118,7 +120,13 @@ def test_the_whole_inverse_compiles_once():
 
 @pytest.mark.parametrize(
     ("cache", "bound"),
-    [("bfloat16", 0.05), ("int8", 0.05), ("fp8", 0.15), ("int4", 0.5), ("window:2/int8", 3.0)],
+    [
+        ("int8", 0.05),
+        ("window:2/int4", 3.0),
+        pytest.param("bfloat16", 0.05, marks=pytest.mark.slow),
+        pytest.param("fp8", 0.15, marks=pytest.mark.slow),
+        pytest.param("int4", 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_compressed_caches_drift_but_little(cache, bound):
     flow = make("starflow")
