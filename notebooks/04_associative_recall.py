@@ -106,6 +106,7 @@ plot.attention_lines(axis, through)
 
 # %% [markdown]
 # **Found.** With six pairs, in all three seeds, copying appears in layer 2 and selecting in layer
-# 3, each within three per cent of the step of the accuracy; the paper has layers 3 and 4. Our plateaus are longer than the paper's law says,
+# 3, each within three per cent of the step of the accuracy; the paper has layers 3 and 4. Our
+# plateaus are longer than the paper's law says,
 # which counts the end of the plateau at 5 % accuracy: with few pairs that level is already
 # reached by guessing among the values in sight, so we count 50 %.
