@@ -2,7 +2,8 @@
 
 A generation is ``prefill -> [context passes -> eviction] -> decode``. The prefill is one compiled
 function, with R-KV's first cut inside; the decode is one compiled loop, with every later cut
-inside. Caches are donated to the loop, so they exist once.
+inside. Caches are donated to the loop, so they exist once. :func:`prepare` stops after the
+eviction, and :func:`answer` asks what it made, as often as one likes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,19 @@ import numpy as np
 from flax import nnx
 
 from jaxeff.compress import Compressor, parse
-from jaxeff.kv_cache import DenseCache, KVCache
-from jaxeff.kv_cache.dense import store_name
+from jaxeff.kv_cache import DenseCache, KVCache, store_name
+from jaxeff.nn.rope import rope_frequencies
 
-__all__ = ["ContinuationScore", "Generation", "generate", "sample", "score_continuation"]
+__all__ = [
+    "Context",
+    "ContinuationScore",
+    "Generation",
+    "answer",
+    "generate",
+    "prepare",
+    "sample",
+    "score_continuation",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,7 @@ class _Sampling:
     temperature: float
     top_k: int | None
     top_p: float | None
+    min_p: float | None
     stop_tokens: tuple[int, ...]
 
 
@@ -101,14 +112,18 @@ def generate(
     tokens: Any,
     *,
     lengths: Any = None,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     compression: str | Compressor | None = None,
     cache_dtype: Any = None,
+    prefill_chunk: int | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     key: jax.Array | None = None,
     stop_tokens: Sequence[int] = (),
+    on_tokens: Callable[[np.ndarray, int], Any] | None = None,
+    stream_every: int = 1,
 ) -> Generation:
     """Continue a batch of prompts.
 
@@ -121,16 +136,22 @@ def generate(
             ``model.config``.
         tokens: int ``[B, T]``, prompts, padded on the right.
         lengths: int ``[B]``, prompt lengths in tokens, from 1 to ``T``; ``None``: all ``T``.
-        max_new_tokens: tokens to generate, 1 or more.
+        max_new_tokens: tokens to generate, 1 or more; one number, or one per row.
         compression: ``None`` or ``"full"``, a text such as ``"rkv:256"`` or ``"kvzip:0.3"``, or a
             compressor.
-        cache_dtype: storage of the cache (``"int8"`` or a float dtype), unless the compressor
-            names one; ``None``: the model's dtype.
+        cache_dtype: storage of the cache (see ``DenseCache.init``), unless the compressor names
+            one; ``None``: the model's dtype.
+        prefill_chunk: prompt tokens per forward, which bounds the memory of a long prefill;
+            ``None``: all at once.
         temperature: 0 takes the most likely token; above 0 divides the logits.
         top_k: sample among this many most likely tokens only.
         top_p: sample among the fewest tokens whose probabilities reach this, in (0, 1].
+        min_p: sample among tokens at least this many times as likely as the likeliest, in (0, 1].
         key: ``jax.random.key``; needed if ``temperature > 0``.
         stop_tokens: token ids that end a row.
+        on_tokens: called on the host as ``on_tokens(tokens, step)`` with the new tokens
+            ``[B, n]`` from step ``step`` on; returning True ends all rows (stop strings).
+        stream_every: steps between two such calls; the loop is compiled once either way.
 
     Returns:
         :class:`Generation`.
@@ -151,22 +172,39 @@ def generate(
         arXiv 1904.09751, section 3.1.
     """
     tokens, lengths = _check_prompt(model, tokens, lengths)
-    sampling = _check_sampling(model, temperature, top_k, top_p, key, stop_tokens)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}; expected a whole number, 1 or more")
-    prepared = _prepare(model, tokens, lengths, max_new_tokens - 1, compression, cache_dtype)
+    sampling = _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens)
+    limits = _check_limits(max_new_tokens, tokens.shape[0])
+    _check_stream(on_tokens, stream_every)
+    room = int(limits.max()) - 1
+    prepared = _prepare(model, tokens, lengths, room, compression, cache_dtype, prefill_chunk)
+    return _generate(prepared, sampling, limits, key, on_tokens, stream_every)
+
+
+def _generate(prepared, sampling, limits, key, on_tokens, stream_every) -> Generation:
+    """Decode on a prepared cache, in one call of the compiled loop or in several."""
     key = jax.random.key(0) if key is None else key
-    (out, counts, cache), seconds = _run(
-        _decode,
-        (prepared.graphdef, prepared.compressor, sampling, max_new_tokens),
-        prepared.state,
-        prepared.cache,
-        prepared.logits,
-        key,
-    )
+    steps = int(limits.max())
+    static = (prepared.graphdef, prepared.compressor, sampling, steps)
+    limits = jnp.asarray(limits)
+    carry, seconds = _run(_first, static[2:], prepared.logits, key, limits)
+    cache, until, sent = prepared.cache, steps, 0
+    while True:
+        if on_tokens is not None:
+            done = int(carry[0])
+            fresh = np.asarray(carry[3][:, sent:done])
+            if fresh.size and on_tokens(fresh, sent):
+                carry = (*carry[:2], jnp.ones_like(carry[2]), *carry[3:])
+            sent, until = done, min(done + stream_every, steps)
+        if int(carry[0]) >= steps or bool(np.all(np.asarray(carry[2]))):
+            break
+        (carry, cache), more = _run(
+            _decode, static, prepared.state, cache, carry, limits, key, jnp.int32(until)
+        )
+        seconds += more
     _check_overflow(cache)
+    _, _, _, tokens, counts = carry
     return Generation(
-        tokens=out,
+        tokens=tokens,
         lengths=counts,
         cache=cache,
         prefill_seconds=prepared.prefill_seconds,
@@ -174,6 +212,133 @@ def generate(
         decode_seconds=seconds,
         tokens_per_second=int(jnp.sum(counts - 1)) / seconds,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A text in its compressed cache, made by :func:`prepare`, asked with :func:`answer`.
+
+    Args:
+        model: the model that read it.
+        compressor: the method that cut it.
+        cache: its cache, with no room to spare; :func:`answer` works on a copy with room.
+        prefill_seconds: time of the prefill, without compilation.
+        compress_seconds: time of context passes and eviction.
+
+    Examples:
+        >>> [field.name for field in dataclasses.fields(Context)][:3]
+        ['model', 'compressor', 'cache']
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.1 (one compressed cache serves all queries).
+    """
+
+    model: Any
+    compressor: Compressor
+    cache: KVCache
+    prefill_seconds: float
+    compress_seconds: float
+
+
+def prepare(
+    model: Any,
+    tokens: Any,
+    *,
+    lengths: Any = None,
+    compression: str | Compressor | None = None,
+    cache_dtype: Any = None,
+    prefill_chunk: int | None = None,
+) -> Context:
+    """Read a batch of contexts once and compress their caches, to be asked many times.
+
+    Args:
+        model: as in :func:`generate`.
+        tokens: int ``[B, T]``, contexts, padded on the right.
+        lengths: int ``[B]``, their lengths in tokens; ``None``: all ``T``.
+        compression, cache_dtype, prefill_chunk: as in :func:`generate`.
+
+    Returns:
+        :class:`Context`. Its cache holds what the method keeps and no more; a method that holds a
+        budget while decoding (R-KV) has its buffer too.
+
+    Raises:
+        ValueError: if an argument is out of range or a compression is not known.
+
+    Examples:
+        >>> from jaxeff.models import Decoder, ModelConfig
+        >>> config = ModelConfig.llama(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2)
+        >>> model = Decoder(config, rngs=nnx.Rngs(0))
+        >>> context = prepare(model, [[1, 2, 3, 4]], compression="streaming_llm:5")
+        >>> answer(context, [[5, 6]], max_new_tokens=2).tokens.shape
+        (1, 2)
+
+    References:
+        KVzip (arXiv 2505.23416), sections 3.1 and 3.2.
+    """
+    tokens, lengths = _check_prompt(model, tokens, lengths)
+    made = _prepare(model, tokens, lengths, None, compression, cache_dtype, prefill_chunk)
+    _check_overflow(made.cache)
+    return Context(model, made.compressor, made.cache, made.prefill_seconds, made.compress_seconds)
+
+
+def answer(
+    context: Context,
+    question: Any,
+    *,
+    lengths: Any = None,
+    max_new_tokens: int | Sequence[int],
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_tokens: Sequence[int] = (),
+    on_tokens: Callable[[np.ndarray, int], Any] | None = None,
+    stream_every: int = 1,
+) -> Generation:
+    """Answer questions about a prepared context, which stays as it is.
+
+    Args:
+        context: from :func:`prepare`; its buffers are never donated.
+        question: int ``[B, T]``, one per row of the context, padded on the right.
+        lengths: int ``[B]``, their lengths in tokens; ``None``: all ``T``.
+        max_new_tokens, temperature, top_k, top_p, min_p, key, stop_tokens, on_tokens,
+            stream_every: as in :func:`generate`.
+
+    Returns:
+        :class:`Generation`. For another turn after this one, put its cache into the context:
+        ``dataclasses.replace(context, cache=result.cache)``; the last generated token was not fed
+        and belongs to the front of the next question.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Examples:
+        >>> [name for name in ("prepare", "answer") if name in __all__]
+        ['prepare', 'answer']
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.1.
+    """
+    model = context.model
+    question, lengths = _check_prompt(model, question, lengths, name="question")
+    sampling = _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens)
+    limits = _check_limits(max_new_tokens, question.shape[0])
+    _check_stream(on_tokens, stream_every)
+    batch = context.cache.seen.shape[0]
+    if question.shape[0] != batch:
+        raise ValueError(f"question has {question.shape[0]} rows; the context has {batch}")
+    graphdef, state = nnx.split(model)
+    (logits, cache), seconds = _run(
+        _turn,
+        (graphdef, context.compressor, int(limits.max()) - 1),
+        state,
+        context.cache,
+        jnp.asarray(question),
+        jnp.asarray(lengths),
+    )
+    prepared = _Prepared(graphdef, state, context.compressor, cache, logits, seconds, 0.0)
+    return _generate(prepared, sampling, limits, key, on_tokens, stream_every)
 
 
 def score_continuation(
@@ -184,6 +349,7 @@ def score_continuation(
     lengths: Any = None,
     compression: str | Compressor | None = None,
     cache_dtype: Any = None,
+    prefill_chunk: int | None = None,
 ) -> ContinuationScore:
     """Score true continuations token by token, through the cache that a generation would use.
 
@@ -195,8 +361,7 @@ def score_continuation(
         prompt: int ``[B, T]``, padded on the right.
         continuation: int ``[B, M]``, the tokens that truly follow each prompt.
         lengths: int ``[B]``, prompt lengths in tokens; ``None``: all ``T``.
-        compression: as in :func:`generate`.
-        cache_dtype: as in :func:`generate`.
+        compression, cache_dtype, prefill_chunk: as in :func:`generate`.
 
     Returns:
         :class:`ContinuationScore`.
@@ -221,7 +386,7 @@ def score_continuation(
             f"continuation has {continuation.shape[0]} rows; prompt has {prompt.shape[0]}"
         )
     steps = continuation.shape[1] - 1
-    prepared = _prepare(model, prompt, lengths, steps, compression, cache_dtype)
+    prepared = _prepare(model, prompt, lengths, steps, compression, cache_dtype, prefill_chunk)
     (logprobs, best, cache), seconds = _run(
         _force,
         (prepared.graphdef, prepared.compressor),
@@ -250,6 +415,7 @@ def sample(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
 ) -> jax.Array:
     """Draw one token per row.
 
@@ -259,6 +425,7 @@ def sample(
         temperature: 0 takes the largest logit; above 0 divides the logits.
         top_k: keep this many largest logits; ties with the last of them stay.
         top_p: of what is left, keep the fewest tokens whose probabilities sum to this or more.
+        min_p: of what is left, keep tokens at least this many times as likely as the likeliest.
 
     Returns:
         int32 ``[B]``.
@@ -273,7 +440,8 @@ def sample(
         [1]
 
     References:
-        Holtzman et al., arXiv 1904.09751, section 3.1 (nucleus sampling).
+        Holtzman et al., arXiv 1904.09751, section 3.1 (nucleus sampling); Nguyen et al., arXiv
+        2407.01082, section 3 (min-p).
     """
     logits = logits.astype(jnp.float32)
     if temperature == 0:
@@ -291,6 +459,9 @@ def sample(
         kept = jnp.cumsum(mass, axis=-1) - mass < top_p
         least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
+    if min_p is not None:
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(logits - top < jnp.log(min_p), -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
@@ -307,27 +478,33 @@ class _Prepared:
     compress_seconds: float
 
 
-def _prepare(model, tokens, lengths, room, compression, cache_dtype) -> _Prepared:
-    """Prefill, and let the compressor cut the context."""
+def _prepare(
+    model, tokens, lengths, room, compression, cache_dtype, prefill_chunk=None
+) -> _Prepared:
+    """Prefill, and let the compressor cut the context; ``room=None``: nothing will follow yet."""
     prompt = tokens.shape[1]
-    compressor = parse(compression).fit(prompt=prompt, room=room)
-    scale = getattr(model.config, "query_scale", None)
-    if scale is not None and getattr(compressor, "scale", scale) is None:
-        # Score with the logits of the model's own attention.
-        compressor = dataclasses.replace(compressor, scale=scale)
+    compressor = parse(compression).bind(**_facts(model.config))
+    if room is not None:
+        compressor = compressor.fit(prompt=prompt, room=room)
     store = compressor.storage or cache_dtype
     store = getattr(model, "dtype", jnp.bfloat16) if store is None else store
     store = store_name(store)
-    capacity = compressor.prefill_capacity(prompt=prompt, room=room)
+    if prefill_chunk is not None and (not isinstance(prefill_chunk, int) or prefill_chunk < 1):
+        raise ValueError(f"prefill_chunk={prefill_chunk!r}; expected a whole number, 1 or more")
+    capacity = compressor.prefill_capacity(prompt=prompt, room=room or 0)
     if capacity < prompt:
         raise ValueError(
             f"{compressor.name} prefills a cache of {capacity} slots; "
             f"the prompt has {prompt} tokens"
         )
     graphdef, state = nnx.split(model)
+    if prefill_chunk is not None and prefill_chunk >= prompt:
+        prefill_chunk = None
+    # A ring of a window that the text cannot fill needs no slots beyond the text.
+    limit = None if room is None else prompt + room
     (logits, cache), prefill_seconds = _run(
         _prefill,
-        (graphdef, compressor, capacity, store),
+        (graphdef, compressor, capacity, store, prefill_chunk, limit),
         state,
         jnp.asarray(tokens),
         jnp.asarray(lengths),
@@ -348,21 +525,70 @@ def _prepare(model, tokens, lengths, room, compression, cache_dtype) -> _Prepare
         compress_seconds += seconds
     if passes or compressor.evicts_context:
         begin = time.perf_counter()
-        cache = jax.block_until_ready(compressor.evict_context(cache, scores, room=room))
+        cache = compressor.evict_context(cache, scores, room=room or 0)
+        jax.block_until_ready(cache)
         compress_seconds += time.perf_counter() - begin
     return _Prepared(graphdef, state, compressor, cache, logits, prefill_seconds, compress_seconds)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _prefill(graphdef, compressor, capacity, store, state, tokens, lengths):
+def _facts(config: Any) -> dict[str, Any]:
+    """Return what compressors may want to know of a model."""
+    rope = getattr(config, "rope", None)
+    frequencies = None
+    if rope is not None:
+        frequencies = tuple(rope_frequencies(config.head_dim, rope).tolist())
+    return {"scale": getattr(config, "query_scale", None), "frequencies": frequencies}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _prefill(graphdef, compressor, capacity, store, chunk, limit, state, tokens, lengths):
     """Run the prompts through a fresh cache; return the last logits and the cache to decode on."""
     model = nnx.merge(graphdef, state)
-    batch, steps = tokens.shape
+    windows = getattr(model.config, "layer_windows", ()) or (None,) * model.config.num_layers
     cache = DenseCache.init_for(
-        model, batch, capacity, dtype=store, query_window=compressor.query_window
+        model,
+        tokens.shape[0],
+        [capacity if w is None else limit or w for w in windows],
+        dtype=store,
+        query_window=compressor.query_window,
+        observer=compressor.observer,
     )
-    valid = jnp.arange(steps) < lengths[:, None]
-    rows, last = jnp.arange(batch), lengths - 1
+    logits, cache = _read_text(graphdef, state, cache, tokens, lengths, chunk)
+    return logits, compressor.after_prefill(cache)
+
+
+def _read_text(graphdef, state, cache, tokens, lengths, chunk=None):
+    """Feed ``tokens [B, T]``, some at a time; return the logits after each row's last token."""
+    batch, steps = tokens.shape
+    chunk = steps if chunk is None else chunk
+    pad = -steps % chunk
+    valid = jnp.arange(steps + pad) < lengths[:, None]
+    tokens = jnp.pad(tokens, ((0, 0), (0, pad)))
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(batch, -1, chunk), 1, 0)
+
+    def one_chunk(carry, item):
+        cache, logits = carry
+        part, real, start = item
+        last = lengths - 1 - start
+        found, cache = _last_logits(graphdef, state, cache, part, real, last)
+        here = (last >= 0) & (last < chunk)
+        return (cache, jnp.where(here[:, None], found, logits)), None
+
+    if chunk == steps:
+        return _last_logits(graphdef, state, cache, tokens, valid, lengths - 1)
+    vocab = nnx.merge(graphdef, state).config.vocab_size
+    items = (split(tokens), split(valid), jnp.arange(0, steps + pad, chunk))
+    start = (cache, jnp.zeros((batch, vocab), jnp.float32))
+    (cache, logits), _ = jax.lax.scan(one_chunk, start, items)
+    return logits, cache
+
+
+def _last_logits(graphdef, state, cache, tokens, valid, last):
+    """Run the model over ``tokens``; return f32 logits ``[B, V]`` at ``last`` (clipped), cache."""
+    model = nnx.merge(graphdef, state)
+    rows, last = jnp.arange(tokens.shape[0]), jnp.clip(last, 0, tokens.shape[1] - 1)
     if hasattr(model, "logits"):
         # The vocabulary is wide: only the last token's logits are worth computing. The logits of
         # all tokens are never used here, and the compiler drops them.
@@ -371,7 +597,16 @@ def _prefill(graphdef, compressor, capacity, store, state, tokens, lengths):
     else:
         logits, cache = model(tokens, valid=valid, cache=cache)
         logits = logits[rows, last]
-    return logits.astype(jnp.float32), compressor.after_prefill(cache)
+    return logits.astype(jnp.float32), cache
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _turn(graphdef, compressor, room, state, cache, tokens, lengths):
+    """Feed a question to a copy of a compressed cache that has room for it and the answer."""
+    count = tokens.shape[1]
+    cache = compressor.before_turn(cache, tokens=count, room=room)
+    logits, cache = _read_text(graphdef, state, cache, tokens, lengths)
+    return logits, compressor.after_turn(cache, tokens=count)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -382,36 +617,47 @@ def _observe(graphdef, compressor, state, cache, tokens, valid, start):
     return compressor.collect(seen)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
-def _decode(graphdef, compressor, sampling, steps, state, cache, logits, key):
-    """Generate up to ``steps`` tokens; stop early once every row has stopped."""
+@partial(jax.jit, static_argnums=(0, 1))
+def _first(sampling, steps, logits, key, limits):
+    """Draw the first token; return what the loop carries: step, token, done, tokens, lengths."""
     stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
-    draw = partial(
-        sample,
+    first = _draw(sampling, logits, jax.random.fold_in(key, 0))
+    tokens = jnp.broadcast_to(stop[0], (first.size, steps)).at[:, 0].set(first)
+    done = jnp.isin(first, stop) | (limits <= 1)
+    return jnp.int32(1), first, done, tokens, jnp.ones(first.size, jnp.int32)
+
+
+def _draw(sampling, logits, key):
+    return sample(
+        logits,
+        key,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
+        min_p=sampling.min_p,
     )
-    first = draw(logits, jax.random.fold_in(key, 0))
-    tokens = jnp.broadcast_to(stop[0], (first.size, steps)).at[:, 0].set(first)
-    done = jnp.isin(first, stop)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
+def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, key, until):
+    """Generate up to step ``until``; stop early once every row has stopped."""
+    stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
 
     def unfinished(carry):
-        step, _, _, done, _, _ = carry
-        return (step < steps) & ~jnp.all(done)
+        (step, _, done, _, _), _ = carry
+        return (step < until) & ~jnp.all(done)
 
     def one_step(carry):
-        step, cache, token, done, tokens, lengths = carry
+        (step, token, done, tokens, lengths), cache = carry
         out, cache = _step(graphdef, state, compressor, cache, token, ~done)
-        token = draw(out, jax.random.fold_in(key, step))
+        token = _draw(sampling, out, jax.random.fold_in(key, step))
         token = jnp.where(done, stop[0], token)
         tokens = tokens.at[:, step].set(token)
         lengths = lengths + ~done
-        return step + 1, cache, token, done | jnp.isin(token, stop), tokens, lengths
+        done = done | jnp.isin(token, stop) | (lengths >= limits)
+        return (step + 1, token, done, tokens, lengths), cache
 
-    start = (jnp.int32(1), cache, first, done, tokens, jnp.ones(first.size, jnp.int32))
-    _, cache, _, _, tokens, lengths = jax.lax.while_loop(unfinished, one_step, start)
-    return tokens, lengths, cache
+    return jax.lax.while_loop(unfinished, one_step, (carry, cache))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -503,24 +749,46 @@ def _check_prompt(model, tokens, lengths, name="tokens") -> tuple[np.ndarray, np
     return tokens.astype(np.int32), lengths.astype(np.int32)
 
 
-def _check_sampling(model, temperature, top_k, top_p, key, stop_tokens) -> _Sampling:
+def _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens) -> _Sampling:
     """Return the sampling settings, or say which one is out of range."""
     vocabulary = model.config.vocab_size
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature}; expected 0 (greedy) or more")
     if temperature > 0 and key is None:
         raise ValueError(f"key is None; temperature={temperature} needs a jax.random.key")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError("top_k and top_p need temperature > 0; temperature=0 is greedy")
+    if temperature == 0 and (top_k, top_p, min_p) != (None, None, None):
+        raise ValueError("top_k, top_p and min_p need temperature > 0; temperature=0 is greedy")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k={top_k}; expected 1 to {vocabulary}, the vocabulary")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}; expected a probability in (0, 1]")
+    if min_p is not None and not 0 < min_p <= 1:
+        raise ValueError(f"min_p={min_p}; expected a share of the largest probability in (0, 1]")
     stop = tuple(int(token) for token in stop_tokens)
     for token in stop:
         if not 0 <= token < vocabulary:
             raise ValueError(f"stop_tokens has {token}; the vocabulary has {vocabulary} tokens")
-    return _Sampling(float(temperature), top_k, top_p, stop)
+    return _Sampling(float(temperature), top_k, top_p, min_p, stop)
+
+
+def _check_limits(max_new_tokens, batch: int) -> np.ndarray:
+    """Return the tokens that each row may generate, int32 ``[B]``."""
+    limits = np.asarray(max_new_tokens)
+    if not np.issubdtype(limits.dtype, np.integer) or limits.shape not in ((), (batch,)):
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens!r}; expected a whole number, 1 or more, or {batch} of "
+            "them, one per row"
+        )
+    if limits.min() < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r}; expected a whole number, 1 or more")
+    return np.broadcast_to(limits, (batch,)).astype(np.int32)
+
+
+def _check_stream(on_tokens, stream_every: int) -> None:
+    if on_tokens is not None and not callable(on_tokens):
+        raise ValueError(f"on_tokens is a {type(on_tokens).__name__}; expected a callable or None")
+    if isinstance(stream_every, bool) or not isinstance(stream_every, int) or stream_every < 1:
+        raise ValueError(f"stream_every={stream_every!r}; expected a whole number, 1 or more")
 
 
 def _check_overflow(cache: KVCache) -> None:

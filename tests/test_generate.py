@@ -41,16 +41,16 @@ def _executables():
     return names.count("_prefill"), names.count("_decode")
 
 
-def test_500_steps_compile_prefill_and_decode_once(model, prompts):
+def test_1000_steps_compile_prefill_and_decode_once(model, prompts):
     module._EXECUTABLES.clear()
-    options = {"max_new_tokens": 501, "compression": "rkv(budget=16, buffer=16)"}
+    options = {"max_new_tokens": 1001, "compression": "rkv(budget=16, buffer=16)"}
     first = generate(model, prompts, **options)
     assert _executables() == (1, 1)
     CountingDecoder.traces = 0
     again = generate(model, prompts, **options)
     assert _executables() == (1, 1) and CountingDecoder.traces == 0
     np.testing.assert_array_equal(first.tokens, again.tokens)
-    assert first.tokens.shape == (2, 501) and first.cache.seen.tolist() == [512, 512]
+    assert first.tokens.shape == (2, 1001) and first.cache.seen.tolist() == [1012, 1012]
     assert all(layer.capacity == 32 for layer in first.cache.layers)
     check_invariants(first.cache)
     short = generate(model, prompts, **{**options, "max_new_tokens": 60})
@@ -203,11 +203,11 @@ class _Tiny(Compressor):
         ({"lengths": [1]}, r"lengths has shape \(1,\) and dtype int64; expected integers \[2\]"),
         ({"temperature": -1}, "temperature=-1; expected 0"),
         ({"temperature": 1}, "key is None; temperature=1 needs a jax.random.key"),
-        ({"top_k": 3}, "top_k and top_p need temperature > 0"),
+        ({"top_k": 3}, "top_k, top_p and min_p need temperature > 0"),
         ({"temperature": 1, "key": 0, "top_k": 257}, "top_k=257; expected 1 to 256"),
         ({"temperature": 1, "key": 0, "top_p": 0}, r"top_p=0; expected a probability in \(0, 1\]"),
         ({"stop_tokens": [256]}, "stop_tokens has 256; the vocabulary has 256 tokens"),
-        ({"compression": "snapkv"}, "compression='snapkv' names no method; known: full, kvzip"),
+        ({"compression": "snap"}, "compression='snap' names no method; known: adakv, compose"),
         ({"compression": "rkv:4"}, "budget=4 must be at least window=8"),
         ({"compression": "kvzip:2"}, r"ratio=2 must be in \(0, 1\]"),
         ({"cache_dtype": "int3"}, "int3"),

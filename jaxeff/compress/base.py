@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.kv_cache import KVCache
+from jaxeff.kv_cache import KVCache, Observer
 
 
 class ContextPass(NamedTuple):
@@ -66,6 +66,22 @@ class Compressor:
         return 0
 
     @property
+    def observer(self) -> Observer | None:
+        """What the cache must run along with every call; ``None`` if scores need nothing."""
+        return None
+
+    def bind(self, **facts: Any) -> Compressor:
+        """Return an equal compressor that knows the model's facts where a setting was ``None``.
+
+        Args:
+            **facts: ``scale`` (softmax scale) and ``frequencies`` (of RoPE); a method takes those
+                that are among its fields.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        missing = {k: v for k, v in facts.items() if k in names and getattr(self, k) is None}
+        return dataclasses.replace(self, **missing) if missing else self
+
+    @property
     def evicts_context(self) -> bool:
         """Whether :meth:`evict_context` makes the decode cache, even without passes."""
         return False
@@ -106,6 +122,15 @@ class Compressor:
         """Return the cache after a decoded token; runs inside the compiled decode loop."""
         return cache
 
+    def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
+        """Return a compressed cache with room for a question of ``tokens`` and what follows it."""
+        return cache.extend(tokens + room)
+
+    def after_turn(self, cache: KVCache, *, tokens: int) -> KVCache:
+        """Return the cache after a question of ``tokens``; runs inside the compiled prefill."""
+        del tokens
+        return cache
+
 
 def select(
     scores: jax.Array,
@@ -113,6 +138,7 @@ def select(
     *,
     slot_order: str = "time",
     frozen: jax.Array | None = None,
+    count: jax.Array | None = None,
 ) -> jax.Array:
     """Choose the ``budget`` slots with the highest scores, per row and head.
 
@@ -125,6 +151,7 @@ def select(
         slot_order: ``"time"``: the kept slots stay in their order. ``"score"``: descending score,
             then the slots forced with ``+inf`` in their order (what R-KV's code does).
         frozen: int32 ``[B, K]``, leading slots that come first in any order; ``None``: none.
+        count: int32 ``[B, K]``, how many of the ``budget`` best a head really keeps; ``None``: all.
 
     Returns:
         int32 ``[B, K, budget]``, slot indices; -1, at the end, where fewer than ``budget`` slots
@@ -149,6 +176,8 @@ def select(
     if slot_order not in ("time", "score"):
         raise ValueError(f"slot_order={slot_order!r}; expected 'time' or 'score'")
     values, indices = jax.lax.top_k(scores, budget)  # [B, K, budget]
+    if count is not None:
+        values = jnp.where(jnp.arange(budget) < count[..., None], values, -jnp.inf)
     if slot_order == "time":
         key = indices
     else:
@@ -159,6 +188,26 @@ def select(
     order = jnp.argsort(key, axis=-1)
     kept = jnp.where(values > -jnp.inf, indices, -1)
     return jnp.take_along_axis(kept, order, axis=-1).astype(jnp.int32)
+
+
+def live_slots(keys: jax.Array, length: jax.Array | None) -> jax.Array:
+    """Return which slots are live, bool ``[B, K, S]``.
+
+    Args:
+        keys: ``[B, S, K, H]``.
+        length: int32 ``[B]`` or ``[B, K]``, live slots; ``None``: all.
+
+    Examples:
+        >>> live_slots(jnp.ones((1, 3, 1, 2)), jnp.array([2])).tolist()
+        [[[True, True, False]]]
+
+    References:
+        R-KV (arXiv 2505.24133), section 3.1.
+    """
+    batch, slots, heads, _ = keys.shape
+    length = jnp.asarray(slots if length is None else length, jnp.int32)
+    length = length[:, None] if length.ndim == 1 else length
+    return jnp.arange(slots) < jnp.broadcast_to(length, (batch, heads))[..., None]
 
 
 def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:

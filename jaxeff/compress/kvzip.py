@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxeff.compress.base import Compressor, ContextPass
 from jaxeff.compress.rkv import group_logits
-from jaxeff.kv_cache import KVCache
+from jaxeff.compress.scorer import evictable_layers, with_evictable
+from jaxeff.kv_cache import KVCache, TiledLayer
 from jaxeff.kv_cache.base import LayerCache
 
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
@@ -301,8 +302,8 @@ class KVzip(Compressor):
 
     The model is run once more over the full cache, told to repeat the context chunk by chunk;
     :func:`reconstruction_scores` says how much each cached pair was used, and :func:`keep_mask`
-    chooses. Heads end up with different lengths; a layer's capacity is its longest head, rounded
-    up to ``bucket``, plus the room that the generation needs. The kept cache serves any question.
+    chooses. Heads end up with different lengths; ``layout`` says what that allocates. The kept
+    cache serves any question. Layers with a sliding window keep their ring.
 
     Args:
         ratio: share of the context entries to keep, in (0, 1].
@@ -320,7 +321,10 @@ class KVzip(Compressor):
         header: token ids between the prompt and the chunk (end of turn, start of answer).
         upstream_threshold: see :func:`keep_mask`.
         scale: softmax scale; ``None``: ``H ** -0.5``.
-        bucket: capacities are multiples of this many tokens, before the room is added.
+        bucket: capacities are multiples of this many tokens, before the room is added; with
+            ``layout="tiled"`` the slots of a tile.
+        layout: ``"dense"``: every head of a layer gets the capacity of the longest. ``"tiled"``:
+            heads own tiles of a pool, so that allocated bytes follow what each head keeps.
         storage: how the cache is stored; ``None``: as the caller asks. With ``"int8"`` prefill,
             scores and decoding all see the stored values.
 
@@ -351,6 +355,7 @@ class KVzip(Compressor):
     upstream_threshold: bool = False
     scale: float | None = None
     bucket: int = 16
+    layout: str = "dense"
 
     name: ClassVar[str] = "kvzip"
     primary: ClassVar[str] = "ratio"
@@ -359,6 +364,8 @@ class KVzip(Compressor):
         _check_selection(self.ratio, self.level)
         if self.norm not in ("chunk", "full", "none"):
             raise ValueError(f"norm={self.norm!r}; expected 'chunk', 'full' or 'none'")
+        if self.layout not in ("dense", "tiled"):
+            raise ValueError(f"layout={self.layout!r}; expected 'dense' or 'tiled'")
         for field, least in (("chunk", 1), ("bucket", 1), ("num_sinks", 0), ("num_recent", 0)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)}; expected {least} or more tokens")
@@ -446,7 +453,10 @@ class KVzip(Compressor):
         Returns:
             A cache of :class:`RecordingLayer`.
         """
-        capacity = cache.layers[0].capacity
+        inner = evictable_layers(cache)
+        if not inner:
+            return cache
+        capacity = inner[0].capacity
         chunk = min(self.chunk, max(capacity - self.num_sinks, 1)) if chunk is None else chunk
         options = {
             "chunk": chunk,
@@ -455,12 +465,13 @@ class KVzip(Compressor):
             "scale": self.scale,
         }
         pairs = tuple(sorted(options.items()))
-        layers = (RecordingLayer(layer, jnp.asarray(start), pairs) for layer in cache.layers)
-        return dataclasses.replace(cache, layers=tuple(layers))
+        # A ring answers for itself; the caller keeps the cache from before the pass.
+        views = [RecordingLayer(layer, jnp.asarray(start), pairs) for layer in inner]
+        return with_evictable(cache, views)
 
     def collect(self, cache: KVCache) -> tuple[jax.Array, ...]:
         """Return the scores that a view recorded, one ``[B, K, S]`` per layer."""
-        return tuple(layer.scores for layer in cache.layers)
+        return tuple(layer.scores for layer in cache.layers if isinstance(layer, RecordingLayer))
 
     def evict_context(self, cache: KVCache, scores: tuple[jax.Array, ...], *, room: int) -> KVCache:
         """Return the cache of the kept entries, in as few slots as they and ``room`` need.
@@ -474,11 +485,14 @@ class KVzip(Compressor):
         Returns:
             The new cache; its layers may differ in capacity.
         """
-        live = jnp.stack([layer.live for layer in cache.layers])  # [L, B, K, S]
+        old = evictable_layers(cache)
+        if not old:
+            return cache
+        live = jnp.stack([layer.live for layer in old])  # [L, B, K, S]
         slot = jnp.arange(live.shape[-1])
-        frozen = [jnp.minimum(layer.length, self.num_sinks) for layer in cache.layers]
-        frozen = jnp.maximum(jnp.stack(frozen), jnp.stack([x.frozen for x in cache.layers]))
-        recent = cache.lengths()[..., None] - self.num_recent
+        frozen = [jnp.minimum(layer.length, self.num_sinks) for layer in old]
+        frozen = jnp.maximum(jnp.stack(frozen), jnp.stack([x.frozen for x in old]))
+        recent = jnp.stack([layer.length for layer in old])[..., None] - self.num_recent
         forced = live & ((slot < frozen[..., None]) | (slot >= recent))
         keep = live
         if scores:
@@ -486,12 +500,24 @@ class KVzip(Compressor):
             keep = forced | keep_mask(
                 stacked, self.ratio, level=self.level, upstream_threshold=self.upstream_threshold
             )
-        longest = np.asarray(jnp.max(jnp.sum(keep, axis=-1), axis=(1, 2)))  # [L]
+        lengths = np.asarray(jnp.sum(keep, axis=-1))  # [L, B, K]
         layers = []
-        for number, layer in enumerate(cache.layers):
-            size = min(-(-int(longest[number]) // self.bucket) * self.bucket, layer.capacity)
+        for number, layer in enumerate(old):
+            longest = int(lengths[number].max())
+            size = min(-(-longest // self.bucket) * self.bucket, layer.capacity)
             order = jnp.sort(jnp.where(keep[number], slot, slot.size), axis=-1)[..., :size]
             indices = jnp.where(order < slot.size, order, -1)
             layer = dataclasses.replace(layer, frozen=frozen[number])
-            layers.append(layer.gather(indices, capacity=max(size + room, 1)))
-        return dataclasses.replace(cache, layers=tuple(layers))
+            if self.layout == "tiled":
+                tiles = -(-(lengths[number] + room) // self.bucket)  # [B, K]
+                layer = TiledLayer.pack(
+                    layer,
+                    indices[..., :longest],
+                    tile=self.bucket,
+                    num_tiles=max(int(tiles.sum(axis=1).max()), 1),
+                    max_tiles=max(int(tiles.max()), 1),
+                )
+            else:
+                layer = layer.gather(indices, capacity=max(size + room, 1))
+            layers.append(layer)
+        return with_evictable(cache, layers)

@@ -8,9 +8,8 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import Compressor, masked_softmax, select
-from jaxeff.compress.full import FullKV
-from jaxeff.kv_cache import KVCache
+from jaxeff.compress.base import masked_softmax
+from jaxeff.compress.scorer import Scorer
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -309,8 +308,8 @@ def scores(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RKV(Compressor):
-    """Holds every head at ``budget`` entries plus a staging buffer while decoding.
+class RKV(Scorer):
+    """Keeps what the last queries attend to, minus what repeats later keys.
 
     Fresh tokens fill the buffer. When a row reaches ``budget + buffer`` entries, all but the last
     ``window`` compete with :func:`scores`; the best ``budget - window`` stay, with the window. So
@@ -325,10 +324,7 @@ class RKV(Compressor):
         num_sinks: first tokens of the prompt that are never evicted; 0 as in the authors' code.
         slot_order: ``"time"``: survivors keep their order. ``"score"``: descending score, as in
             the authors' code; from the second compaction on the two differ.
-        scope: who shares a decision: ``"head"`` (none), ``"layer"`` (mean over the heads),
-            ``"global"`` (that, summed over the layers). Shared scopes need heads of equal length.
-        compress_prefill: cut a prompt of ``budget`` tokens or more once, after its prefill.
-        storage: how the cache is stored; ``None``: as the caller asks.
+        scope, compress_prefill, spare_frozen, storage: see :class:`~jaxeff.compress.Scorer`.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -346,8 +342,6 @@ class RKV(Compressor):
         that memory is bounded exactly; the authors' code also waits for a multiple of the buffer.
     """
 
-    budget: int
-    buffer: int = 128
     window: int = 8
     mix_lambda: float = 0.1
     threshold: float = 0.5
@@ -357,98 +351,19 @@ class RKV(Compressor):
     beta: int = 1
     mode: str = "code"
     scale: float | None = None
-    num_sinks: int = 0
-    slot_order: str = "time"
-    scope: str = "head"
-    compress_prefill: bool = True
 
     name: ClassVar[str] = "rkv"
-    primary: ClassVar[str] = "budget"
-
-    def __post_init__(self):
-        for field in ("budget", "buffer", "window"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field}={value!r}; expected a whole number of tokens, 1 or more")
-        if self.budget < self.window:
-            raise ValueError(
-                f"budget={self.budget} must be at least window={self.window} "
-                "(tokens that always stay)"
-            )
-        if not 0 <= self.num_sinks <= self.budget - self.window:
-            raise ValueError(
-                f"num_sinks={self.num_sinks} must be in [0, {self.budget - self.window}] "
-                f"(budget - window)"
-            )
-        if self.slot_order not in ("time", "score"):
-            raise ValueError(f"slot_order={self.slot_order!r}; expected 'time' or 'score'")
-        if self.scope not in ("head", "layer", "global"):
-            raise ValueError(f"scope={self.scope!r}; expected 'head', 'layer' or 'global'")
 
     @property
     def query_window(self) -> int:
         """Queries that the cache must remember per layer."""
         return self.window
 
-    def fit(self, *, prompt: int, room: int) -> Compressor:
-        """Return an equal compressor that allocates no more than ``prompt + room`` slots."""
-        total = prompt + room
-        if total < self.budget:
-            return FullKV(storage=self.storage)
-        # One slot more than can fill up: the trigger is never reached, as it should not be.
-        return dataclasses.replace(self, buffer=min(self.buffer, total - self.budget + 1))
-
-    def prefill_capacity(self, *, prompt: int, room: int) -> int:
-        """Return the slots of the prefill's cache; it is cut down before decoding."""
-        del room
-        return prompt
-
-    def after_prefill(self, cache: KVCache) -> KVCache:
-        """Return a cache of ``budget + buffer`` slots, long prompts cut to ``budget``."""
-        cache = self._freeze_sinks(cache)
-        prompt = cache.layers[0].capacity
-        capacity = self.budget + self.buffer
-        if self.compress_prefill and prompt >= self.budget:
-            full = [layer.length >= self.budget for layer in cache.layers]
-            return self.compact(cache, full, capacity=capacity)
-        capacity = max(capacity, prompt + 1)
-        layers = tuple(layer.resize(capacity) for layer in cache.layers)
-        return dataclasses.replace(cache, layers=layers)
-
-    def _freeze_sinks(self, cache: KVCache) -> KVCache:
-        if not self.num_sinks:
-            return cache
-        layers = (
-            dataclasses.replace(
-                layer,
-                frozen=jnp.maximum(layer.frozen, jnp.minimum(layer.length, self.num_sinks)),
-            )
-            for layer in cache.layers
-        )
-        return dataclasses.replace(cache, layers=tuple(layers))
-
-    def after_step(self, cache: KVCache) -> KVCache:
-        """Return the cache with every full row compacted to ``budget`` entries."""
-        capacity = min(layer.capacity for layer in cache.layers)
-        if capacity < self.budget + self.buffer:
-            raise ValueError(
-                f"the cache has capacity={capacity}; budget={self.budget} plus "
-                f"buffer={self.buffer} need {self.budget + self.buffer} slots"
-            )
-        ready = (cache.seen >= self.window)[:, None]
-        full = [ready & (layer.length >= self.budget + self.buffer) for layer in cache.layers]
-        # A branch, not a mask: between compactions nothing of the quadratic work is done. Rows
-        # that are not full pass through a compaction unchanged.
-        return jax.lax.cond(
-            jnp.any(jnp.stack(full)), lambda c: self.compact(c, full), lambda c: c, cache
-        )
-
-    def layer_scores(self, layer) -> jax.Array:
-        """Return the joint scores of a layer's slots, f32 ``[B, K, C]``, ``+inf`` if protected."""
-        if layer.queries is None:
-            raise ValueError(f"the cache keeps no queries; make it with query_window={self.window}")
+    def score(self, layer, index: int) -> jax.Array:
+        """Return the joint scores of a layer's slots, f32 ``[B, K, C]``."""
+        del index
         keys, _ = layer.read(jnp.float32)
-        joint = scores(
+        return scores(
             jnp.swapaxes(layer.queries, 1, 2),
             keys,
             length=layer.length,
@@ -463,45 +378,3 @@ class RKV(Compressor):
             mode=self.mode,
             scale=self.scale,
         ).joint
-        return jnp.where(jnp.arange(layer.capacity) < layer.frozen[..., None], jnp.inf, joint)
-
-    def compact(self, cache: KVCache, rows=None, *, capacity: int | None = None) -> KVCache:
-        """Return the cache with the marked heads cut to ``budget`` entries.
-
-        Args:
-            cache: a cache with a query window.
-            rows: bool ``[B, K]`` per layer, heads to cut; ``None``: those above the budget.
-            capacity: slots of the new layers, in tokens; ``None``: as before.
-
-        Returns:
-            The new cache. Heads that are not marked keep all their entries.
-
-        Raises:
-            ValueError: if the budget exceeds the capacity, or the cache keeps no queries.
-        """
-        for layer in cache.layers:
-            if self.budget > layer.capacity:
-                raise ValueError(
-                    f"budget={self.budget} is larger than the capacity={layer.capacity} "
-                    "of the cache"
-                )
-        if rows is None:
-            rows = [layer.length > self.budget for layer in cache.layers]
-        joint = self._share([self.layer_scores(layer) for layer in cache.layers])
-        layers = []
-        for layer, score, cut in zip(cache.layers, joint, rows, strict=True):
-            slots = layer.capacity if capacity is None else capacity
-            kept = select(score, self.budget, slot_order=self.slot_order, frozen=layer.frozen)
-            kept = jnp.pad(kept, ((0, 0), (0, 0), (0, slots - self.budget)), constant_values=-1)
-            every = jnp.where(jnp.arange(slots) < layer.length[..., None], jnp.arange(slots), -1)
-            layers.append(layer.gather(jnp.where(cut[..., None], kept, every)))
-        return dataclasses.replace(cache, layers=tuple(layers))
-
-    def _share(self, joint: list[jax.Array]) -> list[jax.Array]:
-        """Average scores over the heads (and sum over the layers) that decide together."""
-        if self.scope == "head":
-            return joint
-        shared = [jnp.mean(x, axis=1, keepdims=True) for x in joint]
-        if self.scope == "global":
-            shared = [sum(shared)] * len(joint)
-        return [jnp.broadcast_to(s, x.shape) for s, x in zip(shared, joint, strict=True)]

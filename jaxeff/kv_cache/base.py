@@ -52,6 +52,44 @@ class LayerCache(Protocol):
         ...
 
 
+@runtime_checkable
+class Observer(Protocol):
+    """What a method that learns from every query puts beside a cache; a static, hashable object.
+
+    Its state lives in the cache, so it is donated, sharded, forked and compacted with it: slot
+    state follows its slot, row state stays with its row.
+
+    Examples:
+        >>> from jaxeff.compress.h2o import AttentionMass
+        >>> isinstance(AttentionMass(), Observer)
+        True
+
+    References:
+        H2O (arXiv 2306.14048), section 4.1 (scores that run along with decoding).
+    """
+
+    def init(
+        self, batch: int, capacity: int, num_heads: int, num_kv_heads: int, head_dim: int
+    ) -> tuple[Any, Any]:
+        """Return the empty slot state (arrays ``[B, K, C, ...]``) and row state (``[B, ...]``)."""
+        ...
+
+    def observe(
+        self,
+        layer: LayerCache,
+        slot_state: Any,
+        row_state: Any,
+        queries: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+    ) -> tuple[Any, Any]:
+        """Return both states after a call's queries; ``layer`` already holds its tokens."""
+        ...
+
+
+CACHE_VERSION = 1  # raised when the meaning of a cache's arrays changes
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -63,6 +101,7 @@ class KVCache:
     Args:
         layers: one :class:`LayerCache` per layer; their capacities may differ.
         seen: int32 ``[B]``, tokens so far, 0 or more.
+        version: layout of the arrays; caches of different versions never mix.
 
     Examples:
         >>> from jaxeff.kv_cache import DenseCache
@@ -80,6 +119,7 @@ class KVCache:
 
     layers: tuple[LayerCache, ...]
     seen: jax.Array
+    version: int = dataclasses.field(default=CACHE_VERSION, metadata={"static": True})
 
     @property
     def overflow(self) -> jax.Array:
@@ -108,6 +148,8 @@ class KVCache:
             raise ValueError(
                 f"valid has shape {valid.shape}; expected [{self.seen.shape[0]}, T] (bool)"
             )
+        # A ring shows the tokens in flight beside what it holds; now they are behind us.
+        layers = tuple(x.settle() if hasattr(x, "settle") else x for x in layers)
         seen = self.seen + jnp.sum(valid, axis=1, dtype=jnp.int32)
         return dataclasses.replace(self, layers=layers, seen=seen)
 
@@ -123,6 +165,84 @@ class KVCache:
     def allocated_bytes(self) -> int:
         """Return the bytes of all arrays of the cache: payload, scales, positions, counters."""
         return tree_bytes(self)
+
+    def extend(self, tokens: int) -> KVCache:
+        """Return the cache with room for ``tokens`` more entries per head, nothing dropped.
+
+        Args:
+            tokens: 0 or more.
+
+        Returns:
+            A larger cache with the same entries.
+
+        Raises:
+            ValueError: if ``tokens`` is negative.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens}; expected 0 or more")
+        layers = tuple(layer.extend(tokens) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
+    def require_room(self, tokens: int) -> None:
+        """Raise before an append of ``tokens`` per row would lose one; on concrete arrays.
+
+        Args:
+            tokens: tokens about to be appended to every row.
+
+        Raises:
+            ValueError: naming the layer, its capacity, and what is missing.
+        """
+        for number, layer in enumerate(self.layers):
+            if not getattr(layer, "evictable", True):
+                continue  # a ring forgets by design
+            free = int(np.min(np.asarray(layer.free())))
+            if tokens > free:
+                raise ValueError(
+                    f"layer {number} has room for {free} more tokens (capacity {layer.capacity}); "
+                    f"{tokens} are to be appended. Use cache.extend({tokens - free}) first"
+                )
+
+    def fork(self) -> KVCache:
+        """Return a copy with its own buffers, which survives a donation of this cache.
+
+        Without donation no copy is needed: arrays never change, the old value is the fork.
+        """
+        return jax.tree.map(jnp.copy, self)
+
+    def restore(self, fork: KVCache) -> KVCache:
+        """Return a copy of ``fork`` if it could stand in the place of this cache.
+
+        Args:
+            fork: a cache made by :meth:`fork`, or by loading a checkpoint.
+
+        Returns:
+            A cache equal to ``fork`` with its own buffers, so that it can be restored again.
+
+        Raises:
+            ValueError: if the fork is of another version or layout, or one of its arrays has
+                another shape or dtype; the message names the first that differs.
+        """
+        if not isinstance(fork, KVCache):
+            raise ValueError(f"fork is a {type(fork).__name__}; expected a KVCache")
+        if fork.version != self.version:
+            raise ValueError(
+                f"fork has cache version {fork.version}; this cache has version {self.version}"
+            )
+        own, own_tree = jax.tree_util.tree_flatten_with_path(self)
+        other, other_tree = jax.tree_util.tree_flatten_with_path(fork)
+        if own_tree != other_tree:
+            kinds = [[type(layer).__name__ for layer in c.layers] for c in (fork, self)]
+            raise ValueError(
+                f"fork is laid out differently: layers {kinds[0]} where this cache has {kinds[1]}, "
+                "or another storage or observer"
+            )
+        for (path, mine), (_, its) in zip(own, other, strict=True):
+            if mine.shape != its.shape or mine.dtype != its.dtype:
+                raise ValueError(
+                    f"fork{jax.tree_util.keystr(path)} is {its.dtype} of shape {its.shape}; "
+                    f"this cache has {mine.dtype} of shape {mine.shape}"
+                )
+        return fork.fork()
 
 
 def tree_bytes(tree: Any) -> int:
@@ -152,7 +272,7 @@ def check_invariants(cache: KVCache, *, time_order: bool = True) -> None:
 
     Args:
         cache: the cache to look at (not under ``jit``).
-        time_order: also ask that positions increase along the slots.
+        time_order: also ask that positions increase along the slots (rings excepted).
 
     Raises:
         ValueError: naming the layer and the rule that is broken.
@@ -179,7 +299,7 @@ def check_invariants(cache: KVCache, *, time_order: bool = True) -> None:
             "live positions must be unique": (np.diff(ordered, axis=-1) > 0).all(),
             "frozen must be at most length": (np.asarray(layer.frozen)[..., None] <= length).all(),
         }
-        if time_order:
+        if time_order and getattr(layer, "evictable", True):
             increasing = (np.diff(positions, axis=-1) > 0) | ~both
             rules["live positions must increase"] = increasing.all()
         for rule, holds in rules.items():

@@ -1,18 +1,16 @@
-"""A cache with one static capacity per layer, stored in a float type or as INT8."""
+"""A cache with one static capacity per layer, in any storage format."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxeff.kv_cache.base import KVCache, tree_bytes
-
-FLOAT_STORES = ("float32", "bfloat16", "float16")
-QUANTIZED_STORES = ("int8",)
+from jaxeff.kv_cache.base import KVCache, Observer, tree_bytes
+from jaxeff.kv_cache.storage import check_head_dim, decode, encode, float_dtype, store_name
 
 
 @jax.tree_util.register_dataclass
@@ -35,6 +33,11 @@ class DenseLayer:
         queries: the last ``A`` queries after RoPE ``[B, N, A, H]``, a ring written at
             ``position % A``; ``None`` if no method needs it.
         query_positions: int32 ``[B, A]``, position of each ring entry, -1 where empty.
+        offset: f32 ``[B, K, 1, H]``, what was subtracted from the keys before they were quantised
+            (their mean over the first update); ``None``: nothing.
+        slot_state: what an observer remembers of each slot, arrays ``[B, K, C, ...]``.
+        row_state: what an observer remembers of each row, arrays ``[B, ...]``.
+        observer: a static :class:`~jaxeff.kv_cache.base.Observer`, or ``None``.
 
     Examples:
         >>> layer = DenseLayer.init(1, 2, 1, 4, dtype=jnp.float32)
@@ -55,6 +58,12 @@ class DenseLayer:
     overflow: jax.Array
     queries: jax.Array | None = None
     query_positions: jax.Array | None = None
+    offset: jax.Array | None = None
+    slot_state: Any = None
+    row_state: Any = None
+    observer: Observer | None = dataclasses.field(default=None, metadata={"static": True})
+
+    evictable: ClassVar[bool] = True
 
     @classmethod
     def init(
@@ -67,17 +76,29 @@ class DenseLayer:
         dtype: Any = jnp.bfloat16,
         query_window: int = 0,
         num_heads: int | None = None,
+        observer: Observer | None = None,
     ) -> DenseLayer:
         """Return an empty layer; the arguments are those of :meth:`DenseCache.init`."""
         _check_sizes(batch, capacity, num_kv_heads, head_dim, query_window, num_heads)
         store = store_name(dtype)
+        check_head_dim(store, head_dim)
+        if observer is not None and num_heads is None:
+            raise ValueError("num_heads is None; a cache with an observer needs it (query heads)")
         heads = (batch, num_kv_heads)
-        empty = _encode(jnp.zeros((*heads, capacity, head_dim), _float_dtype(store)), store)
+        empty = encode(jnp.zeros((*heads, capacity, head_dim), float_dtype(store)), store)
         ring = positions = None
         if query_window:
             shape = (batch, num_heads, query_window, head_dim)
-            ring = jnp.zeros(shape, _float_dtype(store))
+            ring = jnp.zeros(shape, float_dtype(store))
             positions = jnp.full((batch, query_window), -1, jnp.int32)
+        offset = None
+        if store.endswith("_smooth"):
+            offset = jnp.zeros((*heads, 1, head_dim), jnp.float32)
+        slot_state = row_state = None
+        if observer is not None:
+            slot_state, row_state = observer.init(
+                batch, capacity, num_heads, num_kv_heads, head_dim
+            )
         return cls(
             # Zero scales as well, so that empty slots decode to zeros. Two separate copies: a
             # donated cache must not hold one buffer twice.
@@ -89,6 +110,10 @@ class DenseLayer:
             overflow=jnp.zeros(batch, bool),
             queries=ring,
             query_positions=positions,
+            offset=offset,
+            slot_state=slot_state,
+            row_state=row_state,
+            observer=observer,
         )
 
     @property
@@ -99,12 +124,22 @@ class DenseLayer:
     @property
     def store(self) -> str:
         """Name of the storage: a float dtype or a quantised format."""
-        return self.k.dtype.name if isinstance(self.k, jax.Array) else self.k.qtype
+        if isinstance(self.k, jax.Array):
+            return self.k.dtype.name
+        return self.k.qtype if self.offset is None else f"{self.k.qtype}_smooth"
 
     @property
     def live(self) -> jax.Array:
         """Which slots hold a token, bool ``[B, K, C]``."""
         return jnp.arange(self.capacity) < self.length[..., None]
+
+    def slot_states(self) -> Any:
+        """Return what the observer remembers of each slot, arrays ``[B, K, C, ...]``."""
+        return self.slot_state
+
+    def free(self) -> jax.Array:
+        """Return how many more tokens every row can take, int32 ``[B]``."""
+        return self.capacity - jnp.max(self.length, axis=1)
 
     def update(
         self,
@@ -132,13 +167,11 @@ class DenseLayer:
         """
         batch, kv_heads, capacity = self.positions.shape
         expected = (batch, positions.shape[-1], kv_heads, self.k.shape[-1])
-        for name, value in (("k", k), ("v", v)):
-            if value.shape != expected:
-                raise ValueError(
-                    f"{name} has shape {value.shape}; the cache expects {expected} ([B, T, K, H])"
-                )
+        check_tokens(k, v, expected)
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, H]
+        offset = first_mean(self.offset, k, valid, self.length)
         rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1  # [B, T]
         slots = self.length[..., None] + rank[:, None]  # [B, K, T]
         lost = valid[:, None] & (slots >= capacity)
@@ -146,42 +179,29 @@ class DenseLayer:
         slots = jnp.where(valid[:, None], slots, capacity)
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]  # [B, 1]
         per_head = jnp.broadcast_to(positions[:, None], slots.shape).astype(jnp.int32)
-        ring, ring_positions = self._update_ring(positions, valid, queries)
-        return dataclasses.replace(
+        ring, ring_positions = remember_queries(self, positions, valid, queries)
+        store = self.store
+        k = encode(k if offset is None else k - offset, store.removesuffix("_smooth"))
+        v = encode(v, store.removesuffix("_smooth"))
+        layer = dataclasses.replace(
             self,
-            k=jax.tree.map(lambda s, n: _scatter(s, slots, n), self.k, self._encode(k)),
-            v=jax.tree.map(lambda s, n: _scatter(s, slots, n), self.v, self._encode(v)),
-            positions=_scatter(self.positions, slots, per_head),
+            k=jax.tree.map(lambda s, n: scatter(s, slots, n), self.k, k),
+            v=jax.tree.map(lambda s, n: scatter(s, slots, n), self.v, v),
+            positions=scatter(self.positions, slots, per_head),
             length=jnp.minimum(self.length + count, capacity),
             overflow=self.overflow | jnp.any(lost, axis=(1, 2)),
             queries=ring,
             query_positions=ring_positions,
+            offset=offset,
         )
-
-    def _encode(self, x: jax.Array) -> Any:
-        return _encode(jnp.swapaxes(x, 1, 2), self.store)  # [B, K, T, H]
-
-    def _update_ring(self, positions, valid, queries):
-        """Write the last ``A`` valid queries at ``position % A``."""
-        if self.queries is None:
-            return None, None
+        if self.observer is None:
+            return layer
         if queries is None:
-            raise ValueError("queries is None; this cache keeps a query window and needs them")
-        batch, num_heads, window, head_dim = self.queries.shape
-        expected = (batch, positions.shape[1], num_heads, head_dim)
-        if queries.shape != expected:
-            raise ValueError(
-                f"queries has shape {queries.shape}; the cache expects {expected} ([B, T, N, H])"
-            )
-        after = jnp.sum(valid, axis=1, keepdims=True) - jnp.cumsum(valid, axis=1)  # [B, T]
-        slots = jnp.where(valid & (after < window), positions % window, window)  # [B, T]
-        rows = jnp.arange(batch)[:, None]
-        per_head = jnp.broadcast_to(slots[:, None], (batch, num_heads, slots.shape[1]))
-        ring = _scatter(self.queries, per_head, jnp.swapaxes(queries, 1, 2))
-        ring_positions = self.query_positions.at[rows, slots].set(
-            positions.astype(jnp.int32), mode="drop"
+            raise ValueError("queries is None; the observer of this cache needs them")
+        slot_state, row_state = self.observer.observe(
+            layer, self.slot_state, self.row_state, queries, positions, valid
         )
-        return ring, ring_positions
+        return dataclasses.replace(layer, slot_state=slot_state, row_state=row_state)
 
     def read(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
         """Return keys and values ``[B, C, K, H]`` as attention sees them.
@@ -192,7 +212,8 @@ class DenseLayer:
         Returns:
             Two arrays. Slots beyond ``length`` are meant to be hidden with :meth:`mask`.
         """
-        return _decode(self.k, dtype), _decode(self.v, dtype)
+        keys, values = decode_keys(self.k, self.offset, dtype), decode(self.v, dtype)
+        return jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
 
     def mask(self, positions: jax.Array, window: int | None = None) -> jax.Array:
         """Return which slots each query may see.
@@ -249,6 +270,7 @@ class DenseLayer:
             positions=_gather(self.positions, source, -1),
             length=length,
             frozen=jnp.minimum(self.frozen, length),
+            slot_state=jax.tree.map(lambda x: _gather(x, source, 0), self.slot_state),
         )
 
     def resize(self, capacity: int) -> DenseLayer:
@@ -256,6 +278,10 @@ class DenseLayer:
         slots = jnp.arange(min(capacity, self.capacity))
         indices = jnp.where(slots < self.length[..., None], slots, -1)
         return self.gather(indices, capacity=capacity)
+
+    def extend(self, tokens: int) -> DenseLayer:
+        """Return the layer with room for ``tokens`` more entries per head."""
+        return self.resize(self.capacity + tokens)
 
     def allocated_bytes(self) -> int:
         """Return the bytes of all arrays of this layer."""
@@ -286,6 +312,8 @@ class DenseCache:
         dtype: Any = jnp.bfloat16,
         query_window: int = 0,
         num_heads: int | None = None,
+        observer: Observer | None = None,
+        windows: Sequence[int | None] = (),
     ) -> KVCache:
         """Return an empty cache.
 
@@ -298,10 +326,17 @@ class DenseCache:
             capacity: slots per head, in tokens; one number, or one per layer.
             num_kv_heads: KV heads ``K``.
             head_dim: ``H``.
-            dtype: ``float32``, ``bfloat16``, ``float16``, or ``"int8"`` (one scale per token and
-                head, quantised after RoPE).
+            dtype: ``float32``, ``bfloat16``, ``float16``, or a quantised format, applied to every
+                token and head after RoPE: ``"int8"``, ``"int8_smooth"`` (keys minus their mean over
+                the first update), ``"fp8_e4m3"`` (one f32 scale each), ``"int4"`` (packed,
+                asymmetric, at most 128 values a scale), ``"nvfp4"`` (packed, an e4m3 scale per 16).
             query_window: queries ``A`` remembered per layer (R-KV scores with them); 0: none.
-            num_heads: query heads ``N``; needed if ``query_window`` is not 0.
+            num_heads: query heads ``N``; needed for a query window or an observer.
+            observer: what looks at the queries of every call (see
+                :class:`~jaxeff.kv_cache.base.Observer`); ``None``: nothing.
+            windows: per layer the tokens that a query sees, itself included, or ``None`` for all.
+                A layer with a window gets a :class:`~jaxeff.kv_cache.ring.RingLayer` of no more
+                slots than the window; neither query window nor observer apply to it.
 
         Returns:
             A cache with ``seen = 0`` everywhere.
@@ -310,11 +345,16 @@ class DenseCache:
             ValueError: if a size is not positive, head counts do not divide, or the dtype is not
                 a storage format.
         """
+        from jaxeff.kv_cache.ring import RingLayer  # a subclass of DenseLayer, so not earlier
+
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers}; expected at least 1")
         capacities = [capacity] * num_layers if isinstance(capacity, int) else list(capacity)
         if len(capacities) != num_layers:
             raise ValueError(f"capacity lists {len(capacities)} layers; num_layers={num_layers}")
+        windows = list(windows) or [None] * num_layers
+        if len(windows) != num_layers:
+            raise ValueError(f"windows lists {len(windows)} layers; num_layers={num_layers}")
         layers = tuple(
             DenseLayer.init(
                 batch,
@@ -324,26 +364,33 @@ class DenseCache:
                 dtype=dtype,
                 query_window=query_window,
                 num_heads=num_heads,
+                observer=observer,
             )
-            for slots in capacities
+            if window is None
+            else RingLayer.init_window(
+                batch, window, num_kv_heads, head_dim, limit=slots, dtype=dtype
+            )
+            for slots, window in zip(capacities, windows, strict=True)
         )
         return KVCache(layers=layers, seen=jnp.zeros(batch, jnp.int32))
 
     @staticmethod
     def init_for(model: Any, batch: int, capacity: int | Sequence[int], **options: Any) -> KVCache:
-        """Return an empty cache with the sizes of a model.
+        """Return an empty cache with the sizes and the sliding windows of a model.
 
         Args:
             model: a model with ``.config``, or a config with ``num_layers, num_kv_heads, head_dim,
                 num_heads``.
             batch: rows.
             capacity: slots per head, in tokens; one number, or one per layer.
-            **options: ``dtype`` and ``query_window`` of :meth:`init`.
+            **options: further arguments of :meth:`init`; ``windows=()`` gives windowed layers
+                full caches.
 
         Returns:
             The empty cache.
         """
         config = getattr(model, "config", model)
+        options = {"windows": getattr(config, "layer_windows", ()), **options}
         return DenseCache.init(
             config.num_layers,
             batch,
@@ -355,57 +402,64 @@ class DenseCache:
         )
 
 
-def store_name(dtype: Any) -> str:
-    """Return the canonical name of a storage format, or say which ones exist.
+def remember_queries(
+    layer: Any, positions: jax.Array, valid: jax.Array, queries: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Return a layer's query ring with the last ``A`` valid queries at ``position % A``."""
+    if layer.queries is None:
+        return None, None
+    if queries is None:
+        raise ValueError("queries is None; this cache keeps a query window and needs them")
+    batch, num_heads, window, head_dim = layer.queries.shape
+    expected = (batch, positions.shape[1], num_heads, head_dim)
+    if queries.shape != expected:
+        raise ValueError(
+            f"queries has shape {queries.shape}; the cache expects {expected} ([B, T, N, H])"
+        )
+    after = jnp.sum(valid, axis=1, keepdims=True) - jnp.cumsum(valid, axis=1)  # [B, T]
+    slots = jnp.where(valid & (after < window), positions % window, window)  # [B, T]
+    rows = jnp.arange(batch)[:, None]
+    per_head = jnp.broadcast_to(slots[:, None], (batch, num_heads, slots.shape[1]))
+    ring = scatter(layer.queries, per_head, jnp.swapaxes(queries, 1, 2))
+    ring_positions = layer.query_positions.at[rows, slots].set(
+        positions.astype(jnp.int32), mode="drop"
+    )
+    return ring, ring_positions
 
-    Args:
-        dtype: a float dtype, its name, or ``"int8"``.
 
-    Returns:
-        One of ``float32, bfloat16, float16, int8``.
+def check_tokens(k: jax.Array, v: jax.Array, expected: tuple[int, ...]) -> None:
+    """Say which of the new keys and values does not have the shape ``[B, T, K, H]`` expected."""
+    for name, value in (("k", k), ("v", v)):
+        if value.shape != expected:
+            raise ValueError(
+                f"{name} has shape {value.shape}; the cache expects {expected} ([B, T, K, H])"
+            )
 
-    Raises:
-        ValueError: for anything else.
 
-    Examples:
-        >>> store_name(jnp.bfloat16), store_name("int8")
-        ('bfloat16', 'int8')
+def first_mean(
+    offset: jax.Array | None, k: jax.Array, valid: jax.Array, length: jax.Array
+) -> jax.Array | None:
+    """Return the offset of smoothed keys: the mean of the first tokens, then never changed.
 
-    References:
-        KVzip (arXiv 2505.23416), section 4.2 (quantised caches).
+    The same vector is taken from every key of a head, so a softmax over them does not see it.
     """
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in FLOAT_STORES + QUANTIZED_STORES:
-        known = ", ".join(FLOAT_STORES + QUANTIZED_STORES)
-        raise ValueError(f"dtype={name!r} is not a cache storage format; known: {known}")
-    return name
+    if offset is None:
+        return None
+    real = valid[:, None, :, None]
+    count = jnp.maximum(jnp.sum(real, axis=2, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(real, k.astype(jnp.float32), 0.0), axis=2, keepdims=True) / count
+    empty = jnp.max(length, axis=1) == 0  # [B]
+    return jnp.where(empty[:, None, None, None], mean, offset)
 
 
-def _float_dtype(store: str) -> Any:
-    """Return the float type beside a storage format: itself, or bf16 for quantised ones."""
-    return jnp.dtype(store) if store in FLOAT_STORES else jnp.dtype(jnp.bfloat16)
+def decode_keys(k: Any, offset: jax.Array | None, dtype: Any) -> jax.Array:
+    """Return stored keys with their offset added back."""
+    if offset is None:
+        return decode(k, dtype)
+    return (decode(k, jnp.float32) + offset).astype(jnp.float32 if dtype is None else dtype)
 
 
-def _encode(x: jax.Array, store: str) -> Any:
-    if store in FLOAT_STORES:
-        return x.astype(store)
-    from pallas_kernels import quantize
-
-    return quantize(x.astype(jnp.float32), store, axis=-1, tile=None)
-
-
-def _decode(x: Any, dtype: Any) -> jax.Array:
-    if isinstance(x, jax.Array):
-        x = x if dtype is None else x.astype(dtype)
-    else:
-        x = x.dequantize(jnp.float32 if dtype is None else dtype)
-    return jnp.swapaxes(x, 1, 2)  # [B, C, K, H]
-
-
-def _scatter(store: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+def scatter(store: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
     """Write ``new [B, K, T, ...]`` at ``slots [B, K, T]`` of ``store [B, K, C, ...]``."""
     rows = jnp.arange(slots.shape[0])[:, None, None]
     heads = jnp.arange(slots.shape[1])[None, :, None]

@@ -1,5 +1,6 @@
 """KVzip against the original code's golden data, its repeat pass, and its messages."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxeff.compress import KVzip
 from jaxeff.compress.kvzip import (
@@ -16,6 +18,7 @@ from jaxeff.compress.kvzip import (
     reconstruction_scores,
 )
 from jaxeff.kv_cache import DenseCache, check_invariants
+from jaxeff.models import Decoder, ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "kvzip"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -253,3 +256,32 @@ def test_scoring_memory_is_one_query_block():
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     text = jax.jit(lambda *a: reconstruction_scores(*a, query_block=64)).lower(*args).as_text()
     assert "512x1152" not in text and "64x1152" in text
+
+
+def test_a_pass_leaves_the_cache_alone_and_equals_attention():
+    """The recorded scores are the attention that the model itself pays, layer by layer."""
+    config = ModelConfig.llama(
+        vocab_size=256, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
+    )
+    model, lengths = Decoder(config, rngs=nnx.Rngs(0)), np.array([40, 23, 31])
+    prompt = np.random.default_rng(4).integers(256, size=(3, 40)).astype(np.int32)
+    cache = DenseCache.init_for(model, 3, 40, dtype=jnp.float32)
+    valid = jnp.arange(40) < lengths[:, None]
+    _, cache = model(jnp.asarray(prompt), valid=valid, cache=cache)
+    method = KVzip(ratio=0.5, norm="full")
+    (item,) = method.context_passes(prompt, lengths, vocab_size=256)
+    view = method.observe(cache, jnp.int32(0))
+    logits, seen = model(jnp.asarray(item.tokens), valid=jnp.asarray(item.valid), cache=view)
+    for before, after in zip(cache.layers, seen.layers, strict=True):
+        assert after.inner is before
+    # The same input through a cache that does store it: equal logits.
+    roomy = dataclasses.replace(
+        cache, layers=tuple(layer.resize(40 + item.tokens.shape[1]) for layer in cache.layers)
+    )
+    stored, _ = model(jnp.asarray(item.tokens), valid=jnp.asarray(item.valid), cache=roomy)
+    real = item.valid
+    np.testing.assert_allclose(logits[real], stored[real], rtol=1e-4, atol=1e-5)
+    for score in method.collect(seen):
+        live = np.arange(40) < lengths[:, None, None]
+        assert (np.isfinite(score) == live).all()
+        assert (np.asarray(score)[np.broadcast_to(live, score.shape)] > 0).all()

@@ -99,7 +99,7 @@ def test_three_rounds_keep_the_original_tokens(order):
         piece = keys[:, begin:end]
         layer = cache.layers[0].update(piece, piece, positions=positions, queries=queries)
         cache = cache.advance([layer], jnp.ones((1, end - begin), bool))
-        joint = np.asarray(method.layer_scores(layer))[0]
+        joint = np.asarray(method.protected(layer, 0))[0]
         cut = budget + fresh - 8
         expected = data[f"{order}_final_score_round{number}"]
         if order == "time":
