@@ -59,11 +59,13 @@ def test_search_survives_everything(tmp_path):
     ]
     assert tuning.best == Trial({"what": "ok", "factor": 2}, 1.0) and tuning.skipped == 0
 
-    start = time.monotonic()
     hang = {"what": "hang", "pid_file": str(pid_file)}
-    tuning = tune("fake_operation:run", [hang], {"base": 1}, limit_seconds=4, path=[tmp_path])
-    assert tuning.trials == (Trial(hang, None, "time limit of 4 s"),)
-    assert time.monotonic() - start < 60
+    for limit in (2, 60):  # on a busy machine the process may not get far within 2 seconds
+        arguments = dict(limit_seconds=limit, path=[tmp_path])
+        tuning = tune("fake_operation:run", [hang], {"base": 1}, **arguments)
+        assert tuning.trials == (Trial(hang, None, f"time limit of {limit} s"),)
+        if pid_file.exists() and pid_file.read_text():
+            break
     # The children of a hanging process are ended with it.
     for _ in range(50):
         if gone(int(pid_file.read_text())):
