@@ -24,7 +24,7 @@ def load_digits() -> Digits:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
+        raise ImportError("the digits need scikit-learn: pip install 'jaxeff[bench]'") from error
     digits = load()
     order = np.random.RandomState(0).permutation(len(digits.target))
     images = digits.images.astype(np.int32)[order][..., None]
