@@ -5,6 +5,7 @@ Everything here works on arrays and imports only jax and numpy. ``implementation
 oracle); ``None`` takes the first that serves the call, and :func:`explain` says which and why.
 """
 
+from pallas_kernels import sage
 from pallas_kernels._dispatch import explain
 from pallas_kernels.formats import (
     FORMATS,
@@ -17,6 +18,7 @@ from pallas_kernels.formats import (
 )
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention.api import dot_product_attention
+from pallas_kernels.ops.attention.ring import ring_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, AttentionQuant
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
 from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
@@ -39,6 +41,8 @@ __all__ = [
     "matmul",
     "quantize",
     "rht",
+    "ring_attention",
+    "sage",
     "scaled_matmul",
     "stochastic_round",
 ]
