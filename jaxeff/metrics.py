@@ -136,8 +136,8 @@ def attention_sparsity(
 
     Any model will do that calls ``attention_fn`` once a layer and takes it as a keyword, as
     :class:`jaxeff.models.Decoder` does. Works under ``jit``; the forward pass itself uses
-    ``jax.nn.dot_product_attention``. To log it during training, call it from the trainer's hook
-    every few hundred steps on one fixed batch.
+    ``jax.nn.dot_product_attention``. To follow a training run, call it on one fixed batch on the
+    models of its checkpoints: ``jaxeff.train.fit`` does not log it by itself.
 
     Args:
         model: callable ``model(tokens, attention_fn=..., [valid=...])``.
