@@ -43,10 +43,22 @@ def round_to(
     if isinstance(kind, FloatType) and kind.covers_float32 and kind.mantissa_bits > 0:
         return _round_wide(clipped, kind, noise)
     magnitude = jnp.abs(clipped)
-    step = kind.step(magnitude)
-    units = magnitude / step  # exact: step is a power of two
+    units, step = _in_steps(magnitude, kind)
     rounded = jnp.round(units) if noise is None else _round_stochastic(units, noise)
     return jnp.copysign(rounded * step, clipped)
+
+
+def _in_steps(magnitude: jax.Array, kind: NumberType) -> tuple[jax.Array, jax.Array]:
+    """Magnitude in units of the spacing around it, exact because that is a power of two."""
+    if isinstance(kind, IntType):
+        return magnitude, jnp.float32(1)
+    step = kind.step(magnitude)
+    if kind.covers_float32:  # the reciprocal of its largest step would be subnormal
+        return magnitude / step, step
+    # A division would end the fusion here: XLA does not repeat one in several kernels.
+    bits = jax.lax.bitcast_convert_type(step, jnp.int32)
+    inverse = jax.lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
+    return magnitude * inverse, step
 
 
 def _round_stochastic(units: jax.Array, noise: jax.Array) -> jax.Array:

@@ -77,12 +77,11 @@ def quantize(
     References: OCP Microscaling v1.0; Pretraining LLMs with NVFP4 (arXiv:2509.25149), appendix B;
     FP4 All the Way (arXiv:2505.19115), section 3; KIVI (arXiv:2402.02750), section 3 (asymmetric).
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating, got dtype {x.dtype}")
-    spec = make_spec(
-        x.shape,
+    x, spec, name = _resolve(
+        x,
         qtype,
+        key,
+        implementation,
         axis=axis,
         tile=tile,
         rounding=rounding,
@@ -92,10 +91,6 @@ def quantize(
         scale_min=scale_min,
         asymmetric=asymmetric,
     )
-    _check_key(key, spec)
-    name = "xla" if implementation is None else implementation
-    if (reason := unsupported_reason(name, spec)) is not None:
-        raise NotImplementedError(reason)
     return _IMPLEMENTATIONS[name](jax.lax.stop_gradient(x), key, spec)
 
 
@@ -141,8 +136,13 @@ def fake_quantize(x: jax.Array, qtype: str | BlockFormat, **options) -> jax.Arra
 
     References: Bengio et al. 2013 (arXiv:1308.3432), straight-through estimator.
     """
-    x = jnp.asarray(x)
-    quantized = quantize(x, qtype, **options).dequantize(x.dtype)
+    key, implementation = options.pop("key", None), options.pop("implementation", None)
+    x, spec, name = _resolve(x, qtype, key, implementation, **options)
+    if name == "xla":
+        quantized = xla.fake_quantize(jax.lax.stop_gradient(x), key, spec)
+    else:
+        quantized = quantize(x, qtype, key=key, implementation=implementation, **options)
+        quantized = quantized.dequantize(x.dtype)
     return _straight_through(x, jax.lax.stop_gradient(quantized))
 
 
@@ -154,6 +154,19 @@ def _straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
 @_straight_through.defjvp
 def _straight_through_jvp(primals, tangents):
     return primals[1], tangents[0]
+
+
+def _resolve(x, qtype, key, implementation, **options) -> tuple[jax.Array, QuantizeSpec, str]:
+    """The array, its static facts and the name of the implementation; raises for bad arguments."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating, got dtype {x.dtype}")
+    spec = make_spec(x.shape, qtype, **options)
+    _check_key(key, spec)
+    name = "xla" if implementation is None else implementation
+    if (reason := unsupported_reason(name, spec)) is not None:
+        raise NotImplementedError(reason)
+    return x, spec, name
 
 
 def _check_key(key: jax.Array | None, spec: QuantizeSpec) -> None:
