@@ -94,9 +94,88 @@ class Generate:
         )
 
 
+@dataclass(frozen=True)
+class EvalKV:
+    """Compare cache compressions of a checkpoint: loss, agreement with the full cache, bytes."""
+
+    checkpoint: Path
+    """Folder written by ``jaxeff demo`` (its ``checkpoint`` folder) or by ``save_model``."""
+
+    text: Path | None = None
+    """File to read, as bytes; by default held-out files of Python's standard library."""
+
+    compressions: tuple[str, ...] = ("full", "rkv:64", "snapkv:64", "kvzip:0.3")
+    """Spellings of the compressions; the first is what the others are compared with."""
+
+    prompts: int = 4
+    """Pieces of the text, spread evenly over it."""
+
+    prompt_tokens: int = 160
+    """Context tokens of each piece."""
+
+    continuation_tokens: int = 64
+    """Tokens after the context that are predicted one by one."""
+
+    cache_dtype: str = "bfloat16"
+    """Storage of caches whose compression names none."""
+
+    output: Path | None = None
+    """JSON file that receives the numbers as well."""
+
+    def run(self) -> None:
+        """Score the pieces under every compression and print one line for each."""
+        import json
+
+        import numpy as np
+
+        from jaxeff.checkpoint import load_model
+        from jaxeff.data import stdlib_corpus
+        from jaxeff.generate import score_continuation
+
+        length = self.prompt_tokens + self.continuation_tokens
+        if min(self.prompts, self.prompt_tokens, self.continuation_tokens) < 1:
+            raise ValueError("prompts, prompt_tokens and continuation_tokens must be 1 or more")
+        if self.text is None:
+            data = stdlib_corpus().validation
+        else:
+            data = np.frombuffer(self.text.read_bytes(), np.uint8)
+        if len(data) < length:
+            raise ValueError(f"the text has {len(data)} bytes; one piece needs {length}")
+        model, _ = load_model(self.checkpoint)
+        if model.config.vocab_size != 256:
+            raise NotImplementedError(
+                f"checkpoint has a vocabulary of {model.config.vocab_size} tokens; this command "
+                "serves byte-level models (256). Use jaxeff.generate.score_continuation."
+            )
+        starts = np.linspace(0, len(data) - length, self.prompts).astype(np.int64)
+        rows = data[starts[:, None] + np.arange(length)].astype(np.int32)
+        prompt, continuation = np.split(rows, [self.prompt_tokens], axis=1)
+        results, reference = {}, None
+        sys.stdout.write(f"{'compression':<40} {'nats/token':>10} {'agreement':>9} {'bytes':>12}\n")
+        for name in self.compressions:
+            scored = score_continuation(
+                model, prompt, continuation, compression=name, cache_dtype=self.cache_dtype
+            )
+            best = np.asarray(scored.tokens)
+            reference = best if reference is None else reference
+            results[name] = {
+                "loss": scored.loss,
+                "agreement": float((best == reference).mean()),
+                "allocated_bytes": scored.cache.allocated_bytes(),
+                "tokens_per_second": scored.tokens_per_second,
+            }
+            sys.stdout.write(
+                f"{name:<40} {scored.loss:10.4f} {results[name]['agreement']:9.3f} "
+                f"{results[name]['allocated_bytes']:12,}\n"
+            )
+        if self.output is not None:
+            self.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[EvalKV, tyro.conf.subcommand("eval-kv")]
 )
 
 

@@ -134,7 +134,8 @@ def generate(
     Args:
         model: an NNX module called as ``model(tokens, valid=…, cache=…) -> (logits, cache)``, with
             ``model.config``.
-        tokens: int ``[B, T]``, prompts, padded on the right.
+        tokens: int ``[B, T]``, prompts, padded on the right. If they are sharded over rows (and the
+            model's projections over heads), so is the cache.
         lengths: int ``[B]``, prompt lengths in tokens, from 1 to ``T``; ``None``: all ``T``.
         max_new_tokens: tokens to generate, 1 or more; one number, or one per row.
         compression: ``None`` or ``"full"``, a text such as ``"rkv:256"`` or ``"kvzip:0.3"``, or a
@@ -171,12 +172,15 @@ def generate(
         R-KV (arXiv 2505.24133), section 3.1; KVzip (arXiv 2505.23416), section 3.2; top-p:
         arXiv 1904.09751, section 3.1.
     """
+    sharding = getattr(tokens, "sharding", None)
     tokens, lengths = _check_prompt(model, tokens, lengths)
     sampling = _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens)
     limits = _check_limits(max_new_tokens, tokens.shape[0])
     _check_stream(on_tokens, stream_every)
     room = int(limits.max()) - 1
-    prepared = _prepare(model, tokens, lengths, room, compression, cache_dtype, prefill_chunk)
+    prepared = _prepare(
+        model, tokens, lengths, room, compression, cache_dtype, prefill_chunk, sharding
+    )
     return _generate(prepared, sampling, limits, key, on_tokens, stream_every)
 
 
@@ -275,8 +279,9 @@ def prepare(
     References:
         KVzip (arXiv 2505.23416), sections 3.1 and 3.2.
     """
+    sharding = getattr(tokens, "sharding", None)
     tokens, lengths = _check_prompt(model, tokens, lengths)
-    made = _prepare(model, tokens, lengths, None, compression, cache_dtype, prefill_chunk)
+    made = _prepare(model, tokens, lengths, None, compression, cache_dtype, prefill_chunk, sharding)
     _check_overflow(made.cache)
     return Context(model, made.compressor, made.cache, made.prefill_seconds, made.compress_seconds)
 
@@ -320,7 +325,7 @@ def answer(
     References:
         KVzip (arXiv 2505.23416), section 3.1.
     """
-    model = context.model
+    model, sharding = context.model, getattr(question, "sharding", None)
     question, lengths = _check_prompt(model, question, lengths, name="question")
     sampling = _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens)
     limits = _check_limits(max_new_tokens, question.shape[0])
@@ -334,7 +339,7 @@ def answer(
         (graphdef, context.compressor, int(limits.max()) - 1),
         state,
         context.cache,
-        jnp.asarray(question),
+        _place(question, sharding),
         jnp.asarray(lengths),
     )
     prepared = _Prepared(graphdef, state, context.compressor, cache, logits, seconds, 0.0)
@@ -379,6 +384,7 @@ def score_continuation(
     References:
         KVzip (arXiv 2505.23416), section 4.1.
     """
+    sharding = getattr(prompt, "sharding", None)
     prompt, lengths = _check_prompt(model, prompt, lengths)
     continuation, _ = _check_prompt(model, continuation, None, name="continuation")
     if continuation.shape[0] != prompt.shape[0]:
@@ -386,7 +392,9 @@ def score_continuation(
             f"continuation has {continuation.shape[0]} rows; prompt has {prompt.shape[0]}"
         )
     steps = continuation.shape[1] - 1
-    prepared = _prepare(model, prompt, lengths, steps, compression, cache_dtype, prefill_chunk)
+    prepared = _prepare(
+        model, prompt, lengths, steps, compression, cache_dtype, prefill_chunk, sharding
+    )
     (logprobs, best, cache), seconds = _run(
         _force,
         (prepared.graphdef, prepared.compressor),
@@ -479,7 +487,7 @@ class _Prepared:
 
 
 def _prepare(
-    model, tokens, lengths, room, compression, cache_dtype, prefill_chunk=None
+    model, tokens, lengths, room, compression, cache_dtype, prefill_chunk=None, sharding=None
 ) -> _Prepared:
     """Prefill, and let the compressor cut the context; ``room=None``: nothing will follow yet."""
     prompt = tokens.shape[1]
@@ -506,7 +514,7 @@ def _prepare(
         _prefill,
         (graphdef, compressor, capacity, store, prefill_chunk, limit),
         state,
-        jnp.asarray(tokens),
+        _place(tokens, sharding),
         jnp.asarray(lengths),
     )
     passes = compressor.context_passes(tokens, lengths, vocab_size=model.config.vocab_size)
@@ -517,8 +525,8 @@ def _prepare(
             (graphdef, compressor),
             state,
             cache,
-            jnp.asarray(item.tokens),
-            jnp.asarray(item.valid),
+            _place(item.tokens, sharding),
+            _place(item.valid, sharding),
             jnp.asarray(item.start, jnp.int32),
         )
         scores = tuple(map(jnp.maximum, scores, found)) if scores else found
@@ -529,6 +537,13 @@ def _prepare(
         jax.block_until_ready(cache)
         compress_seconds += time.perf_counter() - begin
     return _Prepared(graphdef, state, compressor, cache, logits, prefill_seconds, compress_seconds)
+
+
+def _place(x: np.ndarray, sharding: Any) -> jax.Array:
+    """Return an array ``[B, T]`` laid out as the user laid out the tokens."""
+    if sharding is None or len(sharding.device_set) == 1:
+        return jnp.asarray(x)
+    return jax.device_put(x, sharding)
 
 
 def _facts(config: Any) -> dict[str, Any]:

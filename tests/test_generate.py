@@ -1,14 +1,18 @@
 """Generation: one compilation per function, batches, stopping, sampling, bytes, messages."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxeff import generate as module
 from jaxeff.compress import RKV, Compressor, FullKV
-from jaxeff.generate import generate, sample, score_continuation
+from jaxeff.generate import answer, generate, prepare, sample, score_continuation
 from jaxeff.kv_cache import check_invariants
 from jaxeff.models import Decoder, ModelConfig
 
@@ -184,6 +188,119 @@ def test_same_key_same_text(model, prompts):
     assert (one.tokens != other.tokens).any()
 
 
+def test_min_p_keeps_what_is_likely_enough():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 300)
+    for min_p, kept in ((0.5, {0, 1}), (0.25, {0, 1, 2}), (1.0, {0})):
+        draw = jax.vmap(lambda k, p=min_p: sample(logits, k, temperature=1.0, min_p=p))
+        assert set(np.asarray(draw(keys)).ravel()) == kept
+
+
+def test_every_row_has_its_own_budget_and_streaming_changes_nothing(model, prompts):
+    options = {"lengths": [12, 9], "compression": "rkv(budget=10, buffer=4)"}
+    free = generate(model, prompts, max_new_tokens=12, **options)
+    result = generate(model, prompts, max_new_tokens=[12, 5], **options)
+    assert result.lengths.tolist() == [12, 5] and result.cache.seen.tolist() == [23, 13]
+    np.testing.assert_array_equal(result.tokens[0], free.tokens[0])
+    np.testing.assert_array_equal(result.tokens[1, :5], free.tokens[1, :5])
+    seen = []
+    before = _executables()
+    streamed = generate(
+        model,
+        prompts,
+        max_new_tokens=12,
+        on_tokens=lambda tokens, step: seen.append((step, tokens)),
+        stream_every=5,
+        **options,
+    )
+    assert _executables() == before  # the same loop, called in pieces
+    assert [step for step, _ in seen] == [0, 1, 6, 11]
+    np.testing.assert_array_equal(np.concatenate([t for _, t in seen], axis=1), free.tokens)
+    np.testing.assert_array_equal(streamed.tokens, free.tokens)
+    stopped = generate(
+        model, prompts, max_new_tokens=12, on_tokens=lambda tokens, step: step >= 3, **options
+    )
+    assert stopped.lengths.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("compression", ["full", "h2o(budget=8, buffer=4)"])
+def test_chunked_prefill_equals_one_forward(model, prompts, compression):
+    options = {"lengths": [12, 7], "max_new_tokens": 8, "compression": compression}
+    whole = generate(model, prompts, **options)
+    for chunk in (5, 12, 100):
+        parts = generate(model, prompts, prefill_chunk=chunk, **options)
+        np.testing.assert_array_equal(parts.tokens, whole.tokens)
+
+
+def test_one_context_answers_many_questions(model, prompts):
+    lengths, asked = np.array([12, 9]), np.array([3, 2])
+    context = prepare(model, prompts, lengths=lengths)
+    size = context.cache.allocated_bytes()
+    for seed in (1, 2):
+        question = np.random.default_rng(seed).integers(256, size=(2, 3)).astype(np.int32)
+        got = answer(context, question, lengths=asked, max_new_tokens=5)
+        joined = np.zeros((2, 15), np.int32)
+        for row in range(2):
+            text = [*prompts[row, : lengths[row]], *question[row, : asked[row]]]
+            joined[row, : len(text)] = text
+        want = generate(model, joined, lengths=lengths + asked, max_new_tokens=5)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+        assert got.cache.seen.tolist() == (lengths + asked + 4).tolist()
+    assert context.cache.allocated_bytes() == size
+    assert context.cache.lengths()[0, :, 0].tolist() == [12, 9]
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        "kvzip(ratio=0.5, layout='tiled', bucket=4)",
+        "rkv(budget=8, buffer=4, window=2)",
+        "adakv(knorm(budget=8, buffer=4), tile=2)",
+        "kvzip(ratio=0.5) + rkv(budget=6, buffer=4, window=2)",
+    ],
+)
+def test_compressed_contexts_answer_and_stay_within_their_budget(model, prompts, compression):
+    context = prepare(model, prompts, compression=compression)
+    size = context.cache.allocated_bytes()
+    first = answer(context, prompts[:, :3], max_new_tokens=30)
+    again = answer(context, prompts[:, :3], max_new_tokens=30)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    check_invariants(first.cache)
+    if "(ratio" not in compression.split("+")[-1]:  # a method that bounds what is generated
+        assert first.cache.allocated_bytes() <= 1.2 * size
+    follow = dataclasses.replace(context, cache=first.cache)
+    assert answer(follow, first.tokens[:, -1:], max_new_tokens=2).cache.seen.tolist() == [46, 46]
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("compression", ["full", "rkv(budget=10, buffer=4, scope='layer')"])
+def test_sharded_equals_unsharded(prompts, compression):
+    config = ModelConfig.llama(
+        vocab_size=256, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    many = np.tile(prompts, (2, 1))
+    options = {"max_new_tokens": 10, "compression": compression}
+    want = generate(model, many, **options)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    split = {"q_proj": P(None, "model"), "k_proj": P(None, "model"), "v_proj": P(None, "model")}
+    split["out_proj"] = P("model", None)
+    graphdef, state = nnx.split(model)
+
+    def place(path, x):
+        name = next((n for n in split if any(n in str(p) for p in path)), None)
+        return jax.device_put(x, NamedSharding(mesh, split.get(name, P())))
+
+    sharded = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(place, state))
+    tokens = jax.device_put(many, NamedSharding(mesh, P("data")))
+    got = generate(sharded, tokens, **options)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    for mine, its in zip(got.cache.layers, want.cache.layers, strict=True):
+        np.testing.assert_array_equal(mine.positions, its.positions)
+    layer = got.cache.layers[0]
+    assert "model" in str(layer.k.sharding.spec) and "data" in str(layer.k.sharding.spec)
+
+
 class _Short(FullKV):
     def prefill_capacity(self, *, prompt, room):
         return prompt
@@ -206,6 +323,11 @@ class _Tiny(Compressor):
         ({"top_k": 3}, "top_k, top_p and min_p need temperature > 0"),
         ({"temperature": 1, "key": 0, "top_k": 257}, "top_k=257; expected 1 to 256"),
         ({"temperature": 1, "key": 0, "top_p": 0}, r"top_p=0; expected a probability in \(0, 1\]"),
+        ({"temperature": 1, "key": 0, "min_p": 2}, "min_p=2; expected a share of the largest"),
+        ({"max_new_tokens": [1, 2, 3]}, "expected a whole number, 1 or more, or 2 of them"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0; expected a whole number, 1 or more"),
+        ({"on_tokens": 3}, "on_tokens is a int; expected a callable or None"),
+        ({"on_tokens": print, "stream_every": 0}, "stream_every=0; expected a whole number"),
         ({"stop_tokens": [256]}, "stop_tokens has 256; the vocabulary has 256 tokens"),
         ({"compression": "snap"}, "compression='snap' names no method; known: adakv, compose"),
         ({"compression": "rkv:4"}, "budget=4 must be at least window=8"),
@@ -226,5 +348,7 @@ def test_bad_tokens_are_named(model):
         generate(model, np.arange(3), max_new_tokens=1)
     with pytest.raises(ValueError, match="tokens has ids from 1 to 999; the vocabulary has 256"):
         generate(model, [[1, 999]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="question has 2 rows; the context has 1"):
+        answer(prepare(model, [[1]]), [[1], [2]], max_new_tokens=1)
     with pytest.raises(ValueError, match="continuation has 2 rows; prompt has 1"):
         score_continuation(model, [[1]], [[1], [2]])
