@@ -1,5 +1,7 @@
 """Shared test set-up: several virtual CPU devices, cheap compilation, GPU tests only on a GPU."""
 
+import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -14,6 +16,24 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+# Every compiled program holds several memory mappings, Linux allows a process 65,530 of them, and
+# XLA dies with a segmentation fault when it gets no more. The suite needs over 100,000.
+_MAX_MAPPINGS = 30_000
+_MAPPINGS = Path("/proc/self/maps")
+_finished = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _free_compiled_programs():
+    """Drops jax's caches before the process runs out of memory mappings; looks every tenth test."""
+    yield
+    if next(_finished) % 10 or not _MAPPINGS.exists():
+        return
+    if _MAPPINGS.read_bytes().count(b"\n") > _MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _has_gpu() -> bool:
