@@ -34,7 +34,7 @@ import numpy as np
 
 from experiments.starflow import digits
 from experiments.starflow.cache_study import drift_table, formats_for
-from jaxeff.models.starflow.cli import image_grid
+from jaxeff.images import image_grid
 
 # %% [markdown]
 # ## Train

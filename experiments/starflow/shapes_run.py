@@ -14,6 +14,7 @@ from flax import nnx
 from experiments.starflow.cache_study import drift_table, formats_for
 from experiments.starflow.data import SHAPE_CLASSES, shape_batches, shapes
 from experiments.starflow.metrics import frechet_distance
+from jaxeff.images import image_grid, save_png
 from jaxeff.models.starflow import TARFlow, TARFlowConfig, bits_per_dim, denoise, with_dtype
 from jaxeff.models.starflow.training import FlowTraining, fit_flow, save_flow
 
@@ -137,9 +138,7 @@ def sampling_study(
 
 def save_grid(path: Path, images, columns: int = 10) -> None:
     """Write images in [−1, 1] as one PNG."""
-    from jaxeff.models.starflow.cli import image_grid, write_png
-
-    write_png(path, image_grid(np.asarray(images), columns))
+    save_png(path, image_grid(np.asarray(images), columns))
 
 
 def run_shapes(size: int, preset: str, budget: float | None, seed: int, output: Path) -> dict:
