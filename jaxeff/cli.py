@@ -40,22 +40,35 @@ class Generate:
     """Continue a text with a trained checkpoint, printing it as it is decoded."""
 
     checkpoint: Path
-    """Folder written by ``jaxeff demo`` (its ``checkpoint`` folder) or by ``save_model``."""
+    """Folder of a Hugging Face checkpoint with its tokenizer.json, or the ``checkpoint`` folder of
+    ``jaxeff demo`` (written by ``save_model``; its tokens are bytes)."""
 
     prompt: str
-    """Text to continue; encoded as UTF-8 bytes for the byte-level demo model."""
+    """Text to continue."""
 
     max_new_tokens: int = 128
-    """Number of tokens to decode."""
+    """Number of tokens to decode; a stop token of the checkpoint ends the text earlier."""
 
     cache: str = "full"
     """Cache compression, for example ``full``, ``rkv:256``, ``kvzip:0.3``."""
 
+    cache_dtype: str | None = None
+    """Storage of the cache, for example ``bfloat16`` or ``int8``; by default the model's dtype."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the model."""
+
     temperature: float = 0.0
     """0 decodes greedily; above 0 samples."""
 
+    top_k: int | None = None
+    """Sample among this many most likely tokens."""
+
     top_p: float | None = None
     """Nucleus sampling: keep the smallest set of tokens with this probability mass."""
+
+    min_p: float | None = None
+    """Sample among tokens at least this many times as likely as the likeliest."""
 
     seed: int = 0
     """Seed of the sampling."""
@@ -63,31 +76,37 @@ class Generate:
     def run(self) -> None:
         """Load the model and print prompt and continuation."""
         import jax
-        import numpy as np
 
-        from jaxeff.checkpoint import load_model
         from jaxeff.generate import generate
+        from jaxeff.text import TextStream, load_text_model
 
-        prompt = np.frombuffer(self.prompt.encode(), dtype=np.uint8)
-        if not len(prompt):
-            raise ValueError("prompt is empty: expected at least one byte of text")
-        model, _ = load_model(self.checkpoint)
-        if model.config.vocab_size != 256:
-            raise NotImplementedError(
-                f"checkpoint has a vocabulary of {model.config.vocab_size} tokens; this command "
-                "serves byte-level models (256). Use jaxeff.generate.generate with your tokenizer."
-            )
+        if not self.prompt:
+            raise ValueError("prompt is empty: expected some text")
+        text_model = load_text_model(self.checkpoint, dtype=self.dtype)
+
+        def write(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        write(self.prompt)
+        stream = TextStream(text_model.decode, write, skip=text_model.stop_tokens)
         result = generate(
-            model,
-            prompt[None].astype(np.int32),
+            text_model.model,
+            [text_model.encode(self.prompt)],
             max_new_tokens=self.max_new_tokens,
             compression=self.cache,
+            cache_dtype=self.cache_dtype,
             temperature=self.temperature,
+            top_k=self.top_k,
             top_p=self.top_p,
+            min_p=self.min_p,
             key=jax.random.key(self.seed),
+            stop_tokens=text_model.stop_tokens,
+            on_tokens=stream,
+            stream_every=8,
         )
-        text = bytes(np.asarray(result.tokens[0], dtype=np.uint8)).decode(errors="replace")
-        sys.stdout.write(f"{self.prompt}{text}\n")
+        stream.close()
+        write("\n")
         sys.stderr.write(
             f"{result.tokens_per_second:.0f} tokens/s, "
             f"{result.cache.allocated_bytes():,} bytes of cache ({self.cache})\n"
@@ -99,10 +118,10 @@ class EvalKV:
     """Compare cache compressions of a checkpoint: loss, agreement with the full cache, bytes."""
 
     checkpoint: Path
-    """Folder written by ``jaxeff demo`` (its ``checkpoint`` folder) or by ``save_model``."""
+    """Folder of a Hugging Face checkpoint with its tokenizer.json, or one of ``save_model``."""
 
     text: Path | None = None
-    """File to read, as bytes; by default held-out files of Python's standard library."""
+    """File to read; by default held-out files of Python's standard library."""
 
     compressions: tuple[str, ...] = ("full", "rkv:64", "snapkv:64", "kvzip:0.3")
     """Spellings of the compressions; the first is what the others are compared with."""
@@ -128,27 +147,24 @@ class EvalKV:
 
         import numpy as np
 
-        from jaxeff.checkpoint import load_model
         from jaxeff.data import stdlib_corpus
         from jaxeff.generate import score_continuation
+        from jaxeff.text import load_text_model
 
         length = self.prompt_tokens + self.continuation_tokens
         if min(self.prompts, self.prompt_tokens, self.continuation_tokens) < 1:
             raise ValueError("prompts, prompt_tokens and continuation_tokens must be 1 or more")
         if self.text is None:
-            data = stdlib_corpus().validation
+            text = stdlib_corpus().validation.tobytes().decode(errors="replace")
         else:
-            data = np.frombuffer(self.text.read_bytes(), np.uint8)
+            text = self.text.read_text(errors="replace")
+        text_model = load_text_model(self.checkpoint)
+        model = text_model.model
+        data = np.asarray(text_model.encode(text), np.int32)
         if len(data) < length:
-            raise ValueError(f"the text has {len(data)} bytes; one piece needs {length}")
-        model, _ = load_model(self.checkpoint)
-        if model.config.vocab_size != 256:
-            raise NotImplementedError(
-                f"checkpoint has a vocabulary of {model.config.vocab_size} tokens; this command "
-                "serves byte-level models (256). Use jaxeff.generate.score_continuation."
-            )
+            raise ValueError(f"the text has {len(data)} tokens; one piece needs {length}")
         starts = np.linspace(0, len(data) - length, self.prompts).astype(np.int64)
-        rows = data[starts[:, None] + np.arange(length)].astype(np.int32)
+        rows = data[starts[:, None] + np.arange(length)]
         prompt, continuation = np.split(rows, [self.prompt_tokens], axis=1)
         results, reference = {}, None
         sys.stdout.write(f"{'compression':<40} {'nats/token':>10} {'agreement':>9} {'bytes':>12}\n")

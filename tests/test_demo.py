@@ -127,6 +127,18 @@ def test_generate_continues_from_the_checkpoint(finished, capsys):
         assert "tokens/s" in printed.err
 
 
+def test_eval_kv_compares_with_the_first_compression(finished, tmp_path, capsys):
+    folder, _, _ = finished
+    sizes = ["--prompts", "2", "--prompt-tokens", "32", "--continuation-tokens", "8"]
+    out = tmp_path / "kv.json"
+    where = ["--checkpoint", str(folder / "checkpoint"), "--output", str(out)]
+    cli.main(["eval-kv", *where, *sizes, "--compressions", "full", "streaming_llm:16"])
+    results = json.loads(out.read_text())
+    assert list(results) == ["full", "streaming_llm:16"]
+    assert results["full"]["agreement"] == 1.0
+    assert "streaming_llm:16" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
