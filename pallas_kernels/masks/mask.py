@@ -85,7 +85,8 @@ class Mask:
         any of the masks   for every tuple of masks in `unions`
 
     Make one with `causal`, `window`, `lengths`, `segment_ids`, `from_array` or `from_predicate` and
-    combine them with ``&`` and ``|``. Python integers stay static under `jit`; arrays are leaves of the pytree.
+    combine them with ``&`` and ``|``. Python integers and predicates stay static under `jit`;
+    arrays are leaves of the pytree.
 
     Args:
       min_diff: lower bound of ``s - t`` in tokens; int, or int32 array of shape [] or [B].

@@ -295,8 +295,8 @@ def _unsupported_anywhere(spec: AttentionSpec, implementation: str) -> str | Non
     tiles = None if implementation == "reference" else spec.tiles
     if quant.pv == "nvfp4" and tiles is not None and tiles[1] % 16:
         return (
-            f"{quant.name} quantises P in groups of 16 keys, so block_kv of the BlockMask must be a "
-            f"multiple of 16; it is {tiles[1]}"
+            f"{quant.name} quantises P in groups of 16 keys, so block_kv of the BlockMask must be "
+            f"a multiple of 16; it is {tiles[1]}"
         )
     return None
 
