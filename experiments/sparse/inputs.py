@@ -16,7 +16,7 @@ def video(
     """Heads that look near in space and time and at similar content.
 
     ``q_t · k_s / sqrt(H) ≈ sharpness · (exp(-|x_t - x_s|² / 2ℓ_n²) + c_t · c_s)`` from random
-    Fourier features of the position x (a length ℓ_n per head) and a content c of a few moving blobs.
+    Fourier features of the position x (a length ℓ_n per head) and a content c of moving blobs.
 
     Args:
         shape: ``(frames, height, width)``, tokens, row-major.
@@ -62,8 +62,8 @@ def text(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Causal heads that look at the near past, at the first token and at the same topic.
 
-    Topics hold for stretches of about 128 tokens and come back. Head n mixes a recency kernel of its
-    own length with the topic's similarity; the first key is a sink.
+    Topics hold for stretches of about 128 tokens and come back. Head n mixes a recency kernel of
+    its own length with the topic's similarity; the first key is a sink.
 
     Args:
         tokens: T.

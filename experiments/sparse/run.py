@@ -1,7 +1,7 @@
 """SpargeAttn on inputs with structure: sparsity within an error bound, and what it saves.
 
-``python -m experiments.sparse.run`` tunes thresholds per head on two inputs, measures on a third and
-writes ``results/cpu.json`` and a plot. ``--preset gpu`` takes long sequences.
+``python -m experiments.sparse.run`` tunes thresholds per head on two inputs, measures on a third
+and writes ``results/cpu.json`` and a plot. ``--preset gpu`` takes long sequences.
 """
 
 import json
