@@ -50,12 +50,14 @@ def cosines(sigma):
 
 @pytest.mark.parametrize("sigma", TABLE)
 def test_published_cosines(sigma):
-    """Measured at 1024 tokens, head_dim 64; sigma 1: .9998 .9989 .9989 .9992.
+    """Measured here: 4 heads, 1024 tokens, head_dim 64.
 
-    At sigma 1 our gradients lie up to .001 below the table, whose tile sizes, length and head_dim
-    are not published; from sigma 3 on within .003 or above.
+    sigma 1: .9998 .9988 .9989 .9991 (dQ, dK, dV up to .001 below the table, whose tile sizes,
+    length and head_dim are not published); 3: .9992 .9971 .9972 .9992; 5: .9979 .9809 .9814 .9979;
+    8: .9950 .8973 .9000 .9950; 10: .9931 .7603 .7688 .9931. From 5 on attention is nearly one-hot
+    and the figures move with the draw: single heads were .9724 to .9814 at 5, .7625 to .8244 at 10.
     """
-    slack = {1: 0.0015, 3: 0.001}.get(sigma, 0.006)
+    slack = {1: 0.0015, 3: 0.001, 5: 0.002, 8: 0.005, 10: 0.03}[sigma]
     for got, want in zip(cosines(sigma), TABLE[sigma], strict=True):
         assert got > want - slack
 

@@ -60,7 +60,8 @@ def predict_by_hand(q, k, allowed, sim, cdf=None, topk=None, bq=8, bk=4):
             if topk is not None:
                 count = int(topk[head] * nk)
             else:
-                p = np.exp(score - score.max()) if np.isfinite(score.max()) else 0 * score
+                top = score.max() if np.isfinite(score.max()) else 0.0
+                p = np.exp(score - top)
                 mass = np.cumsum(p[order] / max(p.sum(), 1e-300))
                 count = np.searchsorted(mass, cdf[head], side="right")
             best = order[: max(count, 1)]
