@@ -44,7 +44,8 @@ def video(
         noise = lambda: 0.05 * rng.normal(size=feature.shape)  # noqa: B023, E731
         queries.append(size * (feature + noise()))
         keys.append(size * (feature + noise()) + rng.normal(size=head_dim))  # keys have a bias
-        values.append(content @ rng.normal(size=(content.shape[1], head_dim)) + feature + noise())
+        detail = 0.5 * rng.normal(size=feature.shape)  # what makes a token unlike its neighbours
+        values.append(content @ rng.normal(size=(content.shape[1], head_dim)) + feature + detail)
     return tuple(np.stack(x, 1)[None].astype(np.float32) for x in (queries, keys, values))
 
 

@@ -443,7 +443,8 @@ class BlockMask:
 
     def __str__(self) -> str:
         """The tiles as text; the first batch entry and head, see `show`."""
-        if isinstance(self.kv_num_blocks, jax.core.Tracer):
+        count = self.kv_num_blocks
+        if isinstance(count, jax.core.Tracer) or not isinstance(count, jax.Array | np.ndarray):
             return repr(self)
         return self.show()
 

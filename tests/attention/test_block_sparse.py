@@ -28,26 +28,24 @@ def qkv(t=T, s=S, n=N, k=K, h=H, b=B, seed=0):
 @functools.cache
 def block_masks():
     rng = np.random.default_rng(1)
-    kept = jnp.asarray(rng.random((B, N, 3, 5)) < 0.6).at[0, 1, 1].set(False)
+    kept = jnp.asarray(rng.random((B, N, 3, 5)) < 0.6).at[0, :2, 1].set(False)
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)))), jnp.arange(S)[None].repeat(B, 0) // 7
     make = functools.partial(BlockMask.from_blocks, q_len=T, kv_len=S, **TILES)
     return {
-        "shared": make(kept[:1, :1]),
         "causal": make(kept, mask=Mask.causal(2)),
         "segments": make(kept[:, :1], mask=Mask.segment_ids(*ids)),
         "heads": BlockMask.from_predicate(
             lambda b, n, t, s: (t + s + n + b) % 3 > 0, T, S, batch=B, num_heads=N, **TILES
         ),
         "union": make(kept, mask=Mask.causal()) | make(~kept, mask=Mask.window(2, 2)),
-        "empty": make(jnp.zeros((3, 5))),
     }
 
 
-@pytest.mark.parametrize("name", ["shared", "causal", "segments", "heads", "union", "empty"])
+@pytest.mark.parametrize("name", ["causal", "segments", "heads", "union"])
 def test_forward_and_gradient_against_the_oracle(name):
     arrays, mask = qkv(), block_masks()[name]
     sinks = jnp.array([0.1, -0.5, 1.0, 0.0]) if name == "causal" else None
-    cap = 2.0 if name == "shared" else None
+    cap = 2.0 if name == "segments" else None
 
     def run(implementation):
         def loss(*x):
@@ -65,11 +63,11 @@ def test_forward_and_gradient_against_the_oracle(name):
     np.testing.assert_allclose(lse, want_lse, atol=4e-6)
     for got, expected in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
-    if name == "empty":
-        assert (out == 0).all() and jnp.isneginf(lse).all()
+    if name == "segments":  # a row of tiles without tiles
+        assert (out[0, 8:16] == 0).all() and jnp.isneginf(lse[0, 8:16]).all()
 
 
-@pytest.mark.parametrize("variant", ["sage2", "sage2_int4", "sage3"])
+@pytest.mark.parametrize("variant", ["sage2", "sage2_int4"])
 def test_quantised_variants_against_the_oracle(variant):
     """Equal tiles of keys: P is rounded against the same running maximum."""
     quant = dataclasses.replace(QUANTS[variant], block_kv=16, block_q=32, warp_q=16)
@@ -133,15 +131,14 @@ def test_steps_follow_the_lists():
     assert sparse._TILES_AT_ONCE == 16 and len(steps) == 64 + 3  # 16 rows at once
 
 
-@pytest.mark.parametrize("threshold", [1.0, 6.0])
-def test_second_stage_skips_products_with_v(threshold):
+def test_second_stage_skips_products_with_v():
     """Against the loop written out: a skipped tile joins neither the sum nor the output."""
     q, k, v = qkv(16, 24, 2, 1, b=1)
     q, k = q + 2, k.at[:, :4].add(1.0)  # the first tile of keys draws all queries
     kept = np.random.default_rng(5).random((1, 2, 2, 6)) < 0.8
     kept[..., 0] = True
     mask = BlockMask.from_blocks(jnp.asarray(kept), 16, 24, **TILES)
-    limits = jnp.array([threshold, 50.0])
+    limits = jnp.array([2.0, 50.0])
     spec = spec_of(q, k, v, mask=mask)
     got = jax.jit(sparse.attention, static_argnums=5)(q, k, v, None, mask, spec, limits)
     out, skipped = np.zeros(q.shape), np.zeros((1, 2), int)
@@ -281,7 +278,7 @@ def test_future_tokens_never_change_an_output(way, data):
     np.testing.assert_array_equal(before[:, : now + 1], after[:, : now + 1])
 
 
-@pytest.mark.parametrize("name", ["mask", "predicate", "topk", "bsr"])
+@pytest.mark.parametrize("name", ["predicate", "topk"])
 def test_future_tokens_with_the_builders_own_rules(name):
     """The same through each builder's own token rule rather than a dense copy of it."""
     mask = _builders(LEAK_T)[name]

@@ -95,8 +95,7 @@ def test_estimated_lines_are_the_planted_ones():
     key = np.zeros((1, 32, 1, 64), np.float32)
     key[0, :, 0, :32] = 30 * np.eye(32)
     query = np.roll(key, 5, axis=1)  # query t looks at key t - 5 ...
-    key[0, 7, 0, 32] = query[0, :, 0, 32] = 18.0
-    query[0, :, 0, 32] = 30.0  # ... and at key 7
+    key[0, 7, 0, 32] = query[0, :, 0, 32] = 30.0  # ... and at key 7
     verticals, slashes = estimate_lines(
         jnp.asarray(query), jnp.asarray(key), verticals=1, slashes=1, last=8
     )
