@@ -4,7 +4,8 @@
 Each row of query tiles walks its own list of key tiles under an online softmax; the backward pass
 walks the same lists for dQ and the transposed lists for dK and dV. Rows are worked on from the
 longest list down, so that the rows of one step end together and the time follows the number of
-listed tiles. Memory grows with T and S. With an INT8 backward (SageBwd) the gradient's products
+listed tiles; heads and batch entries work side by side, and wait for the longest list among them.
+Memory grows with T and S. With an INT8 backward (SageBwd) the gradient's products
 are rounded tile by tile, in the same two walks.
 """
 
