@@ -4,6 +4,7 @@ Submodules load when they are first used, so ``import jaxeff`` costs little beyo
 
 * ``jaxeff.nn``, ``jaxeff.models``: NNX modules and one decoder for Llama 3, Qwen 2.5/3, Gemma 3.
 * ``jaxeff.quant``, ``jaxeff.optim``, ``jaxeff.train``: low-precision recipes and a plain loop.
+* ``jaxeff.sparse``: block-sparse patterns, SpargeAttn with its tuner, and SLA.
 * ``jaxeff.kv_cache``, ``jaxeff.compress``, ``jaxeff.generate``: caches and their compression.
 * ``jaxeff.checkpoint``, ``jaxeff.data``: orbax checkpoints and the demo corpus.
 
@@ -24,6 +25,7 @@ _SUBMODULES = (
     "nn",
     "optim",
     "quant",
+    "sparse",
     "train",
 )
 

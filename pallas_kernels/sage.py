@@ -20,19 +20,26 @@ is emulated on the present device.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import inspect
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels._arguments import LAYOUTS, check_choice, strict
 from pallas_kernels.ops.attention.api import dot_product_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant, get_quant
+from pallas_kernels.sage_sparse import (
+    block_sparse_sage2_attn,
+    block_sparse_sage2_attn_cuda,
+    spas_sage2_attn_meansim_cdf,
+    spas_sage2_attn_meansim_cuda,
+    spas_sage2_attn_meansim_topk,
+    spas_sage2_attn_meansim_topk_cuda,
+)
 
 __all__ = [
+    "block_sparse_sage2_attn",
+    "block_sparse_sage2_attn_cuda",
     "sageattn",
     "sageattn3_blackwell",
     "sageattn_qk_int8_pv_fp8_cuda",
@@ -40,47 +47,18 @@ __all__ = [
     "sageattn_qk_int8_pv_fp16_cuda",
     "sageattn_qk_int8_pv_fp16_triton",
     "sageattn_varlen",
+    "spas_sage2_attn_meansim_cdf",
+    "spas_sage2_attn_meansim_cuda",
+    "spas_sage2_attn_meansim_topk",
+    "spas_sage2_attn_meansim_topk_cuda",
 ]
 
-_LAYOUTS = ("HND", "NHD")
 _GRANULARITIES = ("per_warp", "per_thread")
-# Names of torch's scaled_dot_product_attention that people pass, and what serves them.
-_ELSEWHERE = {
-    "attn_mask": "pallas_kernels.dot_product_attention(..., mask=...) takes masks",
-    "mask": "pallas_kernels.dot_product_attention(..., mask=...) takes masks",
-    "dropout_p": "attention dropout is not served; leave it out",
-    "enable_gqa": "grouped heads need no switch; leave it out",
-    "scale": "it is called sm_scale here",
-}
-
-
-def _strict(function: Callable) -> Callable:
-    """Turns an unknown keyword into a TypeError that names the nearest known one."""
-    known = tuple(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        for name in kwargs:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else _ELSEWHERE.get(name)
-                hint = hint or f"it takes {', '.join(known)}"
-                raise TypeError(f"{function.__name__}() takes no argument {name!r}; {hint}")
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
-    # A mask in the fourth position, as torch has it, lands in tensor_layout.
-    if not isinstance(value, str) or value not in allowed:
-        shown = repr(value) if isinstance(value, str | None) else f"a {type(value).__name__}"
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {shown}")
 
 
 def _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, quant, **more):
     """`dot_product_attention` on HND or NHD arrays."""
-    _check_choice("tensor_layout", tensor_layout, _LAYOUTS)
+    check_choice("tensor_layout", tensor_layout, LAYOUTS)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if jnp.ndim(x) != 4:
             form = "[B, H, N, D]" if tensor_layout == "HND" else "[B, N, H, D]"
@@ -96,7 +74,7 @@ def _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, quant, **mo
     return (turn(out), lse.swapaxes(1, 2)) if return_lse else turn(out)
 
 
-@_strict
+@strict
 def sageattn(
     q: jax.Array,
     k: jax.Array,
@@ -158,7 +136,7 @@ def sageattn(
     )  # fmt: skip
 
 
-@_strict
+@strict
 def sageattn_qk_int8_pv_fp16_triton(
     q: jax.Array,
     k: jax.Array,
@@ -203,7 +181,7 @@ def sageattn_qk_int8_pv_fp16_triton(
     References:
       Zhang et al., SageAttention, arXiv 2410.02367, table 6 (variant B).
     """
-    _check_choice("quantization_backend", quantization_backend, ("triton", "cuda"))
+    check_choice("quantization_backend", quantization_backend, ("triton", "cuda"))
     quant = dataclasses.replace(QUANTS["sage1"], smooth_k=smooth_k)
     return _attend(
         q, k, v, tensor_layout, is_causal, sm_scale, return_lse, quant, **_mask(attn_mask)
@@ -221,7 +199,7 @@ def _mask(attn_mask) -> dict:
     return {"mask": x} if x.dtype == jnp.bool_ else {"bias": x}
 
 
-@_strict
+@strict
 def sageattn_qk_int8_pv_fp16_cuda(
     q: jax.Array,
     k: jax.Array,
@@ -267,7 +245,7 @@ def sageattn_qk_int8_pv_fp16_cuda(
     References:
       Zhang et al., SageAttention2, arXiv 2411.10958, section 3.
     """
-    _check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp16", "fp16+fp32"))
+    check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp16", "fp16+fp32"))
     if pv_accum_dtype != "fp32":
         raise NotImplementedError(
             f"pv_accum_dtype={pv_accum_dtype!r}: a float16 accumulator of 16-bit values is not "
@@ -279,14 +257,14 @@ def sageattn_qk_int8_pv_fp16_cuda(
 
 def _tiles_128_64(name, granularity, smooth_k, smooth_v, **fields) -> AttentionQuant:
     """A variant with the tiles of the sm80 and sm89 kernels."""
-    _check_choice("qk_quant_gran", granularity, _GRANULARITIES)
+    check_choice("qk_quant_gran", granularity, _GRANULARITIES)
     return AttentionQuant(
         name, granularity=granularity, block_q=128, block_kv=64, warp_q=32,
         smooth_k=smooth_k, smooth_v=smooth_v, **fields,
     )  # fmt: skip
 
 
-@_strict
+@strict
 def sageattn_qk_int8_pv_fp8_cuda(
     q: jax.Array,
     k: jax.Array,
@@ -334,7 +312,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
     References:
       Zhang et al., SageAttention2++, arXiv 2505.21136, section 3.
     """
-    _check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp32+fp32", "fp32+fp16"))
+    check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp32+fp32", "fp32+fp16"))
     fields = {
         "fp32": {"two_level": False},
         "fp32+fp32": {},
@@ -345,7 +323,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
     return _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, quant)
 
 
-@_strict
+@strict
 def sageattn_qk_int8_pv_fp8_cuda_sm90(
     q: jax.Array,
     k: jax.Array,
@@ -389,8 +367,8 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     References:
       Zhang et al., SageAttention2, arXiv 2411.10958, sections 3.2 to 3.4.
     """
-    _check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
-    _check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp32+fp32"))
+    check_choice("qk_quant_gran", qk_quant_gran, _GRANULARITIES)
+    check_choice("pv_accum_dtype", pv_accum_dtype, ("fp32", "fp32+fp32"))
     if pv_accum_dtype == "fp32":
         raise NotImplementedError(
             "pv_accum_dtype='fp32': the Hopper recipe always accumulates in two levels; use "
@@ -400,7 +378,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     return _attend(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, quant)
 
 
-@_strict
+@strict
 def sageattn3_blackwell(
     q: jax.Array,
     k: jax.Array,
@@ -447,7 +425,7 @@ def sageattn3_blackwell(
     return _attend(q, k, v, "HND", is_causal, None, False, quant, **more)
 
 
-@_strict
+@strict
 def sageattn_varlen(
     q: jax.Array,
     k: jax.Array,

@@ -18,6 +18,7 @@ FORBIDDEN = {
     "jaxeff/kv_cache": {"jaxeff.models", "jaxeff.nn", "jaxeff.compress", "jaxeff.train"},
     "jaxeff/quant": {"jaxeff.models", "jaxeff.train", "jaxeff.compress"},
     "jaxeff/compress": {"jaxeff.models", "jaxeff.nn", "jaxeff.train"},
+    "jaxeff/sparse": {"jaxeff.models", "jaxeff.nn", "jaxeff.train", "jaxeff.compress"},
     "jaxeff/optim": {"jaxeff.models", "jaxeff.nn", "jaxeff.train"},
 }
 

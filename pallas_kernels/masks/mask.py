@@ -9,10 +9,12 @@ tile is empty or full follows from its corners.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -45,6 +47,28 @@ def _check_ids(name, x, ndim):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Predicate:
+    """A user's rule ``f(t, s)`` or ``f(b, n, t, s)``; equal functions make equal rules.
+
+    Args:
+      function: from int32 arrays that broadcast to bool, element by element.
+      per_head: whether it takes batch entry and head before the positions.
+      swapped: the roles of queries and keys are exchanged.
+    """
+
+    function: Callable[..., jax.Array]
+    per_head: bool
+    swapped: bool = False
+
+    def __call__(self, b, n, t, s) -> jax.Array:
+        t, s = (s, t) if self.swapped else (t, s)
+        ok = self.function(*((b, n) if self.per_head else ()), t, s)
+        if jnp.result_type(ok) != jnp.bool_:
+            raise ValueError(f"predicate must return booleans; got {jnp.result_type(ok)}")
+        return ok
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
@@ -57,9 +81,12 @@ class Mask:
         q_ids[b, t] == kv_ids[b, s]          for every pair in `segments`
         array[b, n, t, s]                    for every array in `arrays`
         tiles[b, n, t // block_q, s // block_kv]   for every entry in `tiles`
+        predicate(t, s)   or   predicate(b, n, t, s)   for every entry in `predicates`
+        any of the masks   for every tuple of masks in `unions`
 
-    Make one with `causal`, `window`, `lengths`, `segment_ids` or `from_array` and combine them with
-    ``&``. Python integers stay static under `jit`; arrays are leaves of the pytree.
+    Make one with `causal`, `window`, `lengths`, `segment_ids`, `from_array` or `from_predicate` and
+    combine them with ``&`` and ``|``. Python integers and predicates stay static under `jit`;
+    arrays are leaves of the pytree.
 
     Args:
       min_diff: lower bound of ``s - t`` in tokens; int, or int32 array of shape [] or [B].
@@ -69,6 +96,8 @@ class Mask:
       segments: tuple of (q_ids [B, T], kv_ids [B, S]) int32 pairs.
       arrays: tuple of bool arrays, each broadcastable to [B, N, T, S].
       tiles: tuple of (map, block_q, block_kv), map bool broadcastable to [B, N, nq, nk].
+      predicates: tuple of functions, see `from_predicate`; static.
+      unions: tuple of tuples of masks.
 
     >>> mask = Mask.causal() & Mask.window(1, 0)
     >>> mask.dense(3, 3)[0, 0].astype(int)
@@ -84,6 +113,8 @@ class Mask:
     segments: tuple[tuple[jax.Array, jax.Array], ...] = ()
     arrays: tuple[jax.Array, ...] = ()
     tiles: tuple[tuple[jax.Array, int, int], ...] = ()
+    predicates: tuple[_Predicate, ...] = ()
+    unions: tuple[tuple[Mask, ...], ...] = ()
 
     # -- builders ----------------------------------------------------------------------------
 
@@ -200,6 +231,52 @@ class Mask:
             raise ValueError(f"mask must have at most 4 dimensions; got {jnp.ndim(mask)}")
         return cls(arrays=(jnp.asarray(mask).reshape((1,) * (4 - jnp.ndim(mask)) + mask.shape),))
 
+    @classmethod
+    def from_predicate(
+        cls, predicate: Callable[..., jax.Array], *, batch: int = 1, num_heads: int = 1
+    ) -> Mask:
+        """Allows the pairs for which a function of their positions is True.
+
+        The function is evaluated where it is needed, never on a T×S array at once. It is static
+        under `jit`: a new function object compiles anew, and arrays that it reads must be concrete
+        (ids known only under `jit` go through `segment_ids`).
+
+        Args:
+          predicate: ``f(q_idx, kv_idx) -> bool`` on int32 arrays that broadcast, element by
+            element; ``f(b, n, q_idx, kv_idx)`` when `batch` or `num_heads` is above 1.
+          batch: B when the rule differs between batch entries, else 1.
+          num_heads: N when the rule differs between heads, else 1.
+
+        Returns:
+          A `Mask`.
+
+        Raises:
+          ValueError: not callable, a size below 1, or (when evaluated) the result is not boolean.
+
+        >>> Mask.from_predicate(lambda t, s: (t - s) % 2 == 0).dense(2, 4)[0, 0].astype(int)
+        Array([[1, 0, 1, 0],
+               [0, 1, 0, 1]], dtype=int32)
+        """
+        if not callable(predicate):
+            raise ValueError(f"predicate must be a function; got {type(predicate).__name__}")
+        for name, size in (("batch", batch), ("num_heads", num_heads)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
+        per_head = batch > 1 or num_heads > 1
+        rule = cls(predicates=(_Predicate(predicate, per_head),))
+        if not per_head:
+            return rule
+        # An array rule of one element per head says how many batch entries and heads there are.
+        return rule & cls.from_array(jnp.ones((batch, num_heads, 1, 1), bool))
+
+    def __or__(self, other: Mask) -> Mask:
+        """The pairs that at least one of the masks allows."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if self.is_trivial or other.is_trivial:
+            return Mask()
+        return Mask(unions=((self, other),))
+
     def __and__(self, other: Mask) -> Mask:
         """The pairs that both masks allow."""
         if not isinstance(other, Mask):
@@ -212,6 +289,8 @@ class Mask:
             segments=self.segments + other.segments,
             arrays=self.arrays + other.arrays,
             tiles=self.tiles + other.tiles,
+            predicates=self.predicates + other.predicates,
+            unions=self.unions + other.unions,
         )
 
     # -- evaluation --------------------------------------------------------------------------
@@ -225,6 +304,7 @@ class Mask:
             and self.q_lengths is None
             and self.kv_lengths is None
             and not (self.segments or self.arrays or self.tiles)
+            and not (self.predicates or self.unions)
         )
 
     def dense(self, q_len: int, kv_len: int) -> jax.Array:
@@ -276,7 +356,62 @@ class Mask:
             ok &= _gather(array, t, s)
         for tile_map, block_q, block_kv in self.tiles:
             ok &= _gather(tile_map, row[0, 0, :, 0] // block_q, col[0, 0, 0] // block_kv)
+        b, n = self._heads()
+        for predicate in self.predicates:
+            ok &= predicate(b, n, row, col)
+        for masks in self.unions:
+            ok &= _any([mask.block(t, s, q_len, kv_len) for mask in masks])
         return ok
+
+    def at(
+        self, b: jax.Array, n: jax.Array, t: jax.Array, s: jax.Array, q_len: int, kv_len: int
+    ) -> jax.Array:
+        """The mask for single pairs: what `block` gives at ``[b, n, t, s]``.
+
+        Args:
+          b: int32, batch entries; all four arrays broadcast against each other.
+          n: int32, heads.
+          t: int32, query positions; those at or beyond `q_len` give an arbitrary answer.
+          s: int32, key positions; those at or beyond `kv_len` are not allowed.
+          q_len: number of queries T.
+          kv_len: number of keys S.
+
+        Returns:
+          bool of the broadcast shape, or of one that broadcasts to it.
+
+        >>> Mask.causal().at(0, 0, jnp.array([0, 3]), jnp.array([1, 1]), 4, 4)
+        Array([False,  True], dtype=bool)
+        """
+        b, n, t, s = (jnp.asarray(x) for x in (b, n, t, s))
+        per_batch = lambda x: jnp.asarray(x) if jnp.ndim(x) == 0 else _pick(x, b)  # noqa: E731
+        ok = s < kv_len
+        if self.min_diff is not None:
+            ok &= s - t >= per_batch(self.min_diff)
+        if self.max_diff is not None:
+            ok &= s - t <= per_batch(self.max_diff)
+        if self.q_lengths is not None:
+            ok &= t < per_batch(self.q_lengths)
+        if self.kv_lengths is not None:
+            ok &= s < per_batch(self.kv_lengths)
+        for q_ids, kv_ids in self.segments:
+            ok &= _pick(q_ids, b, t) == _pick(kv_ids, b, s)
+        for array in self.arrays:
+            ok &= _pick(array, b, n, t, s)
+        for tile_map, block_q, block_kv in self.tiles:
+            ok &= _pick(tile_map, b, n, t // block_q, s // block_kv)
+        for predicate in self.predicates:
+            ok &= predicate(b, n, t, s)
+        for masks in self.unions:
+            ok &= _any([mask.at(b, n, t, s, q_len, kv_len) for mask in masks])
+        return ok
+
+    def _heads(self) -> tuple[jax.Array, jax.Array]:
+        """Indices of batch entries [B or 1, 1, 1, 1] and heads [1, N or 1, 1, 1] of predicates."""
+        shapes = [(1, 1), *(array.shape[:2] for array in self.arrays)]
+        if not any(predicate.per_head for predicate in self.predicates):
+            shapes = shapes[:1]
+        b, n = (max(sizes) for sizes in zip(*shapes, strict=True))
+        return jnp.arange(b)[:, None, None, None], jnp.arange(n)[None, :, None, None]
 
     def check(self, q_len: int, kv_len: int) -> None:
         """Raises ValueError where a rule does not fit T queries and S keys."""
@@ -299,6 +434,9 @@ class Mask:
                     f"the block mask has {tile_map.shape[2:]} tiles; {want} are needed for "
                     f"T={q_len}, S={kv_len} in blocks of {block_q} x {block_kv}"
                 )
+        for masks in self.unions:
+            for mask in masks:
+                mask.check(q_len, kv_len)
 
     def live_keys(self, q_len: int, kv_len: int) -> jax.Array | None:
         """Which keys at least one query may attend to (never calls a live key dead).
@@ -330,7 +468,21 @@ class Mask:
             live &= array.any(2)
         for tile_map, _, block_kv in self.tiles:
             live &= jnp.repeat(tile_map.any(2), block_kv, axis=-1)[..., :kv_len]
+        if self.predicates:
+            live &= self._any_query(q_len, kv_len)
+        for masks in self.unions:
+            each = [mask.live_keys(q_len, kv_len) for mask in masks]
+            live &= True if any(x is None for x in each) else _any(each)
         return live
+
+    def _any_query(self, q_len: int, kv_len: int, rows: int = 64) -> jax.Array:
+        """Which keys some query sees, by looking at `rows` queries at a time; [B, N, S]."""
+
+        def seen(start):
+            t = jnp.minimum(start + jnp.arange(rows), q_len - 1)
+            return self.block(t, None, q_len, kv_len).any(2)
+
+        return lax.map(seen, jnp.arange(0, q_len, rows)).any(0)
 
     def live_queries(self, q_len: int, kv_len: int) -> jax.Array | None:
         """Which queries may attend to at least one key (never calls a live query dead).
@@ -364,13 +516,18 @@ class Mask:
             tiles=tuple(
                 (m.swapaxes(2, 3), block_kv, block_q) for m, block_q, block_kv in self.tiles
             ),
+            predicates=tuple(
+                dataclasses.replace(predicate, swapped=not predicate.swapped)
+                for predicate in self.predicates
+            ),
+            unions=tuple(tuple(mask.transpose() for mask in masks) for masks in self.unions),
         )
 
     def _all_keys_live(self, q_len: int, kv_len: int) -> bool:
         """True when static facts alone show that every key has a query."""
         if self.q_lengths is not None or self.kv_lengths is not None:
             return False
-        if self.segments or self.arrays or self.tiles:
+        if self.segments or self.arrays or self.tiles or self.predicates or self.unions:
             return False
         if not (_is_static(self.min_diff) and _is_static(self.max_diff)):
             return False
@@ -383,7 +540,8 @@ class Mask:
 
         The answer is conservative: a tile called `EMPTY` has no allowed pair and a tile called
         `FULL` has no forbidden one; `PARTIAL` needs the token rule. Tokens beyond T or S do not
-        count. No T×S array is made unless the mask already holds one.
+        count. No T×S array is made unless the mask already holds one; predicates are evaluated for
+        `block_q` queries at a time.
 
         Args:
           q_len: number of queries T.
@@ -432,7 +590,29 @@ class Mask:
         for array in tokens:
             any_, all_ = _tile_any_all(array, block_q, block_kv)
             some, every = some & any_, every & all_
+        if self.predicates:
+            any_, all_ = self._predicate_any_all(q_len, kv_len, block_q, block_kv)
+            some, every = some & any_, every & all_
+        for masks in self.unions:
+            each = [mask.tile_status(q_len, kv_len, block_q, block_kv) for mask in masks]
+            some &= _any([status != EMPTY for status in each])
+            every &= _any([status == FULL for status in each])
         return jnp.where(some, jnp.where(every, FULL, PARTIAL), EMPTY).astype(jnp.int8)
+
+    def _predicate_any_all(self, q_len, kv_len, block_q, block_kv):
+        """Any and all of the predicates over tiles, one row of tiles at a time; [B, N, nq, nk]."""
+        b, n = self._heads()
+        s = jnp.arange(kv_len)[None, None, None, :]
+
+        def row(start):
+            t = jnp.minimum(start + jnp.arange(block_q), q_len - 1)[None, None, :, None]
+            ok = jnp.ones((1, 1, block_q, kv_len), bool)
+            for predicate in self.predicates:
+                ok &= predicate(b, n, t, s)
+            return _tile_any_all(ok, block_q, block_kv)  # [B, N, 1, nk]
+
+        some, every = lax.map(row, jnp.arange(0, q_len, block_q))
+        return jnp.moveaxis(some[..., 0, :], 0, 2), jnp.moveaxis(every[..., 0, :], 0, 2)
 
     # -- pytree ------------------------------------------------------------------------------
 
@@ -449,21 +629,43 @@ class Mask:
             dynamic[f"segments[{i}].q"], dynamic[f"segments[{i}].kv"] = q_ids, kv_ids
         dynamic |= {f"arrays[{i}]": array for i, array in enumerate(self.arrays)}
         dynamic |= {f"tiles[{i}]": tile_map for i, (tile_map, _, _) in enumerate(self.tiles)}
+        for i, masks in enumerate(self.unions):
+            dynamic |= {f"unions[{i}][{j}]": mask for j, mask in enumerate(masks)}
         sizes = tuple((block_q, block_kv) for _, block_q, block_kv in self.tiles)
+        counts = len(self.segments), tuple(len(masks) for masks in self.unions)
         keys = [(jax.tree_util.GetAttrKey(name), x) for name, x in dynamic.items()]
-        return keys, (tuple(dynamic), tuple(static.items()), len(self.segments), sizes)
+        return keys, (tuple(dynamic), tuple(static.items()), counts, sizes, self.predicates)
 
     @classmethod
     def tree_unflatten(cls, aux, leaves):
         """Inverse of `tree_flatten_with_keys`."""
-        names, static, num_segments, sizes = aux
+        names, static, (num_segments, union_sizes), sizes, predicates = aux
         x = dict(zip(names, leaves, strict=True)) | dict(static)
         return cls(
             *(x[name] for name in ("min_diff", "max_diff", "q_lengths", "kv_lengths")),
             tuple((x[f"segments[{i}].q"], x[f"segments[{i}].kv"]) for i in range(num_segments)),
             tuple(x[name] for name in names if name.startswith("arrays")),
             tuple((x[f"tiles[{i}]"], *size) for i, size in enumerate(sizes)),
+            predicates,
+            tuple(
+                tuple(x[f"unions[{i}][{j}]"] for j in range(size))
+                for i, size in enumerate(union_sizes)
+            ),
         )
+
+
+def _any(arrays: list[jax.Array]) -> jax.Array:
+    """Element by element: True where one of them is."""
+    found = arrays[0]
+    for array in arrays[1:]:
+        found = found | array
+    return found
+
+
+def _pick(array: jax.Array, *index: jax.Array) -> jax.Array:
+    """Elements of an array; an axis of size 1 broadcasts, an index beyond the end is clipped."""
+    index = (0 if size == 1 else i for size, i in zip(array.shape, index, strict=True))
+    return jnp.asarray(array).at[tuple(index)].get(mode="clip")
 
 
 def _gather(array: jax.Array, t: jax.Array | None, s: jax.Array | None) -> jax.Array:

@@ -1,5 +1,7 @@
 """Masks against rules written out pair by pair."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,16 @@ def cases(draw):
     if draw(st.booleans()):
         array = rng.random((B, 3, t, s)) < 0.6
         mask, allowed = mask & Mask.from_array(jnp.asarray(array)), allowed & array
+    if draw(st.booleans()):
+        mask, allowed = mask & Mask.from_predicate(_diagonals), allowed & _diagonals(row, col)
+    if draw(st.booleans()):
+        mask &= Mask.causal() | Mask.window(None, 0, 4)
+        allowed = allowed & ((col <= row) | (col <= row + 4))
     return mask, allowed, t, s
+
+
+def _diagonals(t, s):
+    return (t - s) % 3 != 0
 
 
 @SETTINGS
@@ -111,6 +122,97 @@ def test_block_mask_keeps_every_pair(case, blocks):
     for where in np.ndindex(counts.shape):
         listed = lists[where][: counts[where]]
         assert (np.diff(listed) > 0).all() and (lists[where][counts[where] :] == 0).all()
+
+
+@SETTINGS
+@given(cases())
+def test_single_pairs_equal_parts_of_the_whole(case):
+    mask, allowed, t, s = case
+    rng = np.random.default_rng(0)
+    b, n = rng.integers(0, B, 20), rng.integers(0, allowed.shape[1], 20)
+    i, j = rng.integers(0, t, 20), rng.integers(0, s + 3, 20)
+    want = np.pad(allowed, ((0, 0), (0, 0), (0, 0), (0, 3)))[b, n, i, j]
+    np.testing.assert_array_equal(np.broadcast_to(mask.at(b, n, i, j, t, s), 20), want)
+
+
+def _random_blocks(seed, **arguments):
+    kept = np.random.default_rng(seed).random((B, 2, 3, 5)) < 0.5
+    return kept, BlockMask.from_blocks(
+        jnp.asarray(kept), 20, 18, block_q=8, block_kv=4, **arguments
+    )
+
+
+def test_union_intersection_and_transpose():
+    (_, a), (_, b) = _random_blocks(0, mask=Mask.causal(4)), _random_blocks(1)
+    dense = np.asarray(a.to_dense()), np.asarray(b.to_dense())
+    np.testing.assert_array_equal((a & b).to_dense(), dense[0] & dense[1])
+    np.testing.assert_array_equal((a | b).to_dense(), dense[0] | dense[1])
+    np.testing.assert_array_equal(
+        (b & Mask.window(3, 3)).to_dense(), dense[1] & Mask.window(3, 3).dense(20, 18)
+    )
+    turned = a.transpose()
+    np.testing.assert_array_equal(turned.to_dense(), dense[0].swapaxes(2, 3))
+    np.testing.assert_array_equal(turned.transpose().to_status(), a.to_status())
+    assert (turned.q_len, turned.block_q) == (18, 4)
+    other = BlockMask.from_mask(Mask.causal(), 20, 18, block_q=4, block_kv=4)
+    with pytest.raises(ValueError, match="both block masks must have the same"):
+        a & other
+
+
+def test_bsr_round_trip_also_under_jit():
+    kept, blocks = _random_blocks(2)
+    indptr, indices = blocks.to_bsr()
+    np.testing.assert_array_equal(np.diff(indptr), kept.sum(-1))
+    assert indices.shape[-1] == kept.sum((2, 3)).max()
+    sizes = {"q_len": 20, "kv_len": 18, "block_q": 8, "block_kv": 4}
+    again = jax.jit(lambda m: BlockMask.from_bsr(*m.to_bsr(size=15), **sizes).to_blocks())(blocks)
+    np.testing.assert_array_equal(again, kept)
+    with pytest.raises(ValueError, match="to_bsr needs size under jit"):
+        jax.jit(lambda m: m.to_bsr())(blocks)
+    with pytest.raises(ValueError, match="size must be at least"):
+        blocks.to_bsr(size=1)
+    with pytest.raises(ValueError, match=r"indptr must be \[.., 4\]"):
+        BlockMask.from_bsr(jnp.zeros(3, int), jnp.zeros(2, int), **sizes)
+
+
+def test_scores_keep_the_best_and_at_least_one():
+    scores = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]]))
+    make = functools.partial(BlockMask.from_scores, scores, 4, 8, block_q=2, block_kv=2)
+    # cumulative .5 .8 .95 1 and .4 .7 .9 1
+    np.testing.assert_array_equal(make(cdf=0.85).to_blocks()[0, 0], [[1, 1, 0, 0], [0, 0, 1, 1]])
+    np.testing.assert_array_equal(make(cdf=0.1).to_blocks()[0, 0], [[1, 0, 0, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(make(topk=0.75).to_blocks()[0, 0], [[1, 1, 1, 0], [0, 1, 1, 1]])
+    assert make(cdf=1.0).to_blocks().all() and make(topk=1.0).to_blocks().all()
+    causal = make(topk=0.5, mask=Mask.causal()).to_blocks()[0, 0]
+    np.testing.assert_array_equal(causal, [[1, 0, 0, 0], [1, 1, 0, 0]])
+    per_head = jnp.broadcast_to(scores, (2, 2, 4))
+    got = BlockMask.from_scores(per_head, 4, 8, block_q=2, block_kv=2, topk=jnp.array([0.25, 0.5]))
+    np.testing.assert_array_equal(got.kv_num_blocks[0], [[1, 1], [2, 2]])
+
+
+def test_predicate_per_head_and_its_refusals():
+    rule = lambda b, n, t, s: (s <= t) & (t - s <= 2 * n + b)  # noqa: E731
+    mask = BlockMask.from_predicate(rule, 20, 18, batch=B, num_heads=3, block_q=8, block_kv=4)
+    grid = np.ogrid[:B, :3, :20, :18]
+    np.testing.assert_array_equal(mask.to_dense(), rule(*grid))
+    assert mask.kv_num_blocks.shape == (B, 3, 3)
+    with pytest.raises(ValueError, match="predicate must be a function"):
+        Mask.from_predicate(3)
+    with pytest.raises(ValueError, match="predicate must return booleans; got int32"):
+        BlockMask.from_predicate(lambda t, s: t - s, 4, 4)
+
+
+def test_a_predicate_needs_no_array_of_all_pairs():
+    """Building lists for 2048 x 2048 tokens touches 128 rows of queries at a time."""
+    trace = jax.make_jaxpr(lambda: BlockMask.from_predicate(_diagonals, 2048, 2048).kv_indices)()
+
+    def largest(jaxpr):
+        inner = [p for eqn in jaxpr.eqns for p in eqn.params.values()]
+        inner = [getattr(p, "jaxpr", p) for p in inner]
+        sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+        return max([*sizes, *(largest(p) for p in inner if hasattr(p, "eqns")), 0])
+
+    assert largest(trace.jaxpr) <= 128 * 2048
 
 
 def test_static_tiles_are_exact_for_causal():

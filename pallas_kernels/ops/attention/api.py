@@ -15,7 +15,7 @@ import numpy as np
 
 from pallas_kernels import _device, _dispatch
 from pallas_kernels.masks import BlockMask, Mask
-from pallas_kernels.ops.attention import reference, xla
+from pallas_kernels.ops.attention import reference, sparse, xla
 from pallas_kernels.ops.attention import spec as spec_lib
 from pallas_kernels.ops.attention.spec import AttentionConfig, AttentionQuant, AttentionSpec
 
@@ -54,8 +54,9 @@ def dot_product_attention(
 
     Memory: "reference" holds all logits; "xla" holds at most one chunk of them, also in the
     gradient. Every implementation is differentiable in query, key, value, bias and sinks;
-    quantised variants use the gradient of unquantised attention. `jit`, `vmap` and
-    `jax.eval_shape` work.
+    quantised variants use the gradient of unquantised attention, "sage_bwd" its own INT8 gradient.
+    With a `BlockMask` (and no bias) "xla" works on the listed tiles only, in both directions.
+    `jit`, `vmap` and `jax.eval_shape` work.
 
     A quantised variant shares statistics (mean key, scales) between tokens of a sequence, so a
     later token can change an earlier output by a rounding error even under a causal mask.
@@ -80,8 +81,8 @@ def dot_product_attention(
       logits_soft_cap: positive number or None; applied before the bias.
       sinks: float [N]; a logit per head that joins the softmax without a value. It is part of
         the log-sum-exp.
-      quant: None, a name ("sage1", "sage2", "sage2pp", "sage2_int4", "sage3", "fp8") or an
-        `AttentionQuant`.
+      quant: None, a name ("sage1", "sage2", "sage2pp", "sage2_int4", "sage3", "fp8", "sage_bwd")
+        or an `AttentionQuant`.
       implementation: None (best available), "mosaic", "xla" or "reference".
       config: sizes for the chosen implementation.
       return_residual: also return the log-sum-exp.
@@ -133,6 +134,13 @@ def dot_product_attention(
 @functools.partial(jax.jit, static_argnames=("spec", "name", "block_kv"))
 def _run(query, key, value, bias, sinks, rules, *, spec, name, block_kv):
     """One compiled call, so that use outside `jit` does not pay for every small operation."""
+    int8_backward = spec.quant is not None and spec.quant.backward == "int8"
+    if name == "xla" and bias is None and (isinstance(rules, BlockMask) or int8_backward):
+        if isinstance(rules, Mask):
+            sizes = {"block_q": spec.quant.block_q, "block_kv": spec.quant.block_kv}
+            rules = BlockMask.from_mask(rules, spec.q_len, spec.kv_len, **sizes)
+        return sparse.attention(query, key, value, sinks, rules, spec)[:2]
+    rules = rules.as_mask() if isinstance(rules, BlockMask) else rules
     if name == "reference":
         return reference.attention(query, key, value, bias, sinks, rules, spec)
     return xla.attention(query, key, value, bias, sinks, rules, spec, block_kv)
@@ -264,6 +272,7 @@ def _prepare(
         has_bias=bias is not None,
         has_sinks=sinks is not None,
         mask_kinds=_kinds(rules),
+        tiles=(rules.block_q, rules.block_kv) if isinstance(rules, BlockMask) else None,
     )
     return (q, k, v, bias, sinks, rules), spec, None if config is None else config.block_kv
 
@@ -344,8 +353,8 @@ def _number(name, x, default, positive=False):
 
 def _rules(
     mask, is_causal, q_lengths, kv_lengths, local_window_size, segment_ids, causal_offset, full
-) -> Mask:
-    """All rules of a call as one `Mask`."""
+) -> Mask | BlockMask:
+    """All rules of a call as one `Mask`, or as one `BlockMask` where the user gave one."""
     b, _, t, s = full
     offset = _offset(causal_offset, b)
     rules = _user_mask(mask, full)
@@ -368,7 +377,7 @@ def _rules(
     return rules
 
 
-def _user_mask(mask, full) -> Mask:
+def _user_mask(mask, full) -> Mask | BlockMask:
     b, n, t, s = full
     if mask is None:
         return Mask()
@@ -378,15 +387,24 @@ def _user_mask(mask, full) -> Mask:
                 f"mask was made for T={mask.q_len}, S={mask.kv_len}; query and key have "
                 f"T={t}, S={s}"
             )
-        mask = mask.as_mask()
+        _check_heads((mask.kv_num_blocks,), b, n)
+        if mask.mask is not None:
+            _user_mask(mask.mask, full)
+        return mask
     if isinstance(mask, Mask):
         mask.check(t, s)
-        for x in (*mask.arrays, *(tile_map for tile_map, _, _ in mask.tiles)):
-            if x.shape[0] not in (1, b) or x.shape[1] not in (1, n):
-                raise ValueError(f"mask must have batch 1 or {b} and heads 1 or {n}; got {x.shape}")
+        _check_heads((*mask.arrays, *(tile_map for tile_map, _, _ in mask.tiles)), b, n)
+        for each in (each for masks in mask.unions for each in masks):
+            _user_mask(each, full)
         return mask
     mask = _pairs("mask", mask, full)
     return Mask.from_array(mask)
+
+
+def _check_heads(arrays, b, n):
+    for x in arrays:
+        if x.shape[0] not in (1, b) or x.shape[1] not in (1, n):
+            raise ValueError(f"mask must have batch 1 or {b} and heads 1 or {n}; got {x.shape}")
 
 
 def _offset(offset, b):
@@ -429,7 +447,10 @@ def _segments(ids, b, t, s):
     return q_ids, kv_ids
 
 
-def _kinds(mask: Mask) -> tuple[str, ...]:
+def _kinds(mask: Mask | BlockMask) -> tuple[str, ...]:
+    if isinstance(mask, BlockMask):
+        inside = () if mask.mask is None else _kinds(mask.mask)
+        return (*inside, *(() if "tiles" in inside else ("tiles",)))
     present = {
         "min_diff": mask.min_diff is not None,
         "max_diff": mask.max_diff is not None,
@@ -438,5 +459,7 @@ def _kinds(mask: Mask) -> tuple[str, ...]:
         "segments": bool(mask.segments),
         "array": bool(mask.arrays),
         "tiles": bool(mask.tiles),
+        "predicate": bool(mask.predicates),
+        "union": bool(mask.unions),
     }
     return tuple(name for name, yes in present.items() if yes)

@@ -77,7 +77,7 @@ def _dimensions(tree) -> list[tuple[str, ...]]:
     if sinks is not None:
         out.append(("n",))
     for path, leaf in jax.tree_util.tree_flatten_with_path(mask)[0]:
-        field = path[0].name.partition("[")[0]
+        field = path[-1].name.partition("[")[0]
         if field in ("arrays", "tiles"):
             out.append(_broadcast(("b", "n", ".", "."), leaf))
         else:  # segments [B, L], lengths and bounds [B] or []

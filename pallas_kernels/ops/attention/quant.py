@@ -42,6 +42,7 @@ class Operands(NamedTuple):
       k_smooth: float32 [B, S, K, H], keys less their mean, or None; only with `q_mean`.
       row_const: float32 [B, T, N], ``q · mean(K)``, what smoothing took from each row of Q K^T, or
         None.
+      k_mean: float32 [B, 1, K, H], the mean key that smoothing took away, or None.
     """
 
     q: jax.Array
@@ -54,6 +55,7 @@ class Operands(NamedTuple):
     q_mean: jax.Array | None
     k_smooth: jax.Array | None
     row_const: jax.Array | None
+    k_mean: jax.Array | None
 
 
 def operands(
@@ -82,13 +84,13 @@ def operands(
     live = live_keys(mask, spec)
     one = jnp.ones((1, 1, 1), f32)
 
-    row_const = None
+    row_const = k_mean = None
     if quant.smooth_k and not spec.quantized_key:
-        mean = _mean(k, live)  # [B, 1, K, H]
+        k_mean = _mean(k, live)  # [B, 1, K, H]
         row_const = jnp.einsum(
-            "btnh,bnh->btn", q, to_heads(mean, spec.groups)[:, 0], precision=lax.Precision.HIGHEST
+            "btnh,bnh->btn", q, to_heads(k_mean, spec.groups)[:, 0], precision=lax.Precision.HIGHEST
         )
-        k = _only(live, k - mean)
+        k = _only(live, k - k_mean)
     q_mean = k_smooth = None
     if quant.smooth_q:
         k_smooth, (q, q_mean) = k, _smooth_tiles(q, quant.block_q)
@@ -101,7 +103,7 @@ def operands(
             v_mean = _mean(v, live)
             v = _only(live, v - v_mean)
         v, v_scale = quantize_value(v, quant, spec.dtype)
-    return Operands(q, q_scale, k, k_scale, v, v_scale, v_mean, q_mean, k_smooth, row_const)
+    return Operands(q, q_scale, k, k_scale, v, v_scale, v_mean, q_mean, k_smooth, row_const, k_mean)
 
 
 def _only(live, x):
@@ -217,19 +219,51 @@ def quantize_value(v: jax.Array, quant: AttentionQuant, dtype) -> tuple[jax.Arra
 
     Returns:
       Values float32 [B, S, K, H] on the format's grid, and scales float32 broadcastable to
-      [B, 1, K, H]. A channel of zeros has scale 1. float16 saturates at 65504.
+      [B, 1, K, H]. A channel of zeros has scale 1. float16 saturates at 65504. "nvfp4" and scales
+      per block, which cannot wait until the end, return dequantised values and scale 1.
     """
     one = jnp.ones((1, 1, 1, 1), jnp.float32)
     if quant.pv == "nvfp4":
         return nvfp4(v, axis=1), one
     if quant.pv not in ("fp8_e4m3", "int8"):
         return _half(v, quant, dtype), one
+    if quant.v_granularity == "per_block":
+        return _int8_blocks(v, quant.block_kv), one
     axes = (1, 3) if quant.v_granularity == "per_tensor" else (1,)
     amax = jnp.abs(v).max(axes, keepdims=True)
     top = quant.v_max if quant.pv == "fp8_e4m3" else INT_MAX["int8"]
     scale = jnp.where(amax > 0, amax / top, 1.0)
     y = v / scale
     return (e4m3(y) if quant.pv == "fp8_e4m3" else jnp.clip(jnp.round(y), -top, top)), scale
+
+
+def _int8_blocks(v: jax.Array, block: int) -> jax.Array:
+    """INT8 with one scale per `block` tokens and head, dequantised; [B, S, K, H]."""
+    b, s, k, h = v.shape
+    tiles = jnp.pad(v, ((0, 0), (0, -s % block), (0, 0), (0, 0))).reshape(b, -1, block, k, h)
+    return int8_tiles(tiles, axes=(2, 4)).reshape(b, -1, k, h)[:, :s]
+
+
+def int8_tiles(x: jax.Array, axes: tuple[int, ...] = (-2, -1)) -> jax.Array:
+    """SageBwd's psi: symmetric INT8 with one scale, amax / 127, per tile; dequantised.
+
+    Args:
+      x: float32.
+      axes: axes of a tile.
+
+    Returns:
+      float32, same shape; a tile of zeros stays zero.
+
+    >>> int8_tiles(jnp.array([[127.0, 0.4]])).tolist()
+    [[127.0, 0.0]]
+
+    References:
+      SageAttention3 (arXiv 2505.11594), algorithm 2.
+    """
+    scale = jnp.abs(x).max(axes, keepdims=True) / INT_MAX["int8"]
+    # Probabilities and their gradients can be so small that the scale underflows.
+    scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
+    return jnp.round(x / scale) * scale
 
 
 def _half(x: jax.Array, quant: AttentionQuant, dtype) -> jax.Array:
@@ -254,6 +288,8 @@ def quantize_p(p: jax.Array, quant: AttentionQuant, dtype) -> jax.Array:
     match quant.pv:
         case "fp8_e4m3":
             return e4m3(E4M3_MAX * p) / E4M3_MAX
+        case "int8" if quant.p_granularity == "per_row":
+            return int8_tiles(p, axes=(-1,))
         case "int8":
             return jnp.round(127.0 * p) / 127.0
         case "nvfp4":

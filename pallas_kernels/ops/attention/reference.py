@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,6 +49,8 @@ def attention(
     Returns:
       Output [B, T, N, H] in the dtype of `query`, and log-sum-exp float32 [B, T, N].
     """
+    if spec.quant is not None and spec.quant.backward == "int8":
+        return _int8(query, key, value, sinks, mask, spec)
     if spec.quant is not None:
         return _quantized(query, key, value, bias, sinks, mask, spec)
     f32, high = jnp.float32, lax.Precision.HIGHEST
@@ -134,6 +138,61 @@ def _quantized(query, key, value, bias, sinks, mask, spec):
         out = out + heads_first(ops.v_mean) * (l * alpha / total)
     lse = jnp.where(some, top + jnp.log(total) + const, -jnp.inf)[..., 0]
     return out.swapaxes(1, 2).astype(query.dtype), lse.swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _int8(query, key, value, sinks, mask, spec):
+    """A variant with SageBwd's gradient."""
+    return _quantized(query, key, value, None, sinks, mask, spec)
+
+
+def _int8_fwd(query, key, value, sinks, mask, spec):
+    out, lse = _quantized(query, key, value, None, sinks, mask, spec)
+    return (out, lse), (query, key, value, sinks, mask, out, lse)
+
+
+def _int8_bwd(spec, saved, cotangents):
+    """SageAttention3 (arXiv 2505.11594), algorithm 3, with all pairs in memory."""
+    from pallas_kernels.ops.attention import quant as numerics
+
+    query, key, value, sinks, mask, out, lse = saved
+    f32, high, quant = jnp.float32, lax.Precision.HIGHEST, spec.quant
+    dot = functools.partial(jnp.einsum, precision=high)
+    g, d_lse = cotangents[0].astype(f32), jnp.where(jnp.isneginf(lse), 0.0, cotangents[1])
+    ops = numerics.operands(query, key, value, mask, spec)
+    q = ops.q * ops.q_scale[..., None]
+    k = to_heads(ops.k * ops.k_scale[..., None], spec.groups)
+    v = to_heads(clean(query, key, value, mask, spec)[2].astype(f32), spec.groups)
+
+    def psi(x, block_s):  # INT8 with one scale per tile of [B, N, T, S or H]
+        pad = -x.shape[2] % quant.block_q, -x.shape[3] % block_s
+        y = jnp.pad(x, ((0, 0), (0, 0), (0, pad[0]), (0, pad[1])))
+        shape = y.shape
+        y = y.reshape(*shape[:2], -1, quant.block_q, shape[3] // block_s, block_s)
+        return numerics.int8_tiles(y, (3, 5)).reshape(shape)[:, :, : x.shape[2], : x.shape[3]]
+
+    delta = (g * out.astype(f32)).sum(-1) - d_lse  # [B, T, N]
+    const = 0.0 if ops.row_const is None else ops.row_const * spec.scale
+    left = jnp.where(jnp.isneginf(lse), 0.0, lse - const).swapaxes(1, 2)[..., None]  # [B, N, T, 1]
+    x = dot("btnh,bsnh->bnts", q, k) * spec.scale
+    p = jnp.exp(jnp.where(mask.dense(spec.q_len, spec.kv_len), x, -jnp.inf) - left)
+    low_g = psi(g.swapaxes(1, 2), spec.head_dim)
+    dv = dot("bnts,bnth->bsnh", psi(p, quant.block_kv), low_g)
+    ds = p * (dot("btnh,bsnh->bnts", g, v) - delta.swapaxes(1, 2)[..., None])
+    ds = psi(ds, quant.block_kv) * spec.scale
+    dq, dk = dot("bnts,bsnh->btnh", ds, k), dot("bnts,btnh->bsnh", ds, q)
+    p_sink = (
+        0.0 if sinks is None else jnp.exp(sinks.astype(f32) - jnp.where(lse > -jnp.inf, lse, 0))
+    )
+    if ops.k_mean is not None:  # what the mean key adds where a row of dS does not sum to zero
+        dq += (d_lse + p_sink * delta)[..., None] * to_heads(ops.k_mean, spec.groups) * spec.scale
+    grouped = lambda x: x.reshape(*x.shape[:2], -1, spec.groups, spec.head_dim).sum(3)  # noqa: E731
+    d_sinks = None if sinks is None else -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+    grads = zip((dq, grouped(dk), grouped(dv)), (query, key, value), strict=True)
+    return *(x.astype(like.dtype) for x, like in grads), d_sinks, None
+
+
+_int8.defvjp(_int8_fwd, _int8_bwd)
 
 
 def clean(query, key, value, mask: Mask, spec: AttentionSpec):

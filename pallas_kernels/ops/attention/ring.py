@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.ops.attention import api, xla
-from pallas_kernels.ops.attention.spec import AttentionConfig, AttentionQuant
+from pallas_kernels.ops.attention.spec import AttentionConfig, AttentionQuant, get_quant
 
 
 def merge(
@@ -165,6 +165,12 @@ def ring_attention(
             raise ValueError(f"{name} must have four axes [B, T, N, H]; got shape {x.shape}")
     if not isinstance(causal_offset, int):
         raise ValueError(f"causal_offset must be an int; got {type(causal_offset).__name__}")
+    variant = get_quant(quant)
+    if variant is not None and variant.backward == "int8":
+        # Rows of dS sum to zero over the whole sequence only, and each chunk has its own mean key.
+        raise NotImplementedError(
+            f"ring_attention has no INT8 backward for quant={variant.name!r}; use quant='sage2'"
+        )
     call = _Call(
         axis_name, _axis_size(axis_name), scale, is_causal, _hashable(local_window_size),
         causal_offset, logits_soft_cap, quant, implementation, config,

@@ -38,7 +38,12 @@ class AttentionQuant:
       smooth_q: subtract the mean query of each `block_q` tile; its product with K is kept in
         float32 and added to the logits.
       smooth_v: subtract the mean value before quantising and add it to the output.
-      v_granularity: "per_channel" or "per_tensor" scales of V ("nvfp4": tiles of 16 tokens).
+      v_granularity: "per_channel", "per_tensor" or "per_block" (`block_kv` tokens of a head; "int8"
+        only) scales of V ("nvfp4": tiles of 16 tokens).
+      p_granularity: scale of P for "int8": "static", 1 / 127, or "per_row", each row's maximum in
+        its tile over 127.
+      backward: "float", the gradient of unquantised attention, or "int8": that of SageBwd, with
+        P, dO and dS rounded to INT8 per tile of `block_q` x `block_kv` and dO V^T left in 16 bits.
       v_max: largest quantised value of V for "fp8_e4m3"; 2.25 keeps a float16 accumulator from
         overflowing.
       accumulator: "float32" or "float16" inside one product of P and V; a float16 accumulator
@@ -63,7 +68,9 @@ class AttentionQuant:
     smooth_k: bool = True
     smooth_q: bool = False
     smooth_v: bool = False
-    v_granularity: Literal["per_channel", "per_tensor"] = "per_channel"
+    v_granularity: Literal["per_channel", "per_tensor", "per_block"] = "per_channel"
+    p_granularity: Literal["static", "per_row"] = "static"
+    backward: Literal["float", "int8"] = "float"
     v_max: float = 448.0
     accumulator: Literal["float32", "float16"] = "float32"
     two_level: bool = True
@@ -73,7 +80,9 @@ class AttentionQuant:
             "qk": QK_FORMATS,
             "granularity": GRANULARITIES,
             "pv": PV_FORMATS,
-            "v_granularity": ("per_channel", "per_tensor"),
+            "v_granularity": ("per_channel", "per_tensor", "per_block"),
+            "p_granularity": ("static", "per_row"),
+            "backward": ("float", "int8"),
             "accumulator": ("float32", "float16"),
         }
         for field, names in allowed.items():
@@ -107,6 +116,18 @@ class AttentionQuant:
                 "AttentionQuant: accumulator='float16' needs pv='fp8_e4m3' and block_kv a multiple "
                 f"of 64; got {self.pv!r} and {self.block_kv}"
             )
+        if self.pv != "int8" and (self.v_granularity, self.p_granularity) not in (
+            ("per_channel", "static"), ("per_tensor", "static"),
+        ):  # fmt: skip
+            raise ValueError(
+                "AttentionQuant: v_granularity='per_block' and p_granularity='per_row' need "
+                f"pv='int8'; got {self.pv!r}"
+            )
+        if self.backward == "int8" and (self.qk != "int8" or self.smooth_q):
+            raise ValueError(
+                "AttentionQuant: backward='int8' needs qk='int8' and smooth_q=False; got "
+                f"{self.qk!r} and {self.smooth_q}"
+            )
         if not 0 < self.v_max <= 448:
             raise ValueError(f"AttentionQuant: v_max must be in (0, 448]; got {self.v_max}")
 
@@ -131,6 +152,16 @@ QUANTS = {
             granularity="per_tensor",
             v_granularity="per_tensor",
             smooth_k=False,
+        ),
+        AttentionQuant(
+            "sage_bwd",
+            granularity="per_block",
+            pv="int8",
+            block_q=64,
+            block_kv=64,
+            v_granularity="per_block",
+            p_granularity="per_row",
+            backward="int8",
         ),
     )
 }
@@ -165,7 +196,8 @@ class AttentionConfig:
 
     Args:
       block_kv: keys per step of the chunked XLA implementation, tokens; None chooses from the
-        shapes. Quantised variants take their tile from `AttentionQuant.block_kv` instead.
+        shapes. Quantised variants take their tile from `AttentionQuant.block_kv` instead, and a
+        `BlockMask` brings its own tiles.
 
     Raises:
       ValueError: a size below 1.
@@ -198,6 +230,7 @@ class AttentionSpec:
       has_bias: a bias is added to the logits.
       has_sinks: every head has a sink logit.
       mask_kinds: names of the rules in use, for messages.
+      tiles: (block_q, block_kv) of a `BlockMask`, tokens, or None.
     """
 
     batch: int
@@ -215,6 +248,7 @@ class AttentionSpec:
     has_bias: bool = False
     has_sinks: bool = False
     mask_kinds: tuple[str, ...] = ()
+    tiles: tuple[int, int] | None = None
 
     @property
     def groups(self) -> int:
@@ -238,8 +272,9 @@ def unsupported_reason(spec: AttentionSpec, device: Device, implementation: str)
     >>> unsupported_reason(spec, Device("cpu", "cpu"), "xla") is None
     True
     """
-    if implementation != "mosaic":
-        return None
+    reason = _unsupported_anywhere(spec, implementation)
+    if reason is not None or implementation != "mosaic":
+        return reason
     if device.platform != "gpu":
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
@@ -247,6 +282,23 @@ def unsupported_reason(spec: AttentionSpec, device: Device, implementation: str)
     if device.compute_capability is not None and device.compute_capability[0] != 9:
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
     return "the Mosaic GPU attention kernel for sm90 is not part of this version"
+
+
+def _unsupported_anywhere(spec: AttentionSpec, implementation: str) -> str | None:
+    """Limits that do not depend on the device."""
+    quant = spec.quant
+    if quant is None:
+        return None
+    if quant.backward == "int8" and (spec.has_bias or spec.soft_cap is not None):
+        what = "bias" if spec.has_bias else "logits_soft_cap"
+        return f"{quant.name} has an INT8 backward, which serves no {what}; use quant='sage2'"
+    tiles = None if implementation == "reference" else spec.tiles
+    if quant.pv == "nvfp4" and tiles is not None and tiles[1] % 16:
+        return (
+            f"{quant.name} quantises P in groups of 16 keys, so block_kv of the BlockMask must be "
+            f"a multiple of 16; it is {tiles[1]}"
+        )
+    return None
 
 
 def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
@@ -265,9 +317,16 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "
             "arithmetic is that of float32, so expect no speed-up"
         )
-        said.append("the gradient is the unquantised flash backward, from the saved log-sum-exp")
+        said.append(
+            "the gradient is that of SageBwd: INT8 products except dO V^T"
+            if spec.quant.backward == "int8"
+            else "the gradient is the unquantised flash backward, from the saved log-sum-exp"
+        )
         if not spec.quant.two_level:
             said.append("two_level=False changes nothing here: accumulation is always float32")
     elif implementation == "reference":
         said.append("materialises the logits: memory grows with T*S")
+    if spec.tiles is not None and (implementation == "reference" or spec.has_bias):
+        why = "with a bias" if spec.has_bias else "the reference"
+        said.append(f"{why}: tiles that the BlockMask skips are computed and masked")
     return tuple(said)
