@@ -16,14 +16,13 @@ def rounding_arms(preset: str) -> list[Arm]:
         Arm("rtn", RECIPES["fp4_rtn"]),
         Arm("sr", RECIPES["fp4_sr"]),
         Arm("split", SPLIT),
-        Arm("split_17/16", SPLIT.with_sr_overrange()),
         # The recipe keeps the last 15 % of the blocks plain, which is one of two on the CPU.
         Arm("nvidia_nvfp4", RECIPES["nvidia_nvfp4"], keep_last=None),
-        *(Arm(name, RECIPES[name]) for name in ("quartet", "quartet2", "tetrajet2")),
     ]
-    if preset == "cpu":
+    if preset == "cpu":  # what ten minutes allow
         return named
-    single = []
+    named += [Arm(name, RECIPES[name]) for name in ("quartet", "quartet2", "tetrajet2")]
+    single = [Arm("split_17/16", SPLIT.with_sr_overrange())]
     for name, rest, one in (("rtn", "fp4_rtn", "stochastic"), ("sr", "fp4_sr", "nearest")):
         for point in POINTS:
             recipe = RECIPES[rest].replace_points((point,), rounding=one)
@@ -37,7 +36,7 @@ def format_arms(preset: str) -> list[Arm]:
     pairs = [(16, scale) for scale in scales]
     pairs += [(size, scale) for scale in ("e4m3", "e8m0") for size in (8, 32, 64, 128)]
     if preset == "cpu":
-        pairs = [(16, "e1m6"), (16, "e4m3"), (16, "e8m0"), (128, "e4m3")]
+        pairs = [(16, "e1m6"), (16, "e4m3"), (16, "e8m0")]
     return [Arm(f"b{size}_{scale}", with_format(SPLIT, size, scale)) for size, scale in pairs]
 
 
@@ -56,10 +55,11 @@ def qaf_arms(preset: str) -> dict[str, list[Arm]]:
     """E3: FP4 for 85 % of the steps, then five ways to go on; plain and with a forced crossing."""
     noise_every = 10 if preset == "cpu" else 50
     settings = {
-        "normal": (SPLIT, None),
         # Scales of powers of two, blocks of 128 and few tokens: the noise of FP4 made large.
         "forced": (with_format(SPLIT, 128, "e8m0"), 1 if preset == "cpu" else 4),
     }
+    if preset == "gpu":
+        settings["normal"] = (SPLIT, None)
     arms = {}
     for name, (recipe, batch) in settings.items():
         stay = Arm(

@@ -225,7 +225,11 @@ def _encode(leaf, codec: str, squares: bool, block: int, key) -> QuantizedState:
     rows = leaf.astype(jnp.float32).reshape(_row_shape(leaf.shape))
     tile = _tile(rows.shape[-1], block)
     rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % tile)])
-    amax = jnp.abs(rows).reshape(*rows.shape[:-1], -1, tile).max(-1)  # [..., blocks]
+    blocks = rows.reshape(*rows.shape[:-1], -1, tile)
+    amax = jnp.abs(blocks).max(-1)  # [..., blocks]
+    if codec == "dynamic8":
+        # The signed map ends at 1 but begins at -0.993: a block must not be cut off there.
+        amax = jnp.maximum(amax, blocks.min(-1) / dynamic_map(True)[0])
     if squares:
         smallest = jnp.repeat(amax, tile, -1) * _smallest(codec)
         rows = jnp.where(rows > 0, jnp.maximum(rows, smallest), rows)

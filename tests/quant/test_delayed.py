@@ -1,4 +1,4 @@
-"""Delayed scaling: TransformerEngine's rules, explicit state, and its way through a training step."""
+"""Delayed scaling: TransformerEngine's rules, explicit state, its way through a training step."""
 
 import dataclasses
 
