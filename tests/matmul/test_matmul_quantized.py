@@ -107,3 +107,10 @@ def test_block_scaled_fp8(weight):
     peer = jax.nn.scaled_matmul(lhs, wq.qvalue.T[None], lhs_scales, scales)
     scale = np.abs(want).max()
     np.testing.assert_allclose(peer.reshape(2, 3, 256), got, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_one_scale_along_k_and_several_along_n():
+    x, w = operands(k=16, n=32)
+    xq, wq = quantize(x, "fp8_e4m3", axis=-1), quantize(w, "fp8_e4m3", axis=(0, 1), tile=(16, 16))
+    want = matmul(xq, wq, implementation="reference")
+    np.testing.assert_allclose(matmul(xq, wq, implementation="xla"), want, rtol=2e-5, atol=1e-5)

@@ -33,8 +33,10 @@ def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec)
         a, b, total = a.astype(jnp.int8), b.astype(jnp.int8), jnp.int32
     out = _dot(a, b, total).astype(jnp.float32)
     # Scales have one entry along k, so they multiply rows and columns of the finished sum.
+    scale_a = _spread(lhs.scale, lhs.qvalue.shape[:-1])  # [..., m, 1]
+    scale_b = _spread(rhs.scale.T, rhs.qvalue.shape[1:]).T  # [1, n]
+    out = out * scale_a * scale_b
     for x in (lhs, rhs):
-        out = out * x.scale.astype(jnp.float32)
         out = out if x.tensor_scale is None else out * x.tensor_scale
     return out.astype(spec.out_dtype)
 
