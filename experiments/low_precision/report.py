@@ -19,7 +19,8 @@ def gaps(records: Mapping[str, Records], baseline: str = "bf16") -> dict[str, di
 
     Returns:
         For each arm: ``loss``, ``gap`` (nats per byte), ``standard_error`` of the gap (None for a
-        single seed), ``relative_gap`` (of the baseline's loss), ``seeds``, ``seconds_per_step``.
+        single seed), ``relative_gap`` (of the baseline's loss), ``seeds``, ``seconds_per_step``
+        (None if a run has none).
 
     >>> runs = {"bf16": [{"seed": 0, "validation": 2.0, "seconds_per_step": 1.0}],
     ...         "rtn": [{"seed": 0, "validation": 2.1, "seconds_per_step": 2.0}]}
@@ -38,9 +39,13 @@ def gaps(records: Mapping[str, Records], baseline: str = "bf16") -> dict[str, di
             "standard_error": error,
             "relative_gap": float(np.mean(paired) / np.mean(list(base.values()))),
             "seeds": [run["seed"] for run in runs],
-            "seconds_per_step": float(np.mean([run["seconds_per_step"] for run in runs])),
+            "seconds_per_step": _mean([run["seconds_per_step"] for run in runs]),
         }
     return table
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
 
 
 def worse(records: Mapping[str, Records], arm: str, other: str) -> dict[str, Any]:

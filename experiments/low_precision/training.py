@@ -231,13 +231,15 @@ def _train(arm, seed, preset, folder, trunk, check_time) -> dict[str, Any]:
         except OutOfTime:
             _save(folder, state, curve, noise)
             raise
+    jax.block_until_ready(state)
+    seconds = time.monotonic() - (compiled or began)
     nnx.update(model, state.params, state.rest)
-    timed = max(preset.steps - first - 1, 1)
     return {
         "validation": train.evaluate(model, _validation(preset)),
         "curve": curve,
         "noise": noise,
-        "seconds_per_step": (time.monotonic() - (compiled or began)) / timed,
+        # Measurements of the noise included; not the first step, which compiles.
+        "seconds_per_step": seconds / max(preset.steps - first - 1, 1),
         "bytes_seen": preset.steps * data.batch * preset.seq_len,
         "environment": environment(),
     }
