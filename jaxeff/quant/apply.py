@@ -1,6 +1,7 @@
 """Put a recipe into a flax NNX model, by rules over module paths."""
 
 import re
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,10 @@ from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
 
 # Embeddings and the output head stay in high precision in every published FP4 recipe.
 EXEMPT = r"(^|\.)(embed\w*|embedder|lm_head|unembed|output_head)(\.|$)"
+
+# Below this in any dimension of a product, FP8's quantisation costs more than the product gains. A
+# rule of thumb for Hopper; `experiments.low_precision.run speed` measures the device at hand.
+FP8_BREAK_EVEN = 2048
 
 Rule = tuple[str, "str | Recipe | None"]
 
@@ -145,6 +150,7 @@ def apply_recipe(
     joined by dots, ``layers.0.mlp.up``). Without a rule it stays plain if it is an embedding or
     output head (``EXEMPT``) or belongs to the last ``keep_last`` of the numbered blocks, and takes
     ``recipe`` otherwise. Parameters are not touched. ``apply_recipe(model, "bf16")`` undoes it.
+    Warns where real 8-bit products (``execution="native"``) are too small to pay.
 
     Args:
       model: any flax NNX module; ``nnx.Linear``, ``nnx.LinearGeneral`` and ``nnx.Einsum`` layers
@@ -190,6 +196,7 @@ def apply_recipe(
             plan[path] = default
     for path in plan:
         _check_layer(path, layers[path])
+    _warn_of_small_products(layers, plan)
     for path, chosen in plan.items():
         _set_product(layers[path], chosen, seed, path)
     return {path: chosen.name for path, chosen in plan.items()}
@@ -310,6 +317,21 @@ def _check_layer(path: str, layer: Any) -> None:
     current = getattr(layer, name)
     if current is not plain and not isinstance(current, own):
         raise ValueError(f"layer {path!r} already has its own {name} {current!r}")
+
+
+def _warn_of_small_products(layers: dict[str, Any], plan: dict[str, Recipe]) -> None:
+    small = [
+        path
+        for path, chosen in plan.items()
+        if chosen.execution == "native" and min(layers[path].kernel.shape) < FP8_BREAK_EVEN
+    ]
+    if small:
+        warnings.warn(
+            f"{len(small)} layers with real FP8 products have a dimension below {FP8_BREAK_EVEN}, "
+            f"where bf16 is usually faster: {', '.join(small[:4])}{', …' * (len(small) > 4)}. "
+            "Exempt them by rules",
+            stacklevel=3,
+        )
 
 
 def _set_product(layer: Any, recipe: Recipe, seed: int, path: str) -> None:

@@ -134,23 +134,19 @@ def test_sharded_equals_single_device():
 
 
 def test_follows_adam_over_2000_steps():
-    """Noisy regression of a small network: final loss within 0.5 % of float32 Adam's."""
+    """Noisy regression of one layer: final loss within 0.5 % of float32 Adam's."""
     x = jax.random.normal(jax.random.key(0), (512, 64))
     target = jnp.tanh(x @ jax.random.normal(jax.random.key(1), (64, 64)) / 8)
     noise = 0.3 * jax.random.normal(jax.random.key(2), target.shape)
-    start = {
-        "a": jax.random.normal(jax.random.key(3), (64, 64)) / 8,
-        "b": jax.random.normal(jax.random.key(4), (64, 64)) / 8,
-    }
+    start = jax.random.normal(jax.random.key(3), (64, 64)) / 8
 
     def loss_of(params, rows):
-        out = jnp.tanh(x[rows] @ params["a"]) @ params["b"]
-        return jnp.square(out - (target + noise)[rows]).mean()
+        return jnp.square(jnp.tanh(x[rows] @ params) - (target + noise)[rows]).mean()
 
     def train(transform):
         def step(carry, key):
             params, state = carry
-            rows = jax.random.randint(key, (64,), 0, 512)
+            rows = jax.random.randint(key, (32,), 0, 512)
             updates, state = transform.update(jax.grad(loss_of)(params, rows), state, params)
             return (optax.apply_updates(params, updates), state), None
 

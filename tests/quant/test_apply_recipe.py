@@ -1,5 +1,7 @@
 """Putting recipes into NNX models: which layers get them, and where their randomness comes from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,6 +117,12 @@ def test_einsum_layer():
     assert (model.mix(x) != jnp.einsum("ta,anh->tnh", x, kernel)).any()
     assert apply_recipe(model, "fp4_sr", rules=[("mix", None)])["out"] == "fp4_sr"
     np.testing.assert_array_equal(model.mix(x), jnp.einsum("ta,anh->tnh", x, kernel))
+
+
+def test_small_native_products_are_warned_of():
+    native = dataclasses.replace(RECIPES["fp8_current"], execution="native")
+    with pytest.warns(UserWarning, match=r"6 layers with real FP8 products .* below 2048"):
+        apply_recipe(Model(), native)
 
 
 def test_phase_is_a_switch_without_recompilation():
