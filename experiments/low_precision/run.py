@@ -7,6 +7,7 @@ again goes on where a time budget or an interrupt stopped it.
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -234,6 +235,8 @@ def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str,
                 record = runs.get(label, arm, seed)
                 trained[name][arm.name].append(record)
                 CONSOLE.print(f"{label} {arm.name} seed {seed}: {record['validation']:.4f}")
+    for trunk in (folder / "state").glob("trunk_*"):
+        shutil.rmtree(trunk)
     return trained
 
 

@@ -237,7 +237,7 @@ def _train(arm, seed, preset, folder, trunk, check_time) -> dict[str, Any]:
     return {
         "validation": train.evaluate(model, _validation(preset)),
         "curve": curve,
-        "noise": noise,
+        "noise": [] if arm.noise_every is None else noise,  # a branch would repeat the trunk's
         # Measurements of the noise included; not the first step, which compiles.
         "seconds_per_step": seconds / max(preset.steps - first - 1, 1),
         "bytes_seen": preset.steps * data.batch * preset.seq_len,

@@ -218,7 +218,9 @@ def test_second_phase_and_8_bit_moments():
     assert losses[-1] < losses[0]
     assert all(map(bool, jax.tree.leaves(nnx.state(model, QAFPhase))))
     state = jax.eval_shape(config.optimizer().init, nnx.state(model, nnx.Param))
-    assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.size >= 4096} == {jnp.uint8}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.size >= 4096} == {
+        jnp.dtype("uint8")
+    }
     rate = config.schedule()
     np.testing.assert_allclose([rate(5), rate(6), rate(8)], [1e-2, 1e-2 / 3, 1e-2], rtol=1e-6)
     with pytest.raises(ValueError, match=r"qaf_start must lie in \[0, 12\), got 12"):
