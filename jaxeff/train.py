@@ -18,8 +18,14 @@ import optax
 from flax import nnx
 
 from jaxeff import checkpoint
-from jaxeff.optim import in_float32, stochastic_round_updates, warmup_cosine
-from jaxeff.quant import fold_step
+from jaxeff.optim import (
+    in_float32,
+    qaf_schedule,
+    quantize_state,
+    stochastic_round_updates,
+    warmup_cosine,
+)
+from jaxeff.quant import AmaxHistory, advance_history, fold_step, set_phase
 
 NATS_PER_BIT = math.log(2.0)
 
@@ -38,7 +44,12 @@ class TrainConfig:
       clip_norm: largest global gradient norm, or None.
       stochastic_rounding: whether bfloat16 parameters are updated by stochastic rounding, with
         moments in float32 and no float32 copy.
-      seed: seed of that rounding.
+      optimizer_state: None for float32 moments, or a codec of ``jaxeff.optim.quantize_state``
+        (``"dynamic8"``, ``"fp8_e4m3"``, ``"int8"``).
+      qaf_start: step at which recipes made by ``Recipe.with_qaf`` enter their second phase, with
+        the learning rate of ``jaxeff.optim.qaf_schedule``; None for never.
+      qaf_peak: peak learning rate of that phase; None takes ``learning_rate``.
+      seed: seed of the roundings of parameters and moments.
       log_every: steps between lines of the log and of the progress bar.
       checkpoint_every: steps between checkpoints; None writes one at the end only.
       keep_checkpoints: how many checkpoints stay on disk.
@@ -60,6 +71,9 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     stochastic_rounding: bool = False
+    optimizer_state: str | None = None
+    qaf_start: int | None = None
+    qaf_peak: float | None = None
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int | None = None
@@ -86,10 +100,23 @@ class TrainConfig:
 
     def schedule(self) -> Callable:
         """Learning rate by step."""
-        return warmup_cosine(
+        base = warmup_cosine(
             self.learning_rate,
             self.steps,
             warmup_steps=self.resolved_warmup,
+            final_fraction=self.final_fraction,
+        )
+        if self.qaf_start is None:
+            return base
+        if not 0 <= self.qaf_start < self.steps:
+            raise ValueError(f"qaf_start must lie in [0, {self.steps}), got {self.qaf_start}")
+        steps = self.steps - self.qaf_start
+        return qaf_schedule(
+            base,
+            self.qaf_start,
+            steps=steps,
+            peak=self.learning_rate if self.qaf_peak is None else self.qaf_peak,
+            warmup_steps=min(40, steps // 2),
             final_fraction=self.final_fraction,
         )
 
@@ -102,6 +129,8 @@ class TrainConfig:
             weight_decay=self.weight_decay,
             mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
         )
+        if self.optimizer_state is not None:
+            adamw = quantize_state(adamw, self.optimizer_state, seed=self.seed)
         parts = [adamw]
         if self.clip_norm is not None:
             parts.insert(0, optax.clip_by_global_norm(self.clip_norm))
@@ -188,27 +217,40 @@ def train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     tokens: jax.Array,
+    *,
+    qaf_start: int | jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step; pure, to be compiled with the first two arguments static.
 
-    Stochastic rounding draws from the layer's key folded with ``state.step``.
+    Stochastic rounding draws from the layer's key folded with ``state.step``. Amax histories of
+    delayed scaling advance by one.
 
     Args:
       graph: static part of the model, from ``init_state``.
       optimizer: the optax transformation.
       state: the TrainState, from ``init_state`` or the step before.
       tokens: integers ``[B, T + 1]``: inputs and, shifted by one, targets.
+      qaf_start: step from which the second phase of the recipes holds, may be traced; None leaves
+        the phase as it is.
 
     Returns:
       The next TrainState, and ``{"loss": nats per token, "grad_norm": before clipping}``.
     """
 
-    def loss_of(params):
-        model = nnx.merge(graph, params, fold_step(state.rest, state.step))
-        loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
-        return loss, nnx.split(model, nnx.Param, ...)[2]
+    rest = fold_step(state.rest, state.step)
+    if qaf_start is not None:
+        rest = set_phase(rest, state.step >= qaf_start)
+    history, rest = nnx.split_state(rest, AmaxHistory, ...)
 
-    (loss, rest), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    def loss_of(params, history):
+        model = nnx.merge(graph, params, history, rest)
+        loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+        return loss, nnx.split(model, nnx.Param, AmaxHistory, ...)[3]
+
+    (loss, rest), (grads, seen) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
+        state.params, history
+    )
+    rest = nnx.merge_state(advance_history(history, seen), rest)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": _global_norm(grads)}
@@ -275,7 +317,7 @@ def fit(
         state = _replicated(state, sharding)
     state = _start(state, _last_checkpoint(checkpoint_dir) if resume else None)
     start = int(state.step)
-    step = _compiled_step(graph, optimizer)
+    step = _compiled_step(graph, optimizer, config.qaf_start)
     run = _Run(config, start, log_path, resume, on_step)
     bar = _progress_bar(config, start, description, console, progress)
     try:
@@ -330,8 +372,9 @@ def _evaluate_batch(graph, attention_fn, state, tokens):
     return next_token_loss(model(tokens[:, :-1], **options), tokens[:, 1:])
 
 
-def _compiled_step(graph, optimizer):
-    return jax.jit(functools.partial(train_step, graph, optimizer), donate_argnums=0)
+def _compiled_step(graph, optimizer, qaf_start=None):
+    step = functools.partial(train_step, graph, optimizer, qaf_start=qaf_start)
+    return jax.jit(step, donate_argnums=0)
 
 
 # --- batches and devices ------------------------------------------------------------------------

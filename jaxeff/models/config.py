@@ -35,6 +35,8 @@ class ModelConfig:
         qk_norm: RMSNorm on query and key heads.
         tie_embeddings: the output projection is the embedding transposed.
         activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        smooth_mlp: Smooth-SwiGLU: the hidden channels of the MLP are scaled to a maximum of 1 for
+            low-precision training; the function is the same.
         norm_scale_plus_one: norms multiply by ``1 + scale`` (Gemma).
         post_norms: a norm after attention and MLP as well (Gemma).
         embed_scale: factor on the embeddings, or ``None`` for 1 (Gemma: ``sqrt(D)``).
@@ -68,6 +70,7 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     activation: str = "silu"
+    smooth_mlp: bool = False
     norm_scale_plus_one: bool = False
     post_norms: bool = False
     embed_scale: float | None = None

@@ -220,6 +220,7 @@ def _block(
         config.mlp_dim,
         activation=config.activation,
         use_bias=config.mlp_bias,
+        smooth=config.smooth_mlp,
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=init,

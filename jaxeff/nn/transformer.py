@@ -28,11 +28,18 @@ class GatedMLP(nnx.Module):
     ``y = (act(x W_gate) * (x W_up)) W_down``: SwiGLU with ``"silu"``, GeGLU with ``"gelu"`` or
     ``"gelu_tanh"`` (the tanh approximation that Gemma uses).
 
+    ``smooth=True`` (Smooth-SwiGLU) multiplies each hidden channel ``j`` by
+    ``s_j = 1 / max_t |h_tj|`` and divides its row of ``W_down`` by it: the same function, but one
+    channel with outliers no longer sets the scale for the others when a low-precision recipe
+    quantises ``h``. ``s`` is treated as a constant in the backward pass; the maximum runs over all
+    tokens of the call.
+
     Args:
         embed_dim: model dimension ``D``.
         mlp_dim: hidden dimension ``F``.
         activation: a key of ``ACTIVATIONS``.
         use_bias: add a bias to the three projections.
+        smooth: scale the hidden channels to a maximum of 1, see above.
         dtype: dtype of the computation.
         param_dtype: dtype of the stored parameters.
         kernel_init: initialiser of the gate and up kernels.
@@ -47,7 +54,9 @@ class GatedMLP(nnx.Module):
     >>> GatedMLP(4, 8, rngs=nnx.Rngs(0))(jnp.ones((2, 4))).shape
     (2, 4)
 
-    References: Shazeer, "GLU Variants Improve Transformer", 2020, section 2.
+    References: Shazeer, "GLU Variants Improve Transformer", 2020, section 2; Fishman et al.,
+    "Scaling FP8 training to trillion-token LLMs", 2024 (arXiv:2409.12517), section 4
+    (Smooth-SwiGLU).
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class GatedMLP(nnx.Module):
         *,
         activation: str = "silu",
         use_bias: bool = False,
+        smooth: bool = False,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: nnx.Initializer = nnx.initializers.lecun_normal(),  # noqa: B008 (pure)
@@ -71,6 +81,7 @@ class GatedMLP(nnx.Module):
                 f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
             )
         self.activation = activation
+        self.smooth = smooth
         linear = functools.partial(
             nnx.Linear, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -81,7 +92,21 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map ``x [..., D]`` to ``[..., D]``."""
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        hidden = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
+        return self._smooth_down(hidden) if self.smooth else self.down_proj(hidden)
+
+    def _smooth_down(self, hidden: Array) -> Array:
+        """``Q(h s) (diag(1 / s) W_down)`` with the product, dtype and bias of ``down_proj``."""
+        down = self.down_proj
+        amax = jnp.abs(jax.lax.stop_gradient(hidden)).max(tuple(range(hidden.ndim - 1)))
+        amax = jnp.where(amax > 0, amax, 1)  # [F]
+        bias = None if down.bias is None else down.bias[...]
+        hidden, kernel, bias = down.promote_dtype(
+            (hidden / amax, down.kernel[...] * amax[:, None], bias), dtype=down.dtype
+        )
+        numbers = (((hidden.ndim - 1,), (0,)), ((), ()))
+        out = down.dot_general(hidden, kernel, numbers, precision=down.precision)
+        return out if bias is None else out + bias
 
 
 class TransformerBlock(nnx.Module):

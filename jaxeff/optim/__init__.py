@@ -1,6 +1,13 @@
-"""Optimisation pieces that optax does not have: stochastic rounding of parameters, schedules."""
+"""Optimisation pieces that optax does not have: low-precision parameters and states, noise."""
 
-from jaxeff.optim.schedule import warmup_cosine
+from jaxeff.optim.gradient_noise import GradientNoiseState, is_due, monitor_gradient_noise
+from jaxeff.optim.quantize_state import (
+    QuantizedState,
+    QuantizeStateState,
+    quantize_state,
+    state_bytes,
+)
+from jaxeff.optim.schedule import qaf_schedule, warmup_cosine
 from jaxeff.optim.stochastic_rounding import (
     StochasticRoundUpdatesState,
     in_float32,
@@ -9,9 +16,17 @@ from jaxeff.optim.stochastic_rounding import (
 )
 
 __all__ = [
+    "GradientNoiseState",
+    "QuantizeStateState",
+    "QuantizedState",
     "StochasticRoundUpdatesState",
     "in_float32",
+    "is_due",
+    "monitor_gradient_noise",
+    "qaf_schedule",
+    "quantize_state",
     "sr_apply_updates",
+    "state_bytes",
     "stochastic_round_updates",
     "warmup_cosine",
 ]

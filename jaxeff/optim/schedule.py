@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -49,3 +51,52 @@ def warmup_cosine(
         return peak * (step + 1) / warmup_steps
 
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def qaf_schedule(
+    base: Callable,
+    start: int | jax.Array,
+    *,
+    steps: int,
+    peak: float,
+    warmup_steps: int = 40,
+    final_fraction: float = 0.0,
+) -> Callable:
+    r"""A base schedule up to ``start``, then a fresh warm-up and cosine for finetuning.
+
+    .. math::
+      \eta_t = base(t), \; t < a \text{ or } a < 0; \qquad
+      \eta_t = warmup\_cosine(t - a), \; t \ge a
+
+    ``start`` may be traced, such as ``crossed_at`` of ``monitor_gradient_noise`` (negative: not
+    yet): build the schedule inside the step and nothing is compiled again when the phase begins.
+
+    Args:
+      base: function from the step to the learning rate.
+      start: first step ``a`` of the second phase; negative for never.
+      steps: length of the second phase; later steps keep its final rate.
+      peak: its largest learning rate.
+      warmup_steps: of the second phase.
+      final_fraction: last learning rate of the second phase relative to its peak.
+
+    Returns:
+      A function from the step to the learning rate, as optax takes it.
+
+    Raises:
+      ValueError: as ``warmup_cosine``.
+
+    Example:
+      >>> rate = qaf_schedule(lambda step: 1.0, 100, steps=50, peak=0.5, warmup_steps=5)
+      >>> [round(float(rate(step)), 3) for step in (99, 100, 104, 150)]
+      [1.0, 0.1, 0.5, 0.0]
+
+    References:
+      "FP4 All the Way", arXiv:2505.19115, section 5 (40 steps of warm-up, cosine).
+    """
+    fresh = warmup_cosine(peak, steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
+
+    def rate(step):
+        begun = (start >= 0) & (step >= start)
+        return jnp.where(begun, fresh(jnp.maximum(step - start, 0)), base(step))
+
+    return rate

@@ -1,31 +1,60 @@
 """Low-precision training: recipes, quantised matrix products, and how a model gets them."""
 
-from jaxeff.quant.apply import EXEMPT, QuantizedDot, SRKey, apply_recipe, fold_step
+from jaxeff.quant.apply import (
+    EXEMPT,
+    QAFPhase,
+    QuantizedDot,
+    QuantizedEinsum,
+    SRKey,
+    apply_recipe,
+    fold_step,
+    set_phase,
+)
 from jaxeff.quant.calibrate import (
     AttentionPolicy,
     attention_errors,
     calibrate_attention,
     set_attention,
 )
+from jaxeff.quant.delayed import AmaxHistory, advance_history, init_history
 from jaxeff.quant.dot import dot_general, quantized_dot_general
-from jaxeff.quant.recipe import POINTS, RECIPES, RHT, OperandQuant, Recipe, resolve_recipe
+from jaxeff.quant.einsum import quantized_einsum
+from jaxeff.quant.operand import round_operand
+from jaxeff.quant.recipe import (
+    POINTS,
+    RECIPES,
+    RHT,
+    DelayedScaling,
+    OperandQuant,
+    Recipe,
+    resolve_recipe,
+)
 
 __all__ = [
     "EXEMPT",
     "POINTS",
     "RECIPES",
     "RHT",
+    "AmaxHistory",
     "AttentionPolicy",
+    "DelayedScaling",
     "OperandQuant",
+    "QAFPhase",
     "QuantizedDot",
+    "QuantizedEinsum",
     "Recipe",
     "SRKey",
+    "advance_history",
     "apply_recipe",
     "attention_errors",
     "calibrate_attention",
     "dot_general",
     "fold_step",
+    "init_history",
     "quantized_dot_general",
+    "quantized_einsum",
     "resolve_recipe",
+    "round_operand",
     "set_attention",
+    "set_phase",
 ]

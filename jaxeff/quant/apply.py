@@ -1,6 +1,7 @@
 """Put a recipe into a flax NNX model, by rules over module paths."""
 
 import re
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +12,18 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxeff.quant.delayed import AmaxHistory, init_history
 from jaxeff.quant.dot import quantized_dot_general
+from jaxeff.quant.einsum import quantized_einsum
 from jaxeff.quant.noise import counter_key
 from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
 
 # Embeddings and the output head stay in high precision in every published FP4 recipe.
 EXEMPT = r"(^|\.)(embed\w*|embedder|lm_head|unembed|output_head)(\.|$)"
+
+# Below this in any dimension of a product, FP8's quantisation costs more than the product gains. A
+# rule of thumb for Hopper; `experiments.low_precision.run speed` measures the device at hand.
+FP8_BREAK_EVEN = 2048
 
 Rule = tuple[str, "str | Recipe | None"]
 
@@ -29,12 +36,20 @@ class SRKey(nnx.Variable):
     """
 
 
+class QAFPhase(nnx.Variable):
+    """Whether the second phase of a recipe holds in a layer: bool scalar, see ``set_phase``."""
+
+
 class QuantizedDot(nnx.Module):
-    """A ``dot_general`` for ``nnx.Linear`` that follows a recipe and holds its own key.
+    """A ``dot_general`` for ``nnx.Linear`` that follows a recipe and holds its own state.
+
+    The state is what the recipe needs: a key (``SRKey``), an amax history (``AmaxHistory``) for
+    delayed scaling, a phase (``QAFPhase``).
 
     Args:
       recipe: name out of ``RECIPES`` or a Recipe.
-      seed: seed of the stochastic rounding; used only if the recipe rounds stochastically.
+      seed: seed of the stochastic rounding; used only if the recipe draws.
+      path: name of the layer, which tells its random numbers from those of others.
 
     Example:
       >>> linear = nnx.Linear(32, 8, dot_general=lax.dot_general, rngs=nnx.Rngs(0))
@@ -45,12 +60,25 @@ class QuantizedDot(nnx.Module):
 
     def __init__(self, recipe: str | Recipe, *, seed: int = 0, path: str = ""):
         self.recipe = resolve_recipe(recipe)
-        self.key = nnx.data(None)
-        if self.recipe.stochastic_points:
+        self.key = self.history = self.phase = nnx.data(None)
+        if self.recipe.needs_key:
             # The path and not the position names the layer: exempting one layer leaves the
             # random numbers of the others alone.
             words = np.random.SeedSequence([seed, zlib.crc32(path.encode())]).generate_state(2)
             self.key = SRKey(jnp.asarray([*words, 0], jnp.uint32))
+        if self.recipe.delayed is not None:
+            self.history = AmaxHistory(init_history(self.recipe))
+        if self.recipe.qaf is not None:
+            self.phase = QAFPhase(jnp.zeros((), bool))
+
+    def _state(self) -> dict[str, Any]:
+        key = None
+        if self.key is not None:
+            state = self.key[...]
+            key = jax.random.fold_in(counter_key(state[:2]), state[2])
+        history = None if self.history is None else self.history[...]
+        phase = None if self.phase is None else self.phase[...]
+        return {"key": key, "amax_history": history, "phase": phase}
 
     def __call__(
         self,
@@ -63,19 +91,48 @@ class QuantizedDot(nnx.Module):
         out_sharding: Any = None,
     ) -> jax.Array:
         """The product of ``jax.lax.dot_general``, quantised; see ``quantized_dot_general``."""
-        key = None
-        if self.key is not None:
-            state = self.key[...]
-            key = jax.random.fold_in(counter_key(state[:2]), state[2])
         return quantized_dot_general(
             lhs,
             rhs,
             dimension_numbers,
             self.recipe,
-            key=key,
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
+            **self._state(),
+        )
+
+
+class QuantizedEinsum(QuantizedDot):
+    """An ``einsum_op`` for ``nnx.Einsum``: a ``QuantizedDot`` with the arguments of ``einsum``.
+
+    Example:
+      >>> layer = nnx.Einsum("btd,dnh->btnh", (32, 2, 16), rngs=nnx.Rngs(0))
+      >>> layer.einsum_op = nnx.data(QuantizedEinsum("mxfp8"))
+      >>> layer(jnp.ones((1, 4, 32))).shape
+      (1, 4, 2, 16)
+    """
+
+    def __call__(
+        self,
+        subscripts: str,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        *,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The product of ``jnp.einsum``, quantised; see ``quantized_einsum``."""
+        return quantized_einsum(
+            subscripts,
+            lhs,
+            rhs,
+            self.recipe,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+            **self._state(),
         )
 
 
@@ -93,9 +150,11 @@ def apply_recipe(
     joined by dots, ``layers.0.mlp.up``). Without a rule it stays plain if it is an embedding or
     output head (``EXEMPT``) or belongs to the last ``keep_last`` of the numbered blocks, and takes
     ``recipe`` otherwise. Parameters are not touched. ``apply_recipe(model, "bf16")`` undoes it.
+    Warns where real 8-bit products (``execution="native"``) are too small to pay.
 
     Args:
-      model: any flax NNX module; ``nnx.Linear`` and ``nnx.LinearGeneral`` layers are served.
+      model: any flax NNX module; ``nnx.Linear``, ``nnx.LinearGeneral`` and ``nnx.Einsum`` layers
+        are served.
       recipe: name out of ``RECIPES`` or a Recipe.
       rules: pairs (regular expression, recipe or name or None for plain).
       keep_last: fraction of the last blocks kept plain, rounded up to blocks; None takes the
@@ -108,8 +167,6 @@ def apply_recipe(
     Raises:
       ValueError: if a rule matches no layer, two rules match one layer, the model has no linear
         layer or no numbered blocks to keep, or a layer has a product of someone else.
-      NotImplementedError: if a ``nnx.Einsum`` layer would be quantised.
-
     Example:
       >>> model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)),
       ...                        nnx.Linear(32, 4, rngs=nnx.Rngs(1)))
@@ -137,8 +194,9 @@ def apply_recipe(
             plan[path] = RECIPES["bf16"]
         else:
             plan[path] = default
-    for path, chosen in plan.items():
-        _check_layer(path, layers[path], chosen)
+    for path in plan:
+        _check_layer(path, layers[path])
+    _warn_of_small_products(layers, plan)
     for path, chosen in plan.items():
         _set_product(layers[path], chosen, seed, path)
     return {path: chosen.name for path, chosen in plan.items()}
@@ -169,11 +227,40 @@ def fold_step(tree: Any, step: int | jax.Array) -> Any:
         return tree
 
     def set_step(leaf):
-        if not isinstance(leaf, SRKey):
-            return leaf
-        return leaf.replace(leaf[...].at[2].set(jnp.asarray(step, jnp.uint32)))
+        return leaf[...].at[2].set(jnp.asarray(step, jnp.uint32))
 
-    return jax.tree.map(set_step, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return _replace(tree, SRKey, set_step)
+
+
+def set_phase(tree: Any, phase: bool | jax.Array) -> Any:
+    """Sets the phase of every layer whose recipe has two (``Recipe.with_qaf``).
+
+    Args:
+      tree: an NNX module (changed in place) or any pytree with ``QAFPhase`` variables.
+      phase: bool scalar, True for the second phase; may be traced, as in ``step >= start`` or a
+        monitor's ``below``: nothing is compiled again.
+
+    Returns:
+      The same module, or a new tree.
+
+    Example:
+      >>> model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+      >>> _ = apply_recipe(model, RECIPES["fp4_rtn"].with_qaf("both"))
+      >>> x = jnp.ones((1, 32))
+      >>> bool((set_phase(model, True)(x) == x @ model.kernel).all())
+      True
+    """
+    if isinstance(tree, nnx.Module):
+        nnx.update(tree, set_phase(nnx.state(tree, QAFPhase), phase))
+        return tree
+    return _replace(tree, QAFPhase, lambda leaf: jnp.broadcast_to(phase, leaf[...].shape))
+
+
+def _replace(tree: Any, kind: type, new_value: Any) -> Any:
+    def replaced(leaf):
+        return leaf.replace(new_value(leaf)) if isinstance(leaf, kind) else leaf
+
+    return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _linear_layers(model: nnx.Module) -> dict[str, Any]:
@@ -225,22 +312,38 @@ def _kept_blocks(paths: list[str], keep_last: float) -> set[int]:
     return set(blocks[len(blocks) - kept_blocks(len(blocks), keep_last) :])
 
 
-def _check_layer(path: str, layer: Any, recipe: Recipe) -> None:
-    if isinstance(layer, nnx.Einsum):
-        if not recipe.is_identity:
-            raise NotImplementedError(
-                f"layer {path!r} is an nnx.Einsum; only nnx.Linear and nnx.LinearGeneral take a "
-                f"recipe. Exempt it with the rule ({path!r}, None)."
-            )
-        return
-    if layer.dot_general is not lax.dot_general and not isinstance(layer.dot_general, QuantizedDot):
-        raise ValueError(f"layer {path!r} already has its own dot_general {layer.dot_general!r}")
+def _check_layer(path: str, layer: Any) -> None:
+    name, plain, own = _product_of(layer)
+    current = getattr(layer, name)
+    if current is not plain and not isinstance(current, own):
+        raise ValueError(f"layer {path!r} already has its own {name} {current!r}")
+
+
+def _warn_of_small_products(layers: dict[str, Any], plan: dict[str, Recipe]) -> None:
+    small = [
+        path
+        for path, chosen in plan.items()
+        if chosen.execution == "native" and min(layers[path].kernel.shape) < FP8_BREAK_EVEN
+    ]
+    if small:
+        warnings.warn(
+            f"{len(small)} layers with real FP8 products have a dimension below {FP8_BREAK_EVEN}, "
+            f"where bf16 is usually faster: {', '.join(small[:4])}{', …' * (len(small) > 4)}. "
+            "Exempt them by rules",
+            stacklevel=3,
+        )
 
 
 def _set_product(layer: Any, recipe: Recipe, seed: int, path: str) -> None:
-    if isinstance(layer, nnx.Einsum):
-        return
+    name, plain, own = _product_of(layer)
     if recipe.is_identity:
-        layer.dot_general = nnx.static(lax.dot_general)
+        setattr(layer, name, nnx.static(plain))
     else:
-        layer.dot_general = nnx.data(QuantizedDot(recipe, seed=seed, path=path))
+        setattr(layer, name, nnx.data(own(recipe, seed=seed, path=path)))
+
+
+def _product_of(layer: Any) -> tuple[str, Any, type]:
+    """Attribute that holds the product of a layer, its plain value, and our class for it."""
+    if isinstance(layer, nnx.Einsum):
+        return "einsum_op", jnp.einsum, QuantizedEinsum
+    return "dot_general", lax.dot_general, QuantizedDot

@@ -3,17 +3,20 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxeff.quant.delayed import TENSORS, delayed_scale, record_amax, round_delayed
 from jaxeff.quant.noise import counter_key
-from jaxeff.quant.recipe import POINTS, OperandQuant, Recipe, resolve_recipe
-from pallas_kernels.formats import get_format, rht
-from pallas_kernels.ops.quantize.api import fake_quantize, quantize
+from jaxeff.quant.operand import quantizer_options, round_operand
+from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
+from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
+from pallas_kernels.ops.matmul.api import matmul
+from pallas_kernels.ops.quantize.api import quantize
 
 
 def quantized_dot_general(
@@ -23,6 +26,8 @@ def quantized_dot_general(
     recipe: str | Recipe,
     *,
     key: jax.Array | None = None,
+    amax_history: jax.Array | None = None,
+    phase: jax.Array | bool | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
@@ -39,7 +44,9 @@ def quantized_dot_general(
     Contraction axes that a block does not divide are filled with zeros. Each point draws its own
     random numbers: point ``i`` uses ``fold_in(key, i)``, so a recomputed forward pass
     (``jax.checkpoint``) rounds identically, and the numbers do not depend on the sharding.
-    Memory: ``x`` and ``w`` are kept for the backward pass, as in the plain product.
+    Rotations of the recipe are applied in front of ``Q``; those of the forward product are undone
+    on the gradients. Memory: ``x`` and ``w`` are kept for the backward pass, as in the plain
+    product, and one byte per element more where ``method="quest"`` marks what it clipped.
 
     Args:
       lhs: activation, floating, any shape.
@@ -47,8 +54,12 @@ def quantized_dot_general(
       dimension_numbers: as in ``jax.lax.dot_general``. Batch dimensions are mapped over, so a
         per-tensor scale becomes one scale per batch entry.
       recipe: name out of ``RECIPES`` or a Recipe.
-      key: PRNG key, typed or uint32 ``[2]``; needed if the recipe rounds stochastically.
-      precision: as in ``jax.lax.dot_general``.
+      key: PRNG key, typed or uint32 ``[2]``; needed if the recipe draws (``needs_key``).
+      amax_history: float32 ``[3, history_length]`` from ``init_history``, for delayed scaling; its
+        gradient is what ``advance_history`` needs.
+      phase: bool scalar, may be traced: whether the second phase of the recipe (``qaf``) holds.
+        None is False.
+      precision: as in ``jax.lax.dot_general``; executions with real 8-bit tiles do not take it.
       preferred_element_type: dtype of the result.
       out_sharding: as in ``jax.lax.dot_general``; served for the identity recipe only.
 
@@ -56,7 +67,8 @@ def quantized_dot_general(
       The product, batch dimensions first, then those of ``lhs``, then those of ``rhs``.
 
     Raises:
-      ValueError: if the recipe needs a key and none came, or an operand is not floating.
+      ValueError: if the recipe needs a key or a history and none came, a phase or a history came
+        that the recipe has no use for, or an operand is not floating.
       NotImplementedError: for ``out_sharding`` with a quantising recipe.
 
     Example:
@@ -88,29 +100,43 @@ def quantized_dot_general(
     result_type = np.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
     how = (precision, result_type)
     x, w, out_shape = _canonical(lhs, rhs, dimension_numbers)
-    key_data = _key_data(recipe, key)
-    if x.ndim == 2:
-        z = _product(recipe, how, x, w, key_data)
-    else:
-        z = jax.vmap(functools.partial(_product, recipe, how))(
-            x, w, _split_key(key_data, x.shape[0])
+    if recipe.forward_transform is not None:  # here, so that gradients are cut back to size
+        x, w = (
+            _pad(value, axis, recipe.forward_transform.size) for value, axis in ((x, -1), (w, -2))
         )
+    given = _Given(_key_data(recipe, key), *_checked(recipe, amax_history, phase))
+    if x.ndim == 2:
+        z = _product(recipe, how, x, w, given)
+    else:
+        axes = _Given(None if given.key_data is None else 0, None, None)
+        given = given._replace(key_data=_split_key(given.key_data, x.shape[0]))
+        z = jax.vmap(functools.partial(_product, recipe, how), in_axes=(0, 0, axes))(x, w, given)
+    if amax_history is not None:
+        z = record_amax(z, x, w, amax_history)
     return z.reshape(out_shape)
 
 
-def dot_general(recipe: str | Recipe, key: jax.Array | None = None) -> Callable[..., jax.Array]:
+def dot_general(
+    recipe: str | Recipe,
+    key: jax.Array | None = None,
+    *,
+    amax_history: jax.Array | None = None,
+    phase: jax.Array | bool | None = None,
+) -> Callable[..., jax.Array]:
     """Returns a function with the signature of ``jax.lax.dot_general`` that follows a recipe.
 
     Args:
       recipe: name out of ``RECIPES`` or a Recipe.
-      key: PRNG key, typed or uint32 ``[2]``; needed if the recipe rounds stochastically.
+      key: PRNG key, typed or uint32 ``[2]``; needed if the recipe draws.
+      amax_history: as in ``quantized_dot_general``.
+      phase: as there.
 
     Returns:
       ``f(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None)``, usable as
       ``dot_general=`` of ``flax.nnx.Linear`` or ``flax.linen.Dense``.
 
     Raises:
-      ValueError: if the recipe is unknown, or needs a key and none came.
+      ValueError: if the recipe is unknown, or needs a key or a history and none came.
 
     Example:
       >>> product = dot_general("mxfp8")
@@ -119,6 +145,7 @@ def dot_general(recipe: str | Recipe, key: jax.Array | None = None) -> Callable[
     """
     recipe = resolve_recipe(recipe)
     _key_data(recipe, key)
+    _checked(recipe, amax_history, phase)
 
     def product(
         lhs,
@@ -135,6 +162,8 @@ def dot_general(recipe: str | Recipe, key: jax.Array | None = None) -> Callable[
             dimension_numbers,
             recipe,
             key=key,
+            amax_history=amax_history,
+            phase=phase,
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
@@ -147,46 +176,52 @@ def dot_general(recipe: str | Recipe, key: jax.Array | None = None) -> Callable[
 # Everything below is two-dimensional: x [t, k], w [k, n], d [t, n].
 
 
+_CONTRACTED = dict(zip(POINTS, (1, 0, 1, 1, 0, 0), strict=True))
+
+
+class _Given(NamedTuple):
+    """What comes with the operands and has no gradient: key words, amax history, phase."""
+
+    key_data: jax.Array | None
+    history: jax.Array | None
+    phase: jax.Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(recipe: Recipe, how: tuple, x, w, key_data):
-    return _forward(recipe, how, x, w, key_data)[0]
+def _product(recipe: Recipe, how: tuple, x, w, given: _Given):
+    return _forward(recipe, how, x, w, given)[0]
 
 
-def _forward(recipe, how, x, w, key_data):
+def _forward(recipe, how, x, w, given):
     precision, result_type = how
-    quants = recipe.fwd_x, recipe.fwd_w
-    keys = _point_key(recipe, "fwd_x", key_data), _point_key(recipe, "fwd_w", key_data)
     if recipe.execution == "native":
-        z = _contract_native((x, w), (1, 0), quants, keys, precision, result_type)
-        return z, (x, w, key_data)
-    qx = _rounded(x, 1, quants[0], keys[0])  # [t, k], blocks along k
-    qw = _rounded(w, 0, quants[1], keys[1])  # [k, n], blocks along k
+        z = _contract_native(recipe, ("fwd_x", "fwd_w"), (x, w), given, precision, result_type)
+        return z, (x, w, (None, None), given)
+    qx, mask_x = _operand(recipe, "fwd_x", x, given)  # [t, k], blocks along k
+    qw, mask_w = _operand(recipe, "fwd_w", w, given)  # [k, n], blocks along k
     z = _contract(qx, 1, qw, 0, precision, result_type)  # [t, n]
     kept = (qx, qw) if recipe.residuals == "quantized" else (x, w)
-    return z, (*kept, key_data)
+    return z, (*kept, (mask_x, mask_w), given)
 
 
 def _backward(recipe, how, residuals, d):
     precision, _ = how
-    x, w, key_data = residuals
-    key = functools.partial(_point_key, recipe, key_data=key_data)
+    x, w, (mask_x, mask_w), given = residuals
     if recipe.execution == "native":
-        contract = functools.partial(_contract_native, precision=precision)
-        quants = recipe.bwd_d, recipe.bwd_w
-        keys = key("bwd_d"), key("bwd_w")
-        grad_x = contract((d, w), (1, 1), quants, keys, result_type=x.dtype)  # [t, k]
-        quants, keys = (recipe.upd_x, recipe.upd_d), (key("upd_x"), key("upd_d"))
-        rotated = _rotate(recipe, x), _rotate(recipe, d)
-        grad_w = contract(rotated, (0, 0), quants, keys, result_type=w.dtype)  # [k, n]
-        return grad_x, grad_w, _no_gradient(key_data)
+        contract = functools.partial(_contract_native, recipe, given=given, precision=precision)
+        grad_x = contract(("bwd_d", "bwd_w"), (d, w), result_type=x.dtype)  # [t, k]
+        rotated = _rotate(recipe, "upd_x", x, given), _rotate(recipe, "upd_d", d, given)
+        grad_w = contract(("upd_x", "upd_d"), rotated, result_type=w.dtype)  # [k, n]
+        return grad_x, grad_w, _no_gradient(given)
+    operand = functools.partial(_operand, recipe, given=given)
     # Rounding happens in the dtype of the gradient that arrives, the product in that of x.
-    qd = _rounded(d, 1, recipe.bwd_d, key("bwd_d"))  # [t, n], blocks along n
-    qw = _rounded(w, 1, recipe.bwd_w, key("bwd_w"))  # [k, n], blocks along n
+    qd, qw = operand("bwd_d", d)[0], operand("bwd_w", w)[0]  # blocks along n
     grad_x = _contract(qd, 1, qw, 1, precision, x.dtype)  # [t, k]
-    qd = _rounded(_rotate(recipe, d), 0, recipe.upd_d, key("upd_d"))  # [t, n], blocks along t
-    qx = _rounded(_rotate(recipe, x), 0, recipe.upd_x, key("upd_x"))  # [t, k], blocks along t
+    qd, qx = operand("upd_d", d)[0], operand("upd_x", x)[0]  # blocks along t
     grad_w = _contract(qx, 0, qd, 0, precision, w.dtype)  # [k, n]
-    return grad_x, grad_w, _no_gradient(key_data)
+    grad_x = _unrotate(recipe, 1, grad_x, mask_x)
+    grad_w = _unrotate(recipe, 0, grad_w, mask_w)
+    return grad_x, grad_w, _no_gradient(given)
 
 
 _product.defvjp(_forward, _backward)
@@ -202,12 +237,19 @@ def _contract(a, a_axis, b, b_axis, precision, result_type):
     )
 
 
-def _contract_native(operands, axes, quants, keys, precision, result_type):
-    """Product of real 8-bit operands; each scale is constant along the contraction."""
+def _contract_native(recipe, points, operands, given, precision, result_type):
+    """Product of real 8-bit operands; tiled scales multiply partial sums, others the result."""
+    axes = [_CONTRACTED[point] for point in points]
     quantized = [
-        quantize(operand, quant.format, **_quantizer_options(axis, quant, key))
-        for operand, axis, quant, key in zip(operands, axes, quants, keys, strict=True)
+        _codes(recipe, point, operand, given)
+        for point, operand in zip(points, operands, strict=True)
     ]
+    if NATIVE_TILE in (getattr(recipe, point).tile for point in points):
+        a, b = (
+            value if axis == wanted else _transposed(value)
+            for value, axis, wanted in zip(quantized, axes, (1, 0), strict=True)
+        )
+        return matmul(a, b, preferred_element_type=result_type)
     a, b = quantized
     product = _contract(a.qvalue, axes[0], b.qvalue, axes[1], precision, jnp.float32)
     scale_a = a.scale if axes[0] == 1 else a.scale.T  # [rows or 1, 1]
@@ -215,38 +257,102 @@ def _contract_native(operands, axes, quants, keys, precision, result_type):
     return (product * (scale_a * scale_b)).astype(result_type)
 
 
-def _rotate(recipe: Recipe, value):
-    """Rotates groups of tokens by a Hadamard matrix; missing tokens are zeros."""
-    if recipe.wgrad_transform is None:
+def _codes(recipe, point, value, given) -> QTensor:
+    quant = getattr(recipe, point)
+    if recipe.delayed is not None:
+        codes, scale = _delayed(recipe, point, value, given)
+        dtype = get_format(quant.format).element_type.dtype
+        return QTensor(codes.astype(dtype), scale.reshape(1, 1), qtype=quant.format)
+    key = _point_key(recipe, point, given.key_data)
+    return quantize(value, quant.format, **quantizer_options(_CONTRACTED[point], quant, key))
+
+
+def _transposed(qt: QTensor) -> QTensor:
+    padding = (0,) * (2 - len(qt.padding)) + qt.padding
+    return QTensor(qt.qvalue.T, qt.scale.T, qtype=qt.qtype, padding=padding[::-1])
+
+
+def _operand(recipe: Recipe, point: str, value, given: _Given):
+    """An operand as it enters its product, and where the gradient passes (None is everywhere)."""
+    quant, axis = getattr(recipe, point), _CONTRACTED[point]
+    if recipe.delayed is not None:
+        codes, scale = _delayed(recipe, point, value, given)
+        return (codes * scale).astype(value.dtype), None
+    rotation = recipe.transform_of(point)
+
+    def quantized():
+        rotated = _rotate(recipe, point, value, given)
+        key = _point_key(recipe, point, given.key_data)
+        return round_operand(rotated, axis, quant, key, rotation and rotation.size)
+
+    forward = point.startswith("fwd")
+    if given.phase is None or recipe.qaf == ("backward" if forward else "forward"):
+        return quantized()
+    shapes = jax.eval_shape(quantized)
+
+    def plain():
+        if forward:  # the residuals of both phases are rotated
+            exact = _rotate(recipe, point, value, given)
+        else:
+            exact = _after_switch(recipe, point, value, given)
+            sizes = zip(exact.shape, shapes[0].shape, strict=True)
+            exact = jnp.pad(exact, [(0, wanted - size) for size, wanted in sizes])
+        return exact, None if shapes[1] is None else jnp.ones(shapes[1].shape, bool)
+
+    return lax.cond(given.phase, plain, quantized)
+
+
+def _after_switch(recipe, point, value, given):
+    """Operand of a backward product in high precision: what the forward product really used."""
+    tensor = point[-1]
+    master = recipe.residuals == "master" and recipe.qaf_residuals == "quantized"
+    if recipe.qaf != "backward" or tensor == "d" or not master:
         return value
-    size, signs = recipe.wgrad_transform.size, recipe.wgrad_transform.signs
-    missing = -value.shape[0] % size
-    return rht(jnp.pad(value, ((0, missing), (0, 0))), axis=0, size=size, signs=signs)
+    forward = f"fwd_{tensor}"
+    key = _point_key(recipe, forward, given.key_data)
+    return round_operand(value, _CONTRACTED[forward], getattr(recipe, forward), key)[0]
 
 
-def _rounded(value, axis: int, quant: OperandQuant, key):
-    """Rounds a matrix to a format, with blocks along ``axis``; keeps shape and dtype."""
-    if quant.format is None:
+def _delayed(recipe, point, value, given):
+    quant = getattr(recipe, point)
+    scale = delayed_scale(given.history, point[-1], quant.format, recipe.delayed)
+    return round_delayed(value, scale, quant.format)
+
+
+# --- rotations ----------------------------------------------------------------------------------
+
+
+def _rotate(recipe: Recipe, point: str, value, given: _Given):
+    """Rotates groups along the contraction by a Hadamard matrix; missing values are zeros."""
+    rotation, axis = recipe.transform_of(point), _CONTRACTED[point]
+    if rotation is None:
         return value
-    return fake_quantize(value, quant.format, **_quantizer_options(axis, quant, key))
+    value = _pad(value, axis, rotation.size)
+    if not rotation.is_random:
+        return rht(value, axis=axis, size=rotation.size, signs=rotation.signs)
+    # Both operands of a product share the signs, so that they cancel.
+    stream = len(POINTS) + ("bwd", "upd").index(point[:3])
+    key = jax.random.fold_in(counter_key(given.key_data), stream)
+    signs = jax.random.rademacher(key, (rotation.size,), value.dtype)
+    signs = jnp.tile(signs, value.shape[axis] // rotation.size)
+    return rht(value * jnp.expand_dims(signs, 1 - axis), axis, rotation.size, None)
 
 
-def _quantizer_options(axis: int, quant: OperandQuant, key) -> dict:
-    tile = get_format(quant.format).block if quant.tile == "default" else quant.tile
-    along = {
-        "contraction": (axis, tile),
-        "square": ((0, 1), (tile, tile)),
-        "tensor": (None, None),
-    }[quant.granularity]
-    return {
-        "axis": along[0],
-        "tile": along[1],
-        "rounding": quant.rounding,
-        "key": key,
-        "scale_rule": quant.scale_rule,
-        "overrange": quant.overrange,
-        "two_level": quant.two_level,
-    }
+def _pad(value, axis: int, size: int):
+    """Completes an axis with zeros to a multiple of ``size``."""
+    widths = [(0, 0)] * value.ndim
+    widths[axis] = (0, -value.shape[axis] % size)
+    return jnp.pad(value, widths)
+
+
+def _unrotate(recipe: Recipe, axis: int, gradient, mask):
+    """Gradient at an operand from that at its rotated form, zero where it was clipped."""
+    if mask is not None:
+        gradient = jnp.where(mask, gradient, 0)
+    rotation = recipe.forward_transform
+    if rotation is None:
+        return gradient
+    return inverse_rht(gradient, axis, rotation.size, rotation.signs)
 
 
 # --- keys ---------------------------------------------------------------------------------------
@@ -254,12 +360,13 @@ def _quantizer_options(axis: int, quant: OperandQuant, key) -> dict:
 
 def _key_data(recipe: Recipe, key) -> jax.Array | None:
     """The two words of a key, or None if the recipe draws nothing."""
-    if not recipe.stochastic_points:
+    if not recipe.needs_key:
         return None
     if key is None:
+        points = ", ".join(recipe.stochastic_points)
+        what = f"rounds {points} stochastically" if points else "draws the signs of its rotations"
         raise ValueError(
-            f"recipe {recipe.name!r} rounds {', '.join(recipe.stochastic_points)} "
-            "stochastically: pass key=jax.random.key(seed), folded with the step"
+            f"recipe {recipe.name!r} {what}: pass key=jax.random.key(seed), folded with the step"
         )
     key = jnp.asarray(key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -284,9 +391,32 @@ def _split_key(key_data, count: int):
     return jax.random.key_data(jax.random.split(counter_key(key_data), count))
 
 
-def _no_gradient(key_data):
-    """The cotangent of integer data, which has no derivative."""
-    return None if key_data is None else np.zeros(key_data.shape, jax.dtypes.float0)
+def _no_gradient(given: _Given) -> _Given:
+    """Cotangents of data without a derivative; what delayed scaling saw comes another way."""
+
+    def zero(leaf):
+        if leaf is None or jnp.issubdtype(leaf.dtype, jnp.floating):
+            return None
+        return np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return _Given(*map(zero, given))
+
+
+def _checked(recipe: Recipe, history, phase):
+    """History and phase as arrays, checked against what the recipe has a use for."""
+    if (history is None) != (recipe.delayed is None):
+        raise ValueError(
+            f"recipe {recipe.name!r} needs amax_history=init_history(recipe)"
+            if history is None
+            else f"recipe {recipe.name!r} has no delayed scaling, but amax_history was given"
+        )
+    if history is not None:
+        expected = (len(TENSORS), recipe.delayed.history_length)
+        if history.shape != expected:
+            raise ValueError(f"amax_history must be {list(expected)}, got {list(history.shape)}")
+    if phase is not None and recipe.qaf is None:
+        raise ValueError(f"recipe {recipe.name!r} has no second phase: use recipe.with_qaf(mode)")
+    return history, None if phase is None else jnp.asarray(phase, bool)
 
 
 # --- shapes -------------------------------------------------------------------------------------

@@ -85,3 +85,32 @@ def test_messages():
         scaled_matmul(
             jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)), jnp.ones((1, 2, 3)), jnp.ones((1, 2, 1))
         )
+
+
+@pytest.mark.parametrize("weight", ["1x128", "128x128"])
+def test_block_scaled_fp8(weight):
+    """1×128 activations with 1×128 or 128×128 weights: codes are multiplied, sums are promoted."""
+    x, w = operands(m=3, k=384, n=256, lead=(2,))
+    x = x * jnp.logspace(-3, 3, 384)
+    xq = quantize(x, "fp8_e4m3", axis=-1, tile=128)
+    tiles = {"1x128": {"axis": 0, "tile": 128}, "128x128": {"axis": (0, 1), "tile": (128, 128)}}
+    wq = quantize(w, "fp8_e4m3", **tiles[weight])
+    want = np.asarray(matmul(xq, wq, implementation="reference"))
+    got = matmul(xq, wq, implementation="xla")
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max())
+    assert "128 of k at a time" in explain("matmul", xq, wq).notes[0]
+    text = jax.jit(matmul).lower(xq, wq).as_text()
+    product = next(line for line in text.splitlines() if "stablehlo.dot_general" in line)
+    assert "f8E4M3FN" in product and "xf32>" in product
+    scales = jnp.repeat(wq.scale, 256 // wq.scale.shape[1], 1).T[None]
+    lhs, lhs_scales = xq.qvalue.reshape(1, 6, 384), xq.scale.reshape(1, 6, 3)
+    peer = jax.nn.scaled_matmul(lhs, wq.qvalue.T[None], lhs_scales, scales)
+    scale = np.abs(want).max()
+    np.testing.assert_allclose(peer.reshape(2, 3, 256), got, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_one_scale_along_k_and_several_along_n():
+    x, w = operands(k=16, n=32)
+    xq, wq = quantize(x, "fp8_e4m3", axis=-1), quantize(w, "fp8_e4m3", axis=(0, 1), tile=(16, 16))
+    want = matmul(xq, wq, implementation="reference")
+    np.testing.assert_allclose(matmul(xq, wq, implementation="xla"), want, rtol=2e-5, atol=1e-5)

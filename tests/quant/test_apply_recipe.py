@@ -1,5 +1,7 @@
 """Putting recipes into NNX models: which layers get them, and where their randomness comes from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,16 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from jaxeff.quant import RECIPES, QuantizedDot, SRKey, apply_recipe, dot_general, fold_step
+from jaxeff.quant import (
+    RECIPES,
+    QuantizedDot,
+    SRKey,
+    apply_recipe,
+    dot_general,
+    fold_step,
+    quantized_einsum,
+    set_phase,
+)
 
 
 class Block(nnx.Module):
@@ -92,15 +103,48 @@ def test_bad_rules():
     assert model.layers[0].up.dot_general is lax.dot_general, "a refused call changes nothing"
 
 
-def test_einsum_is_not_ignored():
+def test_einsum_layer():
     class WithEinsum(nnx.Module):
         def __init__(self):
-            self.mix = nnx.Einsum("ab,bc->ac", (16, 16), rngs=nnx.Rngs(0))
+            self.mix = nnx.Einsum("ta,anh->tnh", (16, 2, 8), rngs=nnx.Rngs(0))
             self.out = nnx.Linear(16, 4, rngs=nnx.Rngs(1))
 
-    with pytest.raises(NotImplementedError, match=r"layer 'mix' is an nnx\.Einsum"):
-        apply_recipe(WithEinsum(), "fp4_rtn")
-    assert apply_recipe(WithEinsum(), "fp4_rtn", rules=[("mix", None)])["out"] == "fp4_rtn"
+    model = WithEinsum()
+    assert apply_recipe(model, "fp4_rtn") == {"mix": "fp4_rtn", "out": "fp4_rtn"}
+    x, kernel = jax.random.normal(jax.random.key(0), (4, 16)), model.mix.kernel[...]
+    expected = quantized_einsum("ta,anh->tnh", x, kernel, "fp4_rtn")
+    np.testing.assert_array_equal(model.mix(x), expected)
+    assert (model.mix(x) != jnp.einsum("ta,anh->tnh", x, kernel)).any()
+    assert apply_recipe(model, "fp4_sr", rules=[("mix", None)])["out"] == "fp4_sr"
+    np.testing.assert_array_equal(model.mix(x), jnp.einsum("ta,anh->tnh", x, kernel))
+
+
+def test_small_native_products_are_warned_of():
+    native = dataclasses.replace(RECIPES["fp8_current"], execution="native")
+    with pytest.warns(UserWarning, match=r"6 layers with real FP8 products .* below 2048"):
+        apply_recipe(Model(), native)
+
+
+def test_phase_is_a_switch_without_recompilation():
+    model, forward_only, plain = Model(num_layers=1), Model(num_layers=1), Model(num_layers=1)
+    recipe = RECIPES["fp4_all_the_way"].with_qaf("backward")
+    apply_recipe(model, recipe)
+    apply_recipe(forward_only, recipe.after_switch())
+    apply_recipe(plain, "fp4_all_the_way")
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def gradient(rest, step):
+        rest = set_phase(rest, step >= 3)
+        return jax.grad(lambda params: _loss(nnx.merge(graph, params, rest)))(params)
+
+    for step, other in ((2, plain), (3, forward_only)):
+        expected = nnx.jit(nnx.grad(_loss))(other)
+        got = gradient(rest, step)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8), got, expected
+        )
+    assert gradient._cache_size() == 1
 
 
 def test_identity_is_bitwise_and_undoes():

@@ -8,7 +8,10 @@ from jaxeff.quant import POINTS, RECIPES, RHT, OperandQuant, Recipe, resolve_rec
 
 
 def test_named_recipes():
-    names = "bf16 fp8_current fp8_block mxfp8 mxfp4 fp4_all_the_way fp4_rtn fp4_sr nvidia_nvfp4"
+    names = (
+        "bf16 fp8_current fp8_delayed fp8_rowwise fp8_block mxfp8 mxfp4 fp4_all_the_way fp4_rtn "
+        "fp4_sr nvidia_nvfp4 quartet quartet2 tetrajet2"
+    )
     assert set(names.split()) <= set(RECIPES)
     for name, recipe in RECIPES.items():
         assert recipe.name == name
@@ -72,7 +75,7 @@ def test_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "mxfp8", "fp4_rtn"])
+@pytest.mark.parametrize("name", ["mxfp8", "fp4_rtn"])
 def test_native_refused(name):
     message = "one scale along the contraction axis at every point; fwd_x is .* Use 'emulate'"
     with pytest.raises(NotImplementedError, match=message):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxeff import train
 from jaxeff.data import batches
-from jaxeff.quant import apply_recipe
+from jaxeff.quant import RECIPES, QAFPhase, apply_recipe
 
 TEXT = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 40, np.uint8)
 
@@ -201,3 +201,27 @@ def test_divergence_is_reported():
     model.lm_head.bias[...] = jnp.full(128, jnp.nan)
     with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
         _fit(model)
+
+
+def test_second_phase_and_8_bit_moments():
+    """Both options of the configuration reach the step: it learns, and the phase has switched."""
+    model = _model(RECIPES["fp4_all_the_way"].with_qaf("backward"))
+    config = train.TrainConfig(
+        steps=12,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        final_fraction=1.0,
+        optimizer_state="dynamic8",
+        qaf_start=6,
+    )
+    losses = _fit(model, config=config).losses
+    assert losses[-1] < losses[0]
+    assert all(map(bool, jax.tree.leaves(nnx.state(model, QAFPhase))))
+    state = jax.eval_shape(config.optimizer().init, nnx.state(model, nnx.Param))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.size >= 4096} == {
+        jnp.dtype("uint8")
+    }
+    rate = config.schedule()
+    np.testing.assert_allclose([rate(5), rate(6), rate(8)], [1e-2, 1e-2 / 3, 1e-2], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"qaf_start must lie in \[0, 12\), got 12"):
+        train.TrainConfig(steps=12, learning_rate=1e-2, qaf_start=12)

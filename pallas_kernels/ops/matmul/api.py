@@ -29,7 +29,9 @@ def matmul(
     ``out[..., i, j] = sum_k value(lhs)[..., i, k] * value(rhs)[k, j]``, where ``value`` is the
     dequantised array. Where both are int8 or both fp8 with one scale along k, the "xla"
     implementation multiplies the codes (sum in int32 or float32) and applies the scales to the
-    result; `explain` says which way a call takes. Differentiable in plain operands and in scales.
+    result. Two fp8 operands with equal tiles along k, multiples of 128 (1×128 and 128×128 blocks),
+    are multiplied tile by tile, and the sums are scaled and added in float32. `explain` says which
+    way a call takes. Differentiable in plain operands and in scales.
 
     Args:
       lhs: [..., m, k] floating array, or QTensor of that shape (activations).

@@ -8,6 +8,8 @@ import dataclasses
 from pallas_kernels._device import Device
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+# Hopper's fp8 units keep about 14 bits of a sum; DeepSeek-V3 promotes it after 128 values of k.
+BLOCK_K = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,12 @@ class OperandSpec:
     @property
     def kind(self) -> str | None:
         """Which low-precision product the codes can enter: "int8", "fp8" or None."""
-        if not (self.quantized and self.plain and self.k_tiles == 1):
+        return self.code_kind if self.k_tiles == 1 else None
+
+    @property
+    def code_kind(self) -> str | None:
+        """What the codes are, "int8" or "fp8", whatever the scales; None if not plain codes."""
+        if not (self.quantized and self.plain):
             return None
         return {
             "int8": "int8",
@@ -63,6 +70,16 @@ class MatmulSpec:
     def direct(self) -> str | None:
         """ "int8" or "fp8" when the codes are multiplied themselves, else None."""
         return self.lhs.kind if self.lhs.kind == self.rhs.kind else None
+
+    @property
+    def block_scaled(self) -> bool:
+        """Whether fp8 codes are multiplied tile by tile of k, each sum scaled into float32."""
+        tiles = self.lhs.k_tiles
+        return (
+            self.lhs.code_kind == self.rhs.code_kind == "fp8"
+            and 1 < tiles == self.rhs.k_tiles
+            and self.k % (tiles * BLOCK_K) == 0
+        )
 
 
 def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) -> str | None:
@@ -100,6 +117,12 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
     if implementation == "xla" and spec.direct:
         total = "int32" if spec.direct == "int8" else "float32"
         return (f"the {spec.direct} codes are multiplied directly and summed in {total}",)
+    if implementation == "xla" and spec.block_scaled:
+        size = spec.k // spec.lhs.k_tiles
+        return (
+            f"the fp8 codes are multiplied directly, {size} of k at a time, and each sum is "
+            "scaled and added in float32",
+        )
     if implementation == "xla":
         why = (
             "both operands must be QTensors of one kind with one scale along k, without zero point"

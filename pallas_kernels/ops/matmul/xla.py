@@ -12,7 +12,7 @@ from pallas_kernels.ops.matmul.spec import MatmulSpec
 
 
 def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec) -> jax.Array:
-    """Multiplies codes in int8 or fp8 when one scale covers k, else dequantised values.
+    """Multiplies codes where the scales allow it (see ``spec``), else dequantised values.
 
     Args:
       lhs: [..., m, k], array or QTensor.
@@ -22,6 +22,8 @@ def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec)
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
+    if spec.block_scaled:
+        return _block_scaled(lhs, rhs, spec.lhs.k_tiles).astype(spec.out_dtype)
     if spec.direct is None:
         wide = _wide_dtype(lhs, rhs)
         a, b = (x.dequantize(wide) if isinstance(x, QTensor) else x for x in (lhs, rhs))
@@ -31,10 +33,38 @@ def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec)
         a, b, total = a.astype(jnp.int8), b.astype(jnp.int8), jnp.int32
     out = _dot(a, b, total).astype(jnp.float32)
     # Scales have one entry along k, so they multiply rows and columns of the finished sum.
+    scale_a = _spread(lhs.scale, lhs.qvalue.shape[:-1])  # [..., m, 1]
+    scale_b = _spread(rhs.scale.T, rhs.qvalue.shape[1:]).T  # [1, n]
+    out = out * scale_a * scale_b
     for x in (lhs, rhs):
-        out = out * x.scale.astype(jnp.float32)
         out = out if x.tensor_scale is None else out * x.tensor_scale
     return out.astype(spec.out_dtype)
+
+
+def _block_scaled(lhs: QTensor, rhs: QTensor, tiles: int) -> jax.Array:
+    """Sum over tiles of k of (codes · codes) · scale · scale, one tile in memory at a time."""
+    a, b = lhs.qvalue, rhs.qvalue  # [..., m, k], [k, n]
+    a = jnp.moveaxis(a.reshape(*a.shape[:-1], tiles, -1), -2, 0)  # [tiles, ..., m, size]
+    b = b.reshape(tiles, -1, b.shape[1])  # [tiles, size, n]
+    scale_a = jnp.moveaxis(_spread(lhs.scale, lhs.qvalue.shape[:-1]), -1, 0)[..., None]
+    scale_b = _spread(rhs.scale.T, rhs.qvalue.shape[1:]).T[:, None]  # [tiles, 1, n]
+
+    def add(total, tile):
+        a, b, scale_a, scale_b = tile
+        for _ in range(a.ndim - 2):
+            scale_b = scale_b[None]
+        return total + _dot(a, b, jnp.float32) * (scale_a * scale_b), None
+
+    start = jnp.zeros((*lhs.qvalue.shape[:-1], rhs.qvalue.shape[1]), jnp.float32)
+    return lax.scan(add, start, (a, b, scale_a, scale_b))[0]
+
+
+def _spread(scale: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
+    """One scale per row from one per tile of rows; the last axis counts tiles of k."""
+    scale = scale.astype(jnp.float32)
+    for axis, length in enumerate(lengths):
+        scale = jnp.repeat(scale, length // scale.shape[axis], axis)
+    return scale
 
 
 def _dot(a, b, total):

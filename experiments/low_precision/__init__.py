@@ -1,0 +1,1 @@
+"""How much quality and time low-precision training costs; see README.md."""

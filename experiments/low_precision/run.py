@@ -1,0 +1,284 @@
+"""Low-precision experiments: ``python -m experiments.low_precision.run EXPERIMENT``.
+
+``quadratic`` and ``errors`` need no training, ``rounding``, ``formats`` and ``qaf`` train the byte
+model, ``speed`` needs a GPU. Each writes ``OUTPUT/EXPERIMENT.json`` and a picture. The same command
+again goes on where a time budget or an interrupt stopped it.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+
+from experiments.low_precision import arms, quadratic, report, speed
+from experiments.low_precision.training import PRESETS, OutOfTime, Runs, environment
+
+RESULTS = Path(__file__).parent / "results"
+TRAINED = ("rounding", "formats", "qaf")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One experiment."""
+
+    experiment: Annotated[
+        Literal["quadratic", "errors", "rounding", "formats", "qaf", "speed"], tyro.conf.Positional
+    ]
+    """What to run."""
+
+    preset: Literal["cpu", "gpu"] = "cpu"
+    """Sizes: minutes on a laptop, or the 32 M parameter model on one GPU."""
+
+    seeds: int = 3
+    """Seeds of each arm."""
+
+    time_budget: float | None = None
+    """Seconds; what is not done by then is left for the next call."""
+
+    output: Path | None = None
+    """Folder, by default ``results/PRESET`` beside this file."""
+
+    plots: bool = True
+    """Whether to draw (needs ``jaxeff[bench]``)."""
+
+
+Results = dict[str, Any]
+
+
+def run_quadratic(command: Command, folder: Path) -> Results:
+    """E3a: gradient noise on a quadratic against the closed forms of the threshold."""
+    results = quadratic.study(command.seeds)
+    worst = max(abs(row["simulated"] / row["predicted"] - 1) for row in results["rows"])
+    results["claims"] = [
+        _claim("every step factor within 10 % of the closed form", worst, worst < 0.1)
+    ]
+    if command.plots:
+        report.draw_quadratic(results["rows"], folder / "quadratic.png")
+    return results
+
+
+def run_errors(command: Command, folder: Path) -> Results:
+    """E2, first part: square error of every scale type and block size, without training."""
+    from pallas_kernels import fake_quantize
+
+    normal = jax.random.normal(jax.random.key(0), (512, 1024))
+    # Gradients spread over decades: rows with log-normal size, e^±3 at one deviation.
+    wide = normal * jnp.exp(3 * jax.random.normal(jax.random.key(1), (512, 1)))
+    rows, claims = [], []
+    for data, x in (("normal", normal), ("wide", wide)):
+        power = jnp.square(x).mean(1, keepdims=True)  # each row counts the same
+        errors = {}
+        for arm in arms.format_arms("gpu"):
+            row = {"data": data, "format": arm.name}
+            for rounding, options in (
+                ("nearest", {}),
+                ("stochastic", {"rounding": "stochastic", "key": jax.random.key(2)}),
+            ):
+                rounded = fake_quantize(x, arm.recipe.fwd_x.format, **options)
+                row[rounding] = float((jnp.square(rounded - x) / power).mean())
+            rows.append(row)
+            errors[arm.name] = row["nearest"]
+        scales = {name: error for name, error in errors.items() if name.startswith("b16")}
+        best, worst = min(scales, key=scales.get), max(scales, key=scales.get)
+        good = best in ("b16_e4m3", "b16_e3m4")
+        claims.append(_claim(f"{data} data: E4M3 or E3M4 has the least error at 16", best, good))
+        bad = worst == "b16_e1m6"
+        claims.append(_claim(f"{data} data: E1M6 has the largest error at 16", worst, bad))
+    return {"rows": rows, "claims": claims}
+
+
+def run_rounding(command: Command, folder: Path) -> Results:
+    """E1: where rounding is stochastic."""
+    records = _train(command, folder, {"": [arms.BASELINE, *arms.rounding_arms(command.preset)]})[
+        ""
+    ]
+    table = report.gaps(records)
+    pairs = [("rtn", "split"), ("sr", "split")]
+    pairs += [(f"rtn_but_{p}", "rtn") for p in ("fwd_x", "fwd_w") if f"rtn_but_{p}" in records]
+    claims = [
+        _claim(f"{a} worse than {b} by two standard errors", *_verdict(report.worse(records, a, b)))
+        for a, b in pairs
+    ]
+    split = table["split"]["relative_gap"]
+    claims.append(_claim("split rounding within 1.5 % of bf16", split, split <= 0.015))
+    if command.plots:
+        report.draw_gaps(table, folder / "rounding.png", "E1: rounding and recipes")
+    return {"table": table, "claims": claims}
+
+
+def run_formats(command: Command, folder: Path) -> Results:
+    """E2: scale type and block size under split rounding."""
+    records = _train(command, folder, {"": [arms.BASELINE, *arms.format_arms(command.preset)]})[""]
+    table = report.gaps(records)
+    claims = [
+        _claim(
+            "E1M6 scales worse than E4M3 by two standard errors",
+            *_verdict(report.worse(records, "b16_e1m6", "b16_e4m3")),
+        ),
+    ]
+    if "b128_e4m3" in records:
+        verdict = _verdict(report.worse(records, "b128_e4m3", "b16_e4m3"))
+        claims.append(_claim("blocks of 128 worse than 16 by two standard errors", *verdict))
+    if command.plots:
+        report.draw_gaps(table, folder / "formats.png", "E2: scale types and blocks")
+    return {"table": table, "claims": claims}
+
+
+def run_qaf(command: Command, folder: Path) -> Results:
+    """E3b: the noise ratio, and what each way of finetuning recovers."""
+    trained = _train(command, folder, arms.qaf_arms(command.preset))
+    settings, claims = {}, []
+    for setting, records in trained.items():
+        table = report.gaps(records)
+        closed = {
+            mode: 1 - table[mode]["gap"] / table["stay"]["gap"]
+            for mode in ("backward", "forward", "both")
+        }
+        noise = {
+            name: [
+                [
+                    first["step"],
+                    sum(run["noise"][i][name] for run in records["stay"]) / command.seeds,
+                ]
+                for i, first in enumerate(records["stay"][0]["noise"])
+            ]
+            for name in ("two_key", "reference")
+        }
+        crossed = {
+            name: next((step for step, ratio in points if ratio < math.sqrt(3)), None)
+            for name, points in noise.items()
+        }
+        settings[setting] = {
+            "table": table,
+            "gap_closed": closed,
+            "noise": noise,
+            "tokens_per_measurement": records["stay"][0]["noise"][0]["tokens"],
+            "crosses_sqrt3_at_step": crossed,
+            "lowest_layer_at_the_end": _lowest(records["stay"][0]["noise"][-1]["layers"]),
+        }
+        for mode, share in closed.items():
+            claims.append(_claim(f"{setting}: {mode} closes at least half", share, share >= 0.5))
+    if command.plots:
+        report.draw_noise(settings, folder / "qaf_noise.png")
+        for setting, result in settings.items():
+            title = f"E3: ways to go on, {setting} noise"
+            report.draw_gaps(result["table"], folder / f"qaf_{setting}.png", title)
+    return {"settings": settings, "claims": claims}
+
+
+def run_speed(command: Command, folder: Path) -> Results:
+    """E4: step times on a GPU."""
+    if jax.default_backend() != "gpu":
+        raise SystemExit("speed needs a GPU: on a CPU 8-bit products are emulated")
+    began, path = time.monotonic(), folder / "speed_rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(row["tokens"], row["inputs"], row["outputs"]) for row in rows}
+    for shape in (*speed.FIRST, *speed.SWEEP):
+        if shape in done:
+            continue
+        if command.time_budget is not None and time.monotonic() - began > command.time_budget:
+            break
+        rows.append(speed.measure(shape))
+        done.add(shape)
+        with path.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+    names = [name for name in rows[0]["recipes"] if name.startswith("fp8")]
+    best = [
+        max(row["recipes"][name]["speed_up"] for name in names)
+        for row in rows
+        if (row["tokens"], row["inputs"], row["outputs"]) in speed.FIRST[:2]
+    ]
+    claims = [
+        _claim("8192³, forward and backward, at least 1.45 times bf16", best[:1], best[0] >= 1.45)
+    ]
+    if len(best) > 1:
+        claims.append(_claim("4096 × 4096 × 16384 tokens, 1.3 times", best[1:], best[1] >= 1.3))
+    if command.plots:
+        report.draw_speed(rows, folder / "speed.png")
+    return {
+        "rows": rows,
+        "break_even": {name: speed.break_even(rows, name) for name in names},
+        "claims": claims,
+    }
+
+
+EXPERIMENTS: dict[str, Callable[[Command, Path], Results]] = {
+    "quadratic": run_quadratic,
+    "errors": run_errors,
+    "rounding": run_rounding,
+    "formats": run_formats,
+    "qaf": run_qaf,
+    "speed": run_speed,
+}
+
+
+def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str, dict[str, list]]:
+    """Runs of every arm and seed, seed by seed, so that a cut-off study compares what it has."""
+    runs = Runs(folder, PRESETS[command.preset], command.time_budget)
+    trained = {name: {arm.name: [] for arm in group} for name, group in groups.items()}
+    # Every experiment needs the same baseline: it is trained once.
+    for seed in range(command.seeds):
+        for name, group in groups.items():
+            for arm in group:
+                label = command.experiment + (f"_{name}" if name else "")
+                label = "baseline" if arm == arms.BASELINE else label
+                record = runs.get(label, arm, seed)
+                trained[name][arm.name].append(record)
+                CONSOLE.print(f"{label} {arm.name} seed {seed}: {record['validation']:.4f}")
+    for trunk in (folder / "state").glob("trunk_*"):
+        shutil.rmtree(trunk)
+    return trained
+
+
+def _claim(text: str, value: Any, passed: bool) -> dict[str, Any]:
+    return {"claim": text, "value": value, "passed": bool(passed)}
+
+
+def _verdict(result: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    return {k: v for k, v in result.items() if k != "passed"}, result["passed"]
+
+
+def _lowest(layers: dict[str, float], count: int = 3) -> dict[str, float]:
+    return dict(sorted(layers.items(), key=lambda item: item[1])[:count])
+
+
+CONSOLE = Console()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line, run one experiment and write its JSON."""
+    command = tyro.cli(Command, args=arguments, prog="python -m experiments.low_precision.run")
+    folder = command.output or RESULTS / command.preset
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        results = EXPERIMENTS[command.experiment](command, folder)
+    except OutOfTime:
+        CONSOLE.print("the time budget is spent; the same command goes on from here")
+        sys.exit(3)
+    settings = asdict(command) | {"output": None}
+    content = {
+        "experiment": command.experiment,
+        "command": f"python -m experiments.low_precision.run {command.experiment} "
+        f"--preset {command.preset} --seeds {command.seeds}",
+        "settings": settings,
+        "sizes": asdict(PRESETS[command.preset]) if command.experiment in TRAINED else None,
+        "environment": environment(),
+        **results,
+    }
+    (folder / f"{command.experiment}.json").write_text(json.dumps(content, indent=1) + "\n")
+    for claim in results["claims"]:
+        CONSOLE.print(f"{'yes' if claim['passed'] else 'NO '} {claim['claim']}: {claim['value']}")
+
+
+if __name__ == "__main__":
+    main()
