@@ -8,10 +8,14 @@ from flax import nnx
 
 from jaxeff.finetune.layers import AdaptedLinear, FalqonLinear, Frozen, LoRALinear
 from jaxeff.finetune.methods import FALQON, Method
-from jaxeff.nn.surgery import dotted, get_module, linear_layers, match_rules, set_module
-
-#: All linear layers of the blocks of a decoder, but not its output head.
-DECODER_LAYERS = r"^layers\.\d+\."
+from jaxeff.nn.surgery import (
+    DECODER_LAYERS,
+    dotted,
+    get_module,
+    linear_layers,
+    match_rules,
+    set_module,
+)
 
 
 def adapt(

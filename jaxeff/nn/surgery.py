@@ -8,6 +8,9 @@ from flax import nnx
 
 Path = tuple[str | int, ...]
 
+#: All linear layers of the blocks of a decoder, but not its output head.
+DECODER_LAYERS = r"^layers\.\d+\."
+
 
 def linear_layers(model: nnx.Module) -> dict[str, Path]:
     """Paths of all ``nnx.Linear`` layers, in the model's order.

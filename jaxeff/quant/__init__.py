@@ -9,23 +9,29 @@ from jaxeff.quant.calibrate import (
 )
 from jaxeff.quant.dot import dot_general, quantized_dot_general
 from jaxeff.quant.recipe import POINTS, RECIPES, RHT, OperandQuant, Recipe, resolve_recipe
+from jaxeff.quant.weights import WEIGHTS, PackedLinear, WeightQuant, quantize_weights, weight_bytes
 
 __all__ = [
     "EXEMPT",
     "POINTS",
     "RECIPES",
     "RHT",
+    "WEIGHTS",
     "AttentionPolicy",
     "OperandQuant",
+    "PackedLinear",
     "QuantizedDot",
     "Recipe",
     "SRKey",
+    "WeightQuant",
     "apply_recipe",
     "attention_errors",
     "calibrate_attention",
     "dot_general",
     "fold_step",
+    "quantize_weights",
     "quantized_dot_general",
     "resolve_recipe",
     "set_attention",
+    "weight_bytes",
 ]
