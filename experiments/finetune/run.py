@@ -165,21 +165,24 @@ class Arm:
         self.method, self.sizes = method, sizes
         self.graph, self.base = nnx.split(base)
         self.transform = optimizer()
-        self.compiled = None
+        self.compiled = self.untrained = None
 
     def run(self, docs: Corpus, rate: float, seed: int) -> dict[str, Any]:
         """Trains from the base model; returns losses, times and bytes."""
-        # The base is shared by all runs, and full finetuning donates what it trains.
+        # The base is shared by all runs.
         model = nnx.merge(self.graph, jax.tree.map(jnp.copy, self.base))
         start = self._prepare(model, seed)
-        untrained = train.evaluate(model, windows(docs.validation, self.sizes))
+        if self.untrained is None:  # the same for every seed: B starts at zero
+            self.untrained = train.evaluate(model, windows(docs.validation, self.sizes))
         step, state, frozen = self._split(model, seed, start)
         state = optax.tree_utils.tree_set(state, learning_rate=jnp.float32(rate))
+        # The step donates its state: the model keeps its own arrays, and no two leaves are one.
+        state = jax.tree.map(jnp.copy, state)
         stream = batches(docs.train, self.sizes.batch, self.sizes.seq_len, seed=1000 + seed)
         arguments = (state, *frozen, jnp.asarray(stream[0]))
         if self.compiled is None:
             self.compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
-        facts = {"untrained_loss": untrained, **_bytes(model, state, self.compiled)}
+        facts = {"untrained_loss": self.untrained, **_bytes(model, state, self.compiled)}
         losses, seconds = [], []
         for index in range(self.sizes.steps):
             tokens = jnp.asarray(stream[index])
@@ -205,8 +208,6 @@ class Arm:
             graph, state = train.init_state(model, self.transform)
             return functools.partial(train.train_step, graph, self.transform), state, ()
         static, state, frozen = init_state(model, self.transform, seed=seed)
-        # The model keeps its adapters and weights until the end; the step donates copies.
-        state = jax.tree.map(jnp.copy, state)
         return functools.partial(train_step, static), state, (frozen,)
 
     def _join(self, model, state):

@@ -191,6 +191,7 @@ def _take_over(layer: AdaptedLinear, linear: nnx.Linear, method: Any) -> None:
     layer.base_tag = Frozen(base_tag(linear.kernel.get_value()))
 
 
+@jax.jit
 def base_tag(kernel: jax.Array) -> jax.Array:
     """A number that tells base weights apart: two sums over the kernel in bfloat16.
 

@@ -1,5 +1,7 @@
 """FALQON's layer as pure functions: its start and its product."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -63,14 +65,18 @@ def meld_weight(
         raise ValueError(f"init must be one of {INITS}, got {init!r}")
     if init == "random" and key is None:
         raise ValueError("init='random' needs a key, such as jax.random.key(0)")
+    return _meld(weight, key, rank=rank, init=init, anchored=anchored)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "init", "anchored"))
+def _meld(weight, key, *, rank, init, anchored):
     weight = weight.astype(jnp.float32)
     a = _svd_rows(weight, rank) if init == "svd" else _random_rows(weight, rank, key)
     stack = jnp.concatenate([weight, a])
     amax = jnp.max(jnp.abs(stack))
     scale = jnp.where(amax == 0, 1.0, amax / _E4M3.max)
     codes = round_to(true_divide(stack, scale), _E4M3).astype(_E4M3.dtype)
-    # A copy: training donates the codes, and the anchor must outlive them.
-    anchor = jnp.copy(codes[: weight.shape[0]]) if anchored else None
+    anchor = codes[: weight.shape[0]] if anchored else None
     return Melded(codes, scale, anchor, rank)
 
 

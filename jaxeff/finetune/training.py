@@ -146,7 +146,7 @@ def train_step(
 
     trained = (state.params, _probes(state.melded))
     loss, (grads, probe_grads) = jax.value_and_grad(loss_of)(trained)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm((grads, probe_grads))}
+    metrics = {"loss": loss, "grad_norm": _norm((grads, probe_grads))}
     updates, opt_state = static.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     melded, falqon_state = state.melded, state.falqon_state
@@ -243,6 +243,11 @@ def fit(
         first_done - began,
         tokens_seen / seconds if seconds and tokens_seen else 0.0,
     )
+
+
+def _norm(tree: Any) -> jax.Array:
+    squares = (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares))
 
 
 def _report(log_path, index, loss, norm, seconds, on_step):

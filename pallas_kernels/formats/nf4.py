@@ -119,6 +119,11 @@ def quantize_nf4(x: jax.Array, *, double: bool = True) -> NF4Tensor:
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0:
         raise ValueError(f"x must be a floating array [..., n], got {x.dtype} {list(x.shape)}")
+    return _quantize(x, double)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize(x: jax.Array, double: bool) -> NF4Tensor:
     length = x.shape[-1]
     padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -length % BLOCK)])
     blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
