@@ -86,11 +86,10 @@ def test_a_decoder_generates_with_packed_weights_and_a_compressed_cache():
     assert weight_bytes(model.layers) < 0.25 * full  # 4.5 bits, biases and norms, of 32
     assert not [v for v in jax.tree.leaves(nnx.state(model.layers, nnx.Param)) if v.ndim == 2]
     prompt = jnp.arange(16, dtype=jnp.int32)[None]
-    for options in ({}, {"compression": "snapkv:12", "cache_dtype": "int8"}):
-        result = generate(model, prompt, max_new_tokens=3, **options)
-        assert result.tokens.shape == (1, 3)
-    greedy = generate(model, prompt, max_new_tokens=1).tokens
-    assert int(greedy[0, 0]) == int(jnp.argmax(model(prompt)[0, -1]))
+    result = generate(model, prompt, max_new_tokens=3, compression="snapkv:12", cache_dtype="int8")
+    # The prompt is read before anything is evicted: the first token is that of the plain pass.
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, prompt)
+    assert int(result.tokens[0, 0]) == int(jnp.argmax(logits[0, -1]))
     assert len(jax.tree.leaves(nnx.state(model, PackedWeight))) == 2 * 7
 
 
