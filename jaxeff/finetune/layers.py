@@ -146,8 +146,8 @@ def _nf4_dot(x, weight):
 
 
 def _nf4_product(x, weight, *, transposed):
-    # The barrier ties the codes to x: XLA would otherwise dequantise once for both passes (or once
-    # before a loop) and keep the result, which is the copy that NF4 is there to avoid.
+    # The barrier ties the codes to x, so that no pass may dequantise once for both passes and keep
+    # the copy that NF4 is there to avoid. (XLA for CPU does not, with or without it.)
     x, weight = lax.optimization_barrier((x, weight))
     full = weight.dequantize(x.dtype)  # [n, k]
     return x @ (full.T if transposed else full)

@@ -25,8 +25,8 @@ def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec)
     if spec.direct is None:
         wide = _wide_dtype(lhs, rhs)
         if spec.rhs.quantized:
-            # Ties the codes to lhs: XLA would otherwise dequantise the weights of a decode loop
-            # once before it, and keep the copies that packing is there to avoid.
+            # Ties the codes to lhs, so that no pass may dequantise the weights of a decode loop
+            # once before it and keep the copies. (XLA for CPU does not, with or without it.)
             lhs, rhs = lax.optimization_barrier((lhs, rhs))
         a, b = (x.dequantize(wide) if isinstance(x, QTensor) else x for x in (lhs, rhs))
         return _dot(a, b, jnp.float32).astype(spec.out_dtype)
