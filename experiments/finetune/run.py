@@ -359,7 +359,10 @@ def weights(command: "Command", deadline: float) -> dict[str, Any]:
             "block_weight_bytes": weight_bytes(model.layers),
             "bytes": weight_bytes(model),
         }
-    return {"sizes": dataclasses.asdict(sizes) | {"dtype": str(sizes.dtype)}, "storages": table}
+    return {
+        "sizes": dataclasses.asdict(sizes) | {"dtype": jnp.dtype(sizes.dtype).name},
+        "storages": table,
+    }
 
 
 def toy_tables(command: "Command", deadline: float) -> dict[str, Any]:
