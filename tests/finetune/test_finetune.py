@@ -152,9 +152,7 @@ def weight_like_bytes(shapes):
     return sum(a.nbytes for a in jax.live_arrays() if a.shape in shapes and a.dtype.itemsize > 1)
 
 
-@pytest.mark.parametrize(
-    "method", [QLoRA(2), FP8LoRA(2), FALQON(2, requant="rtn"), FALQON.anchored(2)]
-)
+@pytest.mark.parametrize("method", [QLoRA(2), FP8LoRA(2), FALQON(2)])
 def test_no_wide_copy_of_the_backbone_survives(method):
     """Neither after adapting nor after a compiled step; sizes that nothing else here has."""
     shapes = [(37, 53), (53, 37), (39, 53), (55, 37)]
@@ -176,8 +174,8 @@ def test_no_wide_copy_of_the_backbone_survives(method):
     jax.block_until_ready(step(state.params, state.melded))
     assert weight_like_bytes(shapes) == before
     stored = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, Frozen, MeldedWeight)))
-    # Bytes a weight: NF4 padded to blocks of 64 here; anchored FP8 two, and A; biases.
-    assert stored < {QLoRA: 1.0, FALQON: 2.3}[type(method)] * 2 * 37 * 53 + 500
+    # Bytes a weight: NF4 padded to blocks of 64 here; FP8 one; anchored two, and A; biases.
+    assert stored < {QLoRA: 1.0, FP8LoRA: 1.2, FALQON: 2.3}[type(method)] * 2 * 37 * 53 + 500
 
 
 def test_nf4_product_keeps_no_dequantised_weights_between_the_passes():
