@@ -5,6 +5,7 @@ Submodules load when they are first used, so ``import jaxeff`` costs little beyo
 * ``jaxeff.nn``, ``jaxeff.models``: NNX modules and one decoder for Llama 3, Qwen 2.5/3, Gemma 3.
 * ``jaxeff.quant``, ``jaxeff.optim``, ``jaxeff.train``: low-precision recipes and a plain loop.
 * ``jaxeff.sparse``: block-sparse patterns, SpargeAttn with its tuner, and SLA.
+* ``jaxeff.finetune``: LoRA, QLoRA, FP8 LoRA and FALQON by path rule, and their export.
 * ``jaxeff.kv_cache``, ``jaxeff.compress``, ``jaxeff.generate``: caches and their compression.
 * ``jaxeff.checkpoint``, ``jaxeff.data``: orbax checkpoints and the demo corpus.
 
@@ -19,6 +20,7 @@ _SUBMODULES = (
     "checkpoint",
     "compress",
     "data",
+    "finetune",
     "generate",
     "kv_cache",
     "models",

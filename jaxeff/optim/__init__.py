@@ -1,5 +1,6 @@
 """Optimisation pieces that optax does not have: low-precision parameters and states, noise."""
 
+from jaxeff.optim.falqon import FalqonState, Melded, falqon, meld, write_rows
 from jaxeff.optim.gradient_noise import GradientNoiseState, is_due, monitor_gradient_noise
 from jaxeff.optim.quantize_state import (
     QuantizedState,
@@ -16,12 +17,16 @@ from jaxeff.optim.stochastic_rounding import (
 )
 
 __all__ = [
+    "FalqonState",
     "GradientNoiseState",
+    "Melded",
     "QuantizeStateState",
     "QuantizedState",
     "StochasticRoundUpdatesState",
+    "falqon",
     "in_float32",
     "is_due",
+    "meld",
     "monitor_gradient_noise",
     "qaf_schedule",
     "quantize_state",
@@ -29,4 +34,5 @@ __all__ = [
     "state_bytes",
     "stochastic_round_updates",
     "warmup_cosine",
+    "write_rows",
 ]

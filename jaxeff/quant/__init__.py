@@ -29,21 +29,25 @@ from jaxeff.quant.recipe import (
     Recipe,
     resolve_recipe,
 )
+from jaxeff.quant.weights import WEIGHTS, PackedLinear, WeightQuant, quantize_weights, weight_bytes
 
 __all__ = [
     "EXEMPT",
     "POINTS",
     "RECIPES",
     "RHT",
+    "WEIGHTS",
     "AmaxHistory",
     "AttentionPolicy",
     "DelayedScaling",
     "OperandQuant",
+    "PackedLinear",
     "QAFPhase",
     "QuantizedDot",
     "QuantizedEinsum",
     "Recipe",
     "SRKey",
+    "WeightQuant",
     "advance_history",
     "apply_recipe",
     "attention_errors",
@@ -51,10 +55,12 @@ __all__ = [
     "dot_general",
     "fold_step",
     "init_history",
+    "quantize_weights",
     "quantized_dot_general",
     "quantized_einsum",
     "resolve_recipe",
     "round_operand",
     "set_attention",
     "set_phase",
+    "weight_bytes",
 ]

@@ -8,6 +8,7 @@ from pallas_kernels.formats.fp8 import FP8_E4M3, FP8_E5M2
 from pallas_kernels.formats.hadamard import TE_SIGNS, hadamard_matrix, inverse_rht, rht
 from pallas_kernels.formats.integer import INT4, INT8
 from pallas_kernels.formats.mx import MXFP4, MXFP8
+from pallas_kernels.formats.nf4 import NF4_VALUES, NF4Tensor, quantize_nf4
 from pallas_kernels.formats.number_types import FloatType, IntType, number_type, number_type_of
 from pallas_kernels.formats.nvfp4 import NVFP4
 from pallas_kernels.formats.packing import pack_codes, unpack_codes
@@ -22,12 +23,14 @@ __all__ = [
     "INT8",
     "MXFP4",
     "MXFP8",
+    "NF4_VALUES",
     "NVFP4",
     "SCALE_RULES",
     "TE_SIGNS",
     "BlockFormat",
     "FloatType",
     "IntType",
+    "NF4Tensor",
     "QTensor",
     "get_format",
     "hadamard_matrix",
@@ -35,6 +38,7 @@ __all__ = [
     "number_type",
     "number_type_of",
     "pack_codes",
+    "quantize_nf4",
     "rht",
     "round_to",
     "stochastic_round",

@@ -41,6 +41,45 @@ def test_weight_only_and_tiled_scales(qtype):
     np.testing.assert_allclose(matmul(x, packed), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "weight", "activation", "direct"),
+    [
+        ("w4a16", "nvfp4", None, False),
+        ("w4a8", "int4", "int8", True),
+        ("w4a8", "mxfp4", "fp8_e4m3", False),
+        ("w8a8", "int8", "int8", True),
+        ("w8a16", "fp8_e4m3", None, False),
+    ],
+)
+def test_schemes_of_packed_weights(scheme, weight, activation, direct):
+    x, w = operands()
+    wq = quantize(w, weight, axis=0).pack(0)
+    xq = x if activation is None else quantize(x, activation, axis=-1, tile=None)
+    choice = explain("matmul", xq, wq)
+    assert choice.notes[0].startswith(f"{scheme}: ") and ("directly" in choice.notes[0]) == direct
+    value = x if activation is None else xq.dequantize()
+    want = jnp.matmul(value, wq.dequantize(), precision="highest")
+    for implementation in ("xla", "reference"):
+        got = matmul(xq, wq, implementation=implementation)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_to_come_names_its_scheme():
+    from pallas_kernels._device import Device
+    from pallas_kernels.ops.matmul import spec
+
+    plain, codes = spec.OperandSpec("bfloat16"), spec.OperandSpec("uint8", True, 4, True, "int4")
+    gpu = Device("gpu", "NVIDIA H200", (9, 0))
+    reason = spec.unsupported_reason(
+        spec.MatmulSpec(1, 8, 8, plain, codes, "bfloat16"), gpu, "mosaic"
+    )
+    assert reason == "a Mosaic GPU kernel for w4a16 is not part of this version"
+    reason = spec.unsupported_reason(
+        spec.MatmulSpec(1, 8, 8, plain, plain, "bfloat16"), gpu, "mosaic"
+    )
+    assert "is for quantised weights" in reason
+
+
 def test_gradient_of_the_plain_operand():
     x, w = operands()
     wq = quantize(w, "int8", axis=0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _device, _dispatch
-from pallas_kernels.formats import QTensor
+from pallas_kernels.formats import QTensor, get_format
 from pallas_kernels.ops.matmul import reference, xla
 from pallas_kernels.ops.matmul import spec as spec_lib
 from pallas_kernels.ops.matmul.spec import MatmulSpec, OperandSpec
@@ -27,11 +27,13 @@ def matmul(
     """Multiplies matrices of which either may be quantised.
 
     ``out[..., i, j] = sum_k value(lhs)[..., i, k] * value(rhs)[k, j]``, where ``value`` is the
-    dequantised array. Where both are int8 or both fp8 with one scale along k, the "xla"
+    dequantised array. Where both are integers or both fp8 with one scale along k, the "xla"
     implementation multiplies the codes (sum in int32 or float32) and applies the scales to the
     result. Two fp8 operands with equal tiles along k, multiples of 128 (1×128 and 128×128 blocks),
-    are multiplied tile by tile, and the sums are scaled and added in float32. `explain` says which
-    way a call takes. Differentiable in plain operands and in scales.
+    are multiplied tile by tile, and the sums are scaled and added in float32. Otherwise it
+    dequantises for this product only, so that no copy of the weights in 16 bits outlives it, in a
+    loop either. `explain` says which way a call takes, and its scheme: "w4a16" for a 4-bit `rhs`
+    and a plain `lhs`, "w4a8", "w8a8" and so on. Differentiable in plain operands and in scales.
 
     Args:
       lhs: [..., m, k] floating array, or QTensor of that shape (activations).
@@ -98,8 +100,11 @@ def _reasons(spec: MatmulSpec) -> dict[str, str | None]:
 
 def _operand(name: str, x, k_axis: int) -> OperandSpec:
     if isinstance(x, QTensor):
-        plain = x.zero_point is None and x.packed_axis is None and not any(x.padding)
-        return OperandSpec(str(x.qvalue.dtype), True, x.scale.shape[k_axis], plain)
+        plain = x.zero_point is None and not any(x.padding)
+        packed = None
+        if x.packed_axis is not None:
+            packed = str(get_format(x.qtype).element_type.dtype)
+        return OperandSpec(str(x.qvalue.dtype), True, x.scale.shape[k_axis], plain, packed)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point or a QTensor; got dtype {x.dtype}")
     return OperandSpec(str(x.dtype))

@@ -11,6 +11,10 @@ IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 # Hopper's fp8 units keep about 14 bits of a sum; DeepSeek-V3 promotes it after 128 values of k.
 BLOCK_K = 128
 
+# Bits of one code by dtype; a packed operand stores uint8 and has 4.
+_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
+_BITS |= {"float8_e4m3fn": 8, "float8_e5m2": 8}
+
 
 @dataclasses.dataclass(frozen=True)
 class OperandSpec:
@@ -20,13 +24,25 @@ class OperandSpec:
       dtype: name of the dtype of the array, or of the codes of a QTensor.
       quantized: True for a QTensor.
       k_tiles: scales along the contracted axis; 1 when one scale covers it.
-      plain: no zero point, no packing, no padding.
+      plain: no zero point and no padding.
+      packed: dtype of the codes inside, where two of them share a byte; else None.
     """
 
     dtype: str
     quantized: bool = False
     k_tiles: int = 1
     plain: bool = True
+    packed: str | None = None
+
+    @property
+    def code_dtype(self) -> str:
+        """Name of the dtype of one code, unpacked."""
+        return self.packed or self.dtype
+
+    @property
+    def bits(self) -> int:
+        """Bits of one value: 4 or 8 where it is quantised, else 16 (kernels load no wider ones)."""
+        return _BITS.get(self.code_dtype, 16) if self.quantized else 16
 
     @property
     def kind(self) -> str | None:
@@ -43,7 +59,7 @@ class OperandSpec:
             "int4": "int8",
             "float8_e4m3fn": "fp8",
             "float8_e5m2": "fp8",
-        }.get(self.dtype)
+        }.get(self.code_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +81,11 @@ class MatmulSpec:
     lhs: OperandSpec
     rhs: OperandSpec
     out_dtype: str
+
+    @property
+    def scheme(self) -> str | None:
+        """Bits of weights and activations: "w4a16", "w4a8", "w8a8", ...; None for plain weights."""
+        return f"w{self.rhs.bits}a{self.lhs.bits}" if self.rhs.quantized else None
 
     @property
     def direct(self) -> str | None:
@@ -99,7 +120,9 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
         )
-    return "a Mosaic GPU matmul kernel is not part of this version"
+    if spec.scheme is None:
+        return "a Mosaic GPU kernel is for quantised weights; jax.numpy.matmul serves plain ones"
+    return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
 
 
 def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
@@ -114,18 +137,19 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
     """
     if not (spec.lhs.quantized or spec.rhs.quantized):
         return ()
+    prefix = "" if spec.scheme is None else f"{spec.scheme}: "
     if implementation == "xla" and spec.direct:
         total = "int32" if spec.direct == "int8" else "float32"
-        return (f"the {spec.direct} codes are multiplied directly and summed in {total}",)
+        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in {total}",)
     if implementation == "xla" and spec.block_scaled:
         size = spec.k // spec.lhs.k_tiles
         return (
-            f"the fp8 codes are multiplied directly, {size} of k at a time, and each sum is "
-            "scaled and added in float32",
+            f"{prefix}the fp8 codes are multiplied directly, {size} of k at a time, and each sum "
+            "is scaled and added in float32",
         )
     if implementation == "xla":
         why = (
             "both operands must be QTensors of one kind with one scale along k, without zero point"
         )
-        return (f"operands are dequantised before the product: for a direct one {why}",)
-    return ("operands are dequantised to float32 before the product",)
+        return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
+    return (f"{prefix}operands are dequantised to float32 before the product",)

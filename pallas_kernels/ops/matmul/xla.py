@@ -26,9 +26,13 @@ def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec)
         return _block_scaled(lhs, rhs, spec.lhs.k_tiles).astype(spec.out_dtype)
     if spec.direct is None:
         wide = _wide_dtype(lhs, rhs)
+        if spec.rhs.quantized:
+            # Ties the codes to lhs, so that no pass may dequantise the weights of a decode loop
+            # once before it and keep the copies. (XLA for CPU does not, with or without it.)
+            lhs, rhs = lax.optimization_barrier((lhs, rhs))
         a, b = (x.dequantize(wide) if isinstance(x, QTensor) else x for x in (lhs, rhs))
         return _dot(a, b, jnp.float32).astype(spec.out_dtype)
-    a, b, total = lhs.qvalue, rhs.qvalue, jnp.float32
+    a, b, total = lhs.unpack().qvalue, rhs.unpack().qvalue, jnp.float32
     if spec.direct == "int8":
         a, b, total = a.astype(jnp.int8), b.astype(jnp.int8), jnp.int32
     out = _dot(a, b, total).astype(jnp.float32)

@@ -1,0 +1,1 @@
+"""Finetuning methods compared: quality, step time and memory."""

@@ -1,0 +1,158 @@
+"""FALQON's layer as pure functions: its start and its product."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxeff.optim.falqon import Melded
+from pallas_kernels.formats import number_type, round_to
+from pallas_kernels.formats.number_types import true_divide
+from pallas_kernels.ops.quantize.api import quantize
+
+INITS = ("svd", "random")
+_E4M3 = number_type("e4m3")
+
+
+def meld_weight(
+    weight: jax.Array,
+    rank: int,
+    *,
+    init: str = "svd",
+    anchored: bool = False,
+    key: jax.Array | None = None,
+) -> Melded:
+    r"""Quantises a weight to FP8 and makes the adapter's ``A`` from the error.
+
+    .. math::
+      \tilde W = Q(W), \quad E = W - \tilde W = U S V^T, \quad A = \sqrt{S_r} V_r^T
+
+    so that the rows of ``A`` span the inputs on which quantisation hurt most; ``B`` starts at
+    zero. Then ``[W; A]`` is quantised once more, with one scale for both.
+
+    Args:
+      weight: floating ``[n, k]``, outputs first.
+      rank: ``r``, in [1, min(n, k)].
+      init: ``"svd"``, or ``"random"``: normal with mean and deviation of ``W``, clipped to the
+        range of ``W`` (the released 13B script).
+      anchored: whether the codes of the weight are kept as anchor: one more byte per value.
+      key: PRNG key for ``"random"``.
+
+    Returns:
+      ``Melded`` with codes ``[n + r, k]``.
+
+    Raises:
+      ValueError: shape, rank or init is wrong, or the key is missing.
+
+    Example:
+      >>> weight = jax.random.normal(jax.random.key(0), (16, 8))
+      >>> melded = meld_weight(weight, 2)
+      >>> melded.codes.shape, bool(abs(melded.weight() - weight).max() < 0.1)
+      ((18, 8), True)
+
+    References:
+      FALQON (arXiv:2510.24061), melded initialisation; in the released code the left factor
+      :math:`U` is thrown away, as here.
+    """
+    if weight.ndim != 2 or not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"weight must be floating [n, k], got {weight.dtype} {weight.shape}")
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(
+            f"rank must lie in [1, {min(weight.shape)}] for a weight {weight.shape}, got {rank}"
+        )
+    if init not in INITS:
+        raise ValueError(f"init must be one of {INITS}, got {init!r}")
+    if init == "random" and key is None:
+        raise ValueError("init='random' needs a key, such as jax.random.key(0)")
+    return _meld(weight, key, rank=rank, init=init, anchored=anchored)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "init", "anchored"))
+def _meld(weight, key, *, rank, init, anchored):
+    weight = weight.astype(jnp.float32)
+    a = _svd_rows(weight, rank) if init == "svd" else _random_rows(weight, rank, key)
+    stack = jnp.concatenate([weight, a])
+    amax = jnp.max(jnp.abs(stack))
+    scale = jnp.where(amax == 0, 1.0, amax / _E4M3.max)
+    codes = round_to(true_divide(stack, scale), _E4M3).astype(_E4M3.dtype)
+    anchor = codes[: weight.shape[0]] if anchored else None
+    return Melded(codes, scale, anchor, rank)
+
+
+def _svd_rows(weight: jax.Array, rank: int) -> jax.Array:
+    error = weight - quantize(weight, "fp8_e4m3", axis=None).dequantize()
+    _, s, vt = jnp.linalg.svd(error, full_matrices=False)
+    return jnp.sqrt(s[:rank, None]) * vt[:rank]  # [r, k]
+
+
+def _random_rows(weight: jax.Array, rank: int, key: jax.Array) -> jax.Array:
+    rows = jax.random.normal(key, (rank, weight.shape[1]))
+    rows = rows * jnp.std(weight) + jnp.mean(weight)
+    return jnp.clip(rows, jnp.min(weight), jnp.max(weight))
+
+
+@jax.custom_vjp
+def melded_dot(x: jax.Array, probe: jax.Array | None, melded: Melded) -> jax.Array:
+    r"""Product with a melded weight in FP8, and the gradient of an adapter that is not there.
+
+    .. math::
+      [y, O_A] = Q(x) [\tilde W; \tilde A]^T, \qquad
+      \bar x = Q(\bar y) \tilde W, \qquad \bar B = Q(\bar y)^T Q(O_A)
+
+    since with :math:`y = x (W + B A)^T` the derivative is :math:`\partial L / \partial B =
+    \bar y^T (x A^T)`. ``x`` and ``O_A`` are quantised to E4M3 and :math:`\bar y` to E5M2, each with
+    one current scale. Kept for the backward pass: the codes and ``O_A`` ``[t, r]``, not ``x``.
+
+    Args:
+      x: floating ``[t, k]``.
+      probe: the virtual ``B``: zeros ``[n, r]``, whose value is never read and whose gradient is
+        :math:`\bar B`; None where no gradient is wanted.
+      melded: the weight; it has no gradient.
+
+    Returns:
+      ``[t, n]`` in the dtype of ``x``.
+
+    Example:
+      >>> melded = meld_weight(jnp.eye(4), 1)
+      >>> x, zeros = jnp.ones((2, 4)), jnp.zeros((4, 1))
+      >>> melded_dot(x, zeros, melded).round(2).tolist()
+      [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
+      >>> jax.grad(lambda b: melded_dot(x, b, melded).sum())(zeros).shape
+      (4, 1)
+
+    References:
+      FALQON (arXiv:2510.24061), forward and backward of a melded layer; LoRA-FA
+      (arXiv:2308.03303) for the frozen ``A``.
+    """
+    return _forward(x, probe, melded)[0]
+
+
+def _forward(x, probe, melded):
+    n = melded.shape[0]
+    xq = quantize(x, "fp8_e4m3", axis=None)
+    out = _dot8(xq.qvalue, melded.codes, (1, 1)) * (xq.scale * melded.scale)
+    out = out.astype(x.dtype)  # [t, n + r]
+    # An empty tuple stands for "has a probe": a bool would become an array.
+    return out[:, :n], (out[:, n:], None if probe is None else (), melded)
+
+
+def _backward(residuals, d):
+    o_a, has_probe, melded = residuals
+    n = melded.shape[0]
+    dq = quantize(d, "fp8_e5m2", axis=None)
+    dx = _dot8(dq.qvalue, melded.codes[:n], (1, 0)) * (dq.scale * melded.scale)
+    if has_probe is None:
+        return dx.astype(d.dtype), None, None
+    oq = quantize(o_a, "fp8_e4m3", axis=None)
+    db = _dot8(dq.qvalue, oq.qvalue, (0, 0)) * (dq.scale * oq.scale)  # [n, r]
+    return dx.astype(d.dtype), db, None
+
+
+melded_dot.defvjp(_forward, _backward)
+
+
+def _dot8(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    return lax.dot_general(
+        a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,119 @@
+"""Packed weights: bytes, products and generation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxeff.generate import generate
+from jaxeff.models import Decoder, ModelConfig
+from jaxeff.quant import WEIGHTS, PackedLinear, WeightQuant, quantize_weights, weight_bytes
+from jaxeff.quant.weights import PackedWeight
+from pallas_kernels import matmul
+
+X = jax.random.normal(jax.random.key(0), (6, 64))
+
+
+def linear(inputs=64, outputs=24):
+    return nnx.Linear(inputs, outputs, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "int4", "fp8", "int4_a8", "mxfp4_a8", "int8_a8"])
+def test_layer_equals_dequantise_then_multiply_on_the_same_codes(name):
+    plain = linear()
+    layer = PackedLinear(plain, WEIGHTS[name])
+    weight = layer.weight.get_value().validate(check_values=True)
+    scheme = WEIGHTS[name].scheme
+    assert weight.qvalue.shape == ((32, 24) if scheme.startswith("w4") else (64, 24))
+    y = layer(X)
+    if WEIGHTS[name].activations is None:
+        np.testing.assert_allclose(y, X @ weight.dequantize(), rtol=1e-5, atol=1e-5)
+    # Format error, relative; measured: 4 bits .09-.12, int8 .006, fp8 .03-.04.
+    error = float(jnp.linalg.norm(y - plain(X)) / jnp.linalg.norm(plain(X)))
+    assert error < (0.16 if scheme.startswith("w4") else 0.05), error
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("nvfp4", 4.51), ("mxfp4", 4.26), ("int4", 4.26), ("int8", 8.13)]
+)
+def test_bits_a_weight(name, bits):
+    weight = WEIGHTS[name].encode(jnp.ones((256, 64)))
+    assert 8 * weight.nbytes / 256 / 64 <= bits
+
+
+def test_every_remainder_zero_and_outlier_groups():
+    rng = np.random.default_rng(0)
+    for inputs, outputs in ((2, 1), (130, 5)):
+        kernel = rng.normal(size=(inputs, outputs)).astype(np.float32)
+        kernel[: inputs // 2] = 0
+        kernel[-1] = 1e4
+        for quant in (WEIGHTS["nvfp4"], WeightQuant("int4", 16, asymmetric=True)):
+            weight = quant.encode(jnp.asarray(kernel))
+            assert weight.shape == kernel.shape
+            x = rng.normal(size=(3, inputs)).astype(np.float32)
+            want = x @ np.asarray(weight.dequantize())
+            np.testing.assert_allclose(matmul(x, weight), want, rtol=1e-4, atol=1e-2)
+            assert np.isfinite(want).all()
+
+
+def test_a_loop_does_not_hold_dequantised_weights():
+    """Eight products in a loop need one dequantised weight at a time, not eight."""
+    weights = [WEIGHTS["nvfp4"].encode(jnp.ones((128, 128))) for _ in range(8)]
+
+    def decode(x):
+        def body(_, x):
+            for weight in weights:
+                x = jnp.tanh(matmul(x, weight))
+            return x
+
+        return jax.lax.fori_loop(0, 5, body, x)
+
+    compiled = jax.jit(decode).lower(jnp.ones((64, 128))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * 128 * 128 * 4
+
+
+def decoder():
+    config = ModelConfig.qwen2(vocab_size=64, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=64)
+    return Decoder(config, rngs=nnx.Rngs(0), attention_fn=jax.nn.dot_product_attention)
+
+
+def test_a_decoder_generates_with_packed_weights_and_a_compressed_cache():
+    model = decoder()
+    full = weight_bytes(model.layers)
+    plan = quantize_weights(model, "int4_a8")
+    assert plan.pop("lm_head") == "plain" and set(plan.values()) == {"w4a8 int4"}
+    assert weight_bytes(model.layers) < 0.25 * full  # 4.5 bits, biases and norms, of 32
+    assert not [v for v in jax.tree.leaves(nnx.state(model.layers, nnx.Param)) if v.ndim == 2]
+    prompt = jnp.arange(16, dtype=jnp.int32)[None]
+    result = generate(model, prompt, max_new_tokens=3, compression="snapkv:12", cache_dtype="int8")
+    # The prompt is read before anything is evicted: the first token is that of the plain pass.
+    logits = nnx.jit(lambda model, tokens: model(tokens))(model, prompt)
+    assert int(result.tokens[0, 0]) == int(jnp.argmax(logits[0, -1]))
+    assert len(jax.tree.leaves(nnx.state(model, PackedWeight))) == 2 * 7
+
+
+def test_rules_and_messages():
+    model = decoder()
+    plan = quantize_weights(model, [("attention", "int8"), ("mlp", WeightQuant("mxfp4", 16))])
+    assert plan["layers.0.mlp.up_proj"] == "w4a16 mxfp4"
+    assert plan["layers.0.attention.q_proj"] == "w8a16 int8"
+    with pytest.raises(ValueError, match="rule 'attention' matches no linear layer"):
+        quantize_weights(model, [("attention", "int8")])
+    with pytest.raises(ValueError, match="storage must be a WeightQuant or one of"):
+        quantize_weights(decoder(), "int3")
+    with pytest.raises(ValueError, match="matched by 2 rules"):
+        quantize_weights(decoder(), [("mlp", "int8"), ("up", "int4")])
+    odd = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    with pytest.raises(
+        ValueError,
+        match="layer 'layers.0' cannot be stored as int4: axis 0 has odd length 3",
+    ):
+        quantize_weights(odd, [("layers", WeightQuant("int4", None))])
+    assert isinstance(odd.layers[0], nnx.Linear)
+    with pytest.raises(ValueError, match="activations must be None or one of"):
+        WeightQuant("int4", activations="int2")
+    with pytest.raises(ValueError, match="group must be 'default', None or a positive int"):
+        WeightQuant("int4", group=0)
+    with pytest.raises(ValueError, match="unknown format"):
+        WeightQuant("q4")
