@@ -320,7 +320,7 @@ class Compose(Compressor):
     Raises:
         ValueError: if the two ask for different storage, or the generation method has no budget.
         NotImplementedError: if the context method is not one that evicts a context once, or the
-            generation method is ``AdaKV``.
+            generation method is ``AdaKV`` or shares decisions between heads.
 
     Examples:
         >>> from jaxeff.compress import parse
@@ -357,6 +357,11 @@ class Compose(Compressor):
             raise NotImplementedError(
                 "generation='adakv' is not served after a cut context, whose heads are ragged "
                 "already; the method inside adakv is"
+            )
+        if getattr(generation, "scope", "head") != "head":
+            raise NotImplementedError(
+                f"generation.scope={generation.scope!r} is not served after a cut context, whose "
+                "heads are ragged; scope='head' is"
             )
         stores = {x for x in (self.storage, context.storage, generation.storage) if x is not None}
         if len(stores) > 1:
