@@ -178,6 +178,7 @@ class PerLayer(BudgetWrapper):
     Args:
         method: a method that holds a budget, or its spelling.
         beta: how steep the pyramid is, 1 (flat) or more.
+        most: slots that no layer needs more of; ``fit`` sets it. ``None``: unknown.
         storage: how the cache is stored; ``None``: as the method says.
 
     Raises:
@@ -192,6 +193,7 @@ class PerLayer(BudgetWrapper):
     """
 
     beta: float = 20.0
+    most: int | None = None
 
     name: ClassVar[str] = "per_layer"
 
@@ -217,7 +219,12 @@ class PerLayer(BudgetWrapper):
         """Return an equal compressor; only a text shorter than every budget is left alone."""
         if prompt + room < self.budgets(2)[1]:
             return FullKV(storage=self.storage)
-        return self
+        return dataclasses.replace(self, most=prompt + room + 1)
+
+    def slots(self, budget: int) -> int:
+        """Return the slots of a layer; early layers never get more than the whole text needs."""
+        slots = super().slots(budget)
+        return slots if self.most is None else min(slots, self.most)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

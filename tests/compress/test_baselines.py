@@ -245,6 +245,9 @@ def test_pyramid_budgets_fall_with_the_same_mean():
     small = method.after_prefill(_cache())
     assert [int(layer.length.max()) for layer in small.layers] == [18, 5]
     assert [layer.capacity for layer in small.layers] == [22, 9]
+    short = method.fit(prompt=6, room=10)  # 16 tokens in all, less than the first layer's budget
+    cache = DenseCache.init(2, 1, 6, 2, 8)
+    assert [x.capacity for x in short.after_prefill(cache).layers] == [17, 9]
 
 
 def test_streaming_keeps_sinks_and_the_newest():
