@@ -36,8 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
         "training": {"steps": 3000, "batch": 32, "learning_rate": 3e-3},
         "rows": 192,
-        "ratios": (0.5, 0.3, 0.1),
-        "fractions": (0.5, 0.34, 0.16),
+        "ratios": (0.3, 0.1, 0.5),  # in order of importance
+        "fractions": (0.34, 0.16, 0.5),
         "recall_methods": (
             "kvzip_pair",
             "kvzip_pair_int8",

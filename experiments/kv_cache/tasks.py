@@ -11,6 +11,7 @@ import numpy as np
 PAD, BOS, SYS, KEY, VAL, END, ASK, ANS, REPEAT = range(9)
 STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
 SPECIAL = 20  # symbols start here
+LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
 HINT = 8  # KVzip's later chunks are asked for by the last tokens of the chunk before
 
 
@@ -263,6 +264,10 @@ class Trace:
             prompt, trace = self.problems(rng, share.size, checks)
             pad = ((0, 0), (0, longest - trace.shape[1]))
             texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))
-            weight = np.pad(np.ones(trace.shape), pad)
+            weight = np.ones(trace.shape)
+            # Few tokens look a value up; everything else copies or counts.
+            weight[:, 2 : -4 : self.step_length(checks)] = LOOKUP_WEIGHT
+            weight[:, -2] = LOOKUP_WEIGHT
+            weight = np.pad(weight, pad)
             weights.append(np.concatenate([np.zeros(prompt.shape), weight], axis=1))
         return np.concatenate(texts), np.concatenate(weights)

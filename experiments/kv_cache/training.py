@@ -93,6 +93,8 @@ def train(
 
     why, began, saved = "steps", time.perf_counter(), time.perf_counter()
     reached = bool(history) and history[-1][2] >= target
+    if history and seconds is not None and spent >= seconds:
+        steps, why = done, "time budget"  # trained for long enough before: only evaluate
     while done < steps and not reached:
         rng = np.random.default_rng([seed, done])
         drawn = [task.batch(rng, batch) for _ in range(every)]

@@ -69,7 +69,8 @@ def attention(
     bias = None if key_offset is None else jnp.einsum("bkrh,bkih->bkri", q, key_offset)
 
     def one_split(start):
-        k, v, place = (_part(x, table, start, spec) for x in (key, value, positions))
+        k, v = (_part(x, table, start, spec) for x in (key, value))
+        place = _part(positions, table, start, spec, -1)
         slots = start + jnp.arange(spec.split)
         ok = visible(slots, place, query_positions, length, spec)  # [B, K, T, split]
         some = jnp.any(ok, axis=2)[..., None]
@@ -112,7 +113,7 @@ def attention(
     return out, lse
 
 
-def _part(store, table: jax.Array | None, start: jax.Array | int, spec: DecodeSpec):
+def _part(store, table: jax.Array | None, start: jax.Array | int, spec: DecodeSpec, fill: int = 0):
     """Slots ``start … start + split - 1`` of every head, as stored, [B, K, split, ...]."""
     if table is None:
         # A last split that is not whole reads zeros; `visible` hides them.
@@ -127,4 +128,4 @@ def _part(store, table: jax.Array | None, start: jax.Array | int, spec: DecodeSp
     pad = -table.shape[2] % tiles
     table = jnp.pad(table, ((0, 0), (0, 0), (0, pad)), constant_values=-1)
     here = lax.dynamic_slice_in_dim(table, start // spec.tile, tiles, axis=2)
-    return jax.tree.map(lambda x: by_head(x, here, 0), store)
+    return jax.tree.map(lambda x: by_head(x, here, fill), store)
