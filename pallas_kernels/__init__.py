@@ -20,6 +20,13 @@ from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention.api import dot_product_attention
 from pallas_kernels.ops.attention.ring import ring_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, AttentionQuant
+from pallas_kernels.ops.decode_attention import (
+    append_tokens,
+    decode_attention,
+    max_attention_weights,
+    merge_attention,
+    window_attention_weights,
+)
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
 from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
 
@@ -32,6 +39,8 @@ __all__ = [
     "BlockMask",
     "Mask",
     "QTensor",
+    "append_tokens",
+    "decode_attention",
     "dequantize",
     "dot_product_attention",
     "explain",
@@ -39,10 +48,13 @@ __all__ = [
     "get_format",
     "inverse_rht",
     "matmul",
+    "max_attention_weights",
+    "merge_attention",
     "quantize",
     "rht",
     "ring_attention",
     "sage",
     "scaled_matmul",
     "stochastic_round",
+    "window_attention_weights",
 ]

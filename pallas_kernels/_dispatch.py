@@ -117,7 +117,7 @@ def explain(op: str = "attention", *args, **kwargs) -> Explanation:
     """Says which implementation a call would use, from shapes alone, without running it.
 
     Args:
-      op: ``"attention"`` or ``"matmul"``.
+      op: ``"attention"``, ``"decode_attention"`` or ``"matmul"``.
       *args: the operation's arguments; `jax.ShapeDtypeStruct` will do for arrays.
       **kwargs: the operation's keyword arguments.
 

@@ -32,6 +32,8 @@ def reconstruction_scores(
     length: jax.Array | None = None,
     input_valid: jax.Array | None = None,
     norm: str = "chunk",
+    value_norms: jax.Array | None = None,
+    row_norms: jax.Array | None = None,
     scale: float | None = None,
     query_block: int = 128,
 ) -> jax.Array:
@@ -53,6 +55,11 @@ def reconstruction_scores(
         norm: what a softmax runs over: ``"chunk"``: sinks, chunk and input (the authors' code);
             ``"full"``: every live slot and the input (equation 2 of the paper); ``"none"``: no
             softmax, scaled logits.
+        value_norms: f32 ``[B, N, S]``, 0 or more, for KVzip+: ``‖W_O v_j‖`` for each query head's
+            part of the output projection. Weights are multiplied by it before the maximum;
+            ``None``: not. Needs a softmax.
+        row_norms: f32 ``[B, A]``, above 0, for KVzip+: ``‖h_i‖`` of the input's hidden states.
+            Weights are divided by it; ``None``: not.
         scale: multiplies the logits; ``None``: ``H ** -0.5``.
         query_block: query rows per block.
 
@@ -69,10 +76,13 @@ def reconstruction_scores(
         [[[-inf, 0.25, 0.25]]]
 
     References:
-        KVzip (arXiv 2505.23416), equation 2, section 3.4 and Algorithm 1.
+        KVzip (arXiv 2505.23416), equation 2, section 3.4 and Algorithm 1; KVzip+: KVzap (arXiv
+        2601.07891).
     """
     if norm not in ("chunk", "full", "none"):
         raise ValueError(f"norm={norm!r}; expected 'chunk', 'full' or 'none'")
+    if norm == "none" and not (value_norms is None and row_norms is None):
+        raise ValueError("norm='none' gives logits; value_norms and row_norms need a softmax")
     batch, slots, heads, _ = keys.shape
     if queries.shape[2] % heads:
         raise ValueError(
@@ -82,7 +92,13 @@ def reconstruction_scores(
         raise ValueError(f"num_sinks={num_sinks} must be in [0, {slots}], the cached slots")
     start = num_sinks if start is None else start
     chunk = slots - num_sinks if chunk is None else chunk
-    rows = queries.shape[1]
+    rows, groups = queries.shape[1], queries.shape[2] // heads
+    for name, value, shape in (
+        ("value_norms", value_norms, (batch, heads * groups, slots)),
+        ("row_norms", row_norms, (batch, rows)),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}; expected {shape}")
     if input_valid is None:
         input_valid = jnp.ones((batch, rows), bool)
     length = jnp.asarray(slots if length is None else length, jnp.int32)
@@ -97,9 +113,23 @@ def reconstruction_scores(
         # A chunk never scores a sink, even where the two would overlap.
         fresh = (jnp.arange(column.size) < num_sinks) | (column >= num_sinks)
         live = fresh & (column < length)
-    seen = keys if norm == "full" else jnp.take(keys, column, axis=1, mode="clip")
+    seen, sizes = keys, value_norms
+    if norm != "full":
+        seen = jnp.take(keys, column, axis=1, mode="clip")
+        sizes = None if sizes is None else jnp.take(sizes, column, axis=2, mode="clip")
+    if sizes is not None:
+        sizes = sizes.reshape(batch, heads, groups, 1, -1)
     best = _max_over_rows(
-        queries, seen, input_keys, live, input_valid, norm != "none", scale, query_block
+        queries,
+        seen,
+        input_keys,
+        live,
+        input_valid,
+        sizes,
+        jnp.ones((batch, rows)) if row_norms is None else row_norms,
+        norm != "none",
+        scale,
+        query_block,
     )
     inside = live & (column >= start) & (column < start + chunk) & (column >= num_sinks)
     if norm == "full":
@@ -109,7 +139,18 @@ def reconstruction_scores(
     return jnp.full((batch, heads, slots), -jnp.inf).at[b, k, target].set(best, mode="drop")
 
 
-def _max_over_rows(queries, keys, input_keys, live, input_valid, normalise, scale, query_block):
+def _max_over_rows(
+    queries,
+    keys,
+    input_keys,
+    live,
+    input_valid,
+    sizes,
+    row_norms,
+    normalise,
+    scale,
+    query_block,
+):
     """Return the maximum over query rows of each cached column's weight, ``[B, K, S]``."""
     batch, rows, num_heads, head_dim = queries.shape
     slots = keys.shape[1]
@@ -118,12 +159,16 @@ def _max_over_rows(queries, keys, input_keys, live, input_valid, normalise, scal
     pad = blocks * block - rows
     parts = jnp.pad(queries, ((0, 0), (0, pad), (0, 0), (0, 0)))
     parts = jnp.moveaxis(parts.reshape(batch, blocks, block, num_heads, head_dim), 1, 0)
-    real = jnp.pad(input_valid, ((0, 0), (0, pad)))
-    real = jnp.moveaxis(real.reshape(batch, blocks, block), 1, 0)
+
+    def by_block(x):
+        x = jnp.pad(x, ((0, 0), (0, pad)))
+        return jnp.moveaxis(x.reshape(batch, blocks, block), 1, 0)
+
+    real, norms = by_block(input_valid), by_block(jnp.where(input_valid, row_norms, 1.0))
     every = jnp.concatenate([keys, input_keys.astype(keys.dtype)], axis=1)  # [B, S + A, K, H]
 
     def one_block(best, item):
-        number, part, valid = item
+        number, part, valid, norm = item
         logits = group_logits(part, every, scale)  # [B, K, G, block, S + A]
         query = number * block + jnp.arange(block)[:, None]
         causal = (query >= jnp.arange(rows)) & input_valid[:, None]  # [B, block, A]
@@ -132,11 +177,16 @@ def _max_over_rows(queries, keys, input_keys, live, input_valid, normalise, scal
         mask = jnp.concatenate([cached, own], axis=-1) & valid[:, None, None, :, None]
         if normalise:
             logits = jax.nn.softmax(jnp.where(mask, logits, _LOWEST), axis=-1)
+        logits, mask = logits[..., :slots], mask[..., :slots]
+        if normalise:
+            logits = logits / jnp.maximum(norm, 1e-30)[:, None, None, :, None]
+        if sizes is not None:
+            logits = logits * sizes
         logits = jnp.where(mask, logits, 0.0 if normalise else -jnp.inf)
-        return jnp.maximum(best, jnp.max(logits[..., :slots], axis=(2, 3))), None
+        return jnp.maximum(best, jnp.max(logits, axis=(2, 3))), None
 
     first = jnp.full((batch, keys.shape[2], slots), 0.0 if normalise else -jnp.inf)
-    return jax.lax.scan(one_block, first, (jnp.arange(blocks), parts, real))[0]
+    return jax.lax.scan(one_block, first, (jnp.arange(blocks), parts, real, norms))[0]
 
 
 _LOWEST = -1e30  # hides a logit; finite, so that a row with nothing to see has no NaN
@@ -153,6 +203,8 @@ class RecordingLayer:
         scores: f32 ``[B, K, S]`` after ``update``, else ``None``.
         k, v: the input's keys and values ``[B, A, K, H]`` after ``update``, else ``None``.
         positions: int32 ``[B, A]``, positions of the input, -1 where padding.
+        row_norms: f32 ``[B, A]``, norms of the layer's input, for KVzip+.
+        output_gram: f32 ``[N, H, H]``, ``W_O W_Oᵀ`` of each query head, for KVzip+.
         options: static arguments of :func:`reconstruction_scores`, as sorted pairs.
 
     Examples:
@@ -172,11 +224,29 @@ class RecordingLayer:
     k: jax.Array | None = None
     v: jax.Array | None = None
     positions: jax.Array | None = None
+    row_norms: jax.Array | None = None
+    output_gram: jax.Array | None = None
+    plus: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def length(self) -> jax.Array:
         """Live slots of the scored cache, int32 ``[B, K]``."""
         return self.inner.length
+
+    def note(self, hidden: jax.Array, out_kernel: jax.Array) -> RecordingLayer:
+        """Return the view knowing what KVzip+ weighs with; attention calls it before ``update``.
+
+        Args:
+            hidden: ``[B, A, D]``, the attention layer's input.
+            out_kernel: ``[N * H, D]``, its output projection.
+        """
+        if not self.plus:
+            return self
+        head_dim = self.inner.k.shape[-1]
+        kernel = out_kernel.astype(jnp.float32).reshape(-1, head_dim, out_kernel.shape[-1])
+        gram = jnp.einsum("nhd,nid->nhi", kernel, kernel, precision=jax.lax.Precision.HIGHEST)
+        norms = jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1)
+        return dataclasses.replace(self, row_norms=norms, output_gram=gram)
 
     def update(self, k, v, *, positions, valid=None, queries=None) -> RecordingLayer:
         """Return the view with this input's keys and values in flight and the scores taken."""
@@ -184,7 +254,9 @@ class RecordingLayer:
             raise ValueError("queries is None; scoring by reconstruction needs them")
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
-        keys, _ = self.inner.read(jnp.float32)
+        keys, values = self.inner.read(jnp.float32)
+        if self.plus and self.output_gram is None:
+            raise ValueError("kvzip_plus needs the output projection; attention calls note() first")
         scores = reconstruction_scores(
             queries,
             keys,
@@ -192,6 +264,8 @@ class RecordingLayer:
             start=self.start,
             length=self.inner.length,
             input_valid=valid,
+            value_norms=_projected_norms(values, self.output_gram) if self.plus else None,
+            row_norms=self.row_norms,
             **dict(self.options),
         )
         positions = jnp.where(valid, positions, -1)
@@ -215,6 +289,15 @@ class RecordingLayer:
             visible = visible & (query - own < window)
         shape = (*cached.shape[:3], own.shape[-1])
         return jnp.concatenate([cached, jnp.broadcast_to(visible[:, None], shape)], axis=-1)
+
+
+def _projected_norms(values: jax.Array, gram: jax.Array) -> jax.Array:
+    """Return ``‖W_O v_j‖`` of every query head, f32 ``[B, N, S]``."""
+    batch, slots, heads, head_dim = values.shape
+    gram = gram.reshape(heads, -1, head_dim, head_dim)
+    turned = jnp.einsum("bskh,kghi->bkgsi", values, gram, precision=jax.lax.Precision.HIGHEST)
+    squares = jnp.einsum("bkgsi,bski->bkgs", turned, values, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sqrt(jnp.maximum(squares, 0.0)).reshape(batch, -1, slots)
 
 
 def keep_mask(
@@ -320,6 +403,8 @@ class KVzip(Compressor):
             follow it.
         header: token ids between the prompt and the chunk (end of turn, start of answer).
         upstream_threshold: see :func:`keep_mask`.
+        kvzip_plus: weigh attention with ``‖W_O v_j‖ / ‖h_i‖``, what an entry adds to the residual
+            stream relative to its input. Needs a softmax.
         scale: softmax scale; ``None``: ``H ** -0.5``.
         bucket: capacities are multiples of this many tokens, before the room is added; with
             ``layout="tiled"`` the slots of a tile.
@@ -340,7 +425,8 @@ class KVzip(Compressor):
         ValueError: ratio=0.0 must be in (0, 1]: the share of the context that is kept
 
     References:
-        KVzip (arXiv 2505.23416), section 3 and Algorithm 1; prompt wording: Table 2.
+        KVzip (arXiv 2505.23416), section 3 and Algorithm 1; prompt wording: Table 2. KVzip+: KVzap
+        (arXiv 2601.07891).
     """
 
     ratio: float
@@ -353,6 +439,7 @@ class KVzip(Compressor):
     repeat_prompt_later: tuple[int, ...] | None = None
     header: tuple[int, ...] = ()
     upstream_threshold: bool = False
+    kvzip_plus: bool = False
     scale: float | None = None
     bucket: int = 16
     layout: str = "dense"
@@ -364,6 +451,8 @@ class KVzip(Compressor):
         _check_selection(self.ratio, self.level)
         if self.norm not in ("chunk", "full", "none"):
             raise ValueError(f"norm={self.norm!r}; expected 'chunk', 'full' or 'none'")
+        if self.kvzip_plus and self.norm == "none":
+            raise ValueError("norm='none' gives logits; kvzip_plus needs 'chunk' or 'full'")
         if self.layout not in ("dense", "tiled"):
             raise ValueError(f"layout={self.layout!r}; expected 'dense' or 'tiled'")
         for field, least in (("chunk", 1), ("bucket", 1), ("num_sinks", 0), ("num_recent", 0)):
@@ -466,7 +555,10 @@ class KVzip(Compressor):
         }
         pairs = tuple(sorted(options.items()))
         # A ring answers for itself; the caller keeps the cache from before the pass.
-        views = [RecordingLayer(layer, jnp.asarray(start), pairs) for layer in inner]
+        views = [
+            RecordingLayer(layer, jnp.asarray(start), pairs, plus=self.kvzip_plus)
+            for layer in inner
+        ]
         return with_evictable(cache, views)
 
     def collect(self, cache: KVCache) -> tuple[jax.Array, ...]:

@@ -44,6 +44,7 @@ def importance(
     query_valid: jax.Array | None = None,
     kernel_size: int = 7,
     pooling: str = "max",
+    pool_order: str = "mean_first",
     scale: float | None = None,
 ) -> jax.Array:
     """Score slots by the attention that the last queries pay them.
@@ -59,6 +60,8 @@ def importance(
         query_valid: bool ``[B, A]``, real queries; ``None``: all.
         kernel_size: odd width of the max pooling, in slots.
         pooling: ``"max"`` or ``"mean"`` over a group, on the logits.
+        pool_order: ``"mean_first"``: rows are averaged, then neighbours pooled. ``"pool_first"``:
+            neighbours are pooled in every row, then rows averaged (equation 4).
         scale: multiplies the logits; ``None``: ``H ** -0.5``.
 
     Returns:
@@ -83,6 +86,8 @@ def importance(
         )
     if pooling not in ("max", "mean"):
         raise ValueError(f"pooling={pooling!r}; expected 'max' or 'mean'")
+    if pool_order not in ("mean_first", "pool_first"):
+        raise ValueError(f"pool_order={pool_order!r}; expected 'mean_first' or 'pool_first'")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}; expected an odd number of slots, 1 or more")
     batch, rows = queries.shape[:2]
@@ -93,16 +98,18 @@ def importance(
     weights = masked_softmax(logits, candidates[:, :, None])  # [B, K, A, S]
     real = query_valid[:, None, :, None]
     count = jnp.maximum(jnp.sum(real, axis=2), 1)
+
+    def pooled(x):
+        among = candidates.reshape(*candidates.shape[:2], *(1,) * (x.ndim - 3), -1)
+        shape, ones = (*(1,) * (x.ndim - 1), kernel_size), (1,) * x.ndim
+        x = jnp.where(among, x, -jnp.inf)
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, shape, ones, "SAME")
+        return jnp.where(among, x, 0.0)
+
+    if pool_order == "pool_first":
+        weights = pooled(weights)
     mean = jnp.sum(jnp.where(real, weights, 0.0), axis=2) / count  # [B, K, S]
-    pooled = jax.lax.reduce_window(
-        jnp.where(candidates, mean, -jnp.inf),
-        -jnp.inf,
-        jax.lax.max,
-        (1, 1, kernel_size),
-        (1, 1, 1),
-        "SAME",
-    )
-    return jnp.where(candidates, pooled, 0.0)
+    return mean if pool_order == "pool_first" else pooled(mean)
 
 
 def group_logits(queries: jax.Array, keys: jax.Array, scale: float | None = None) -> jax.Array:
@@ -239,6 +246,7 @@ def scores(
     threshold: float = 0.5,
     kernel_size: int = 7,
     pooling: str = "max",
+    pool_order: str = "mean_first",
     zero_col0_when_empty: bool = True,
     beta: int = 1,
     mode: str = "code",
@@ -258,7 +266,7 @@ def scores(
         window: last live slots that are always kept, in tokens; ``None``: ``A``.
         mix_lambda: weight of the importance, in [0, 1].
         threshold, beta, zero_col0_when_empty, mode, block_size: see :func:`redundancy`.
-        kernel_size, pooling, scale: see :func:`importance`.
+        kernel_size, pooling, pool_order, scale: see :func:`importance`.
 
     Returns:
         :class:`RKVScores`, each ``[B, K, S]``.
@@ -291,6 +299,7 @@ def scores(
         query_valid=query_valid,
         kernel_size=kernel_size,
         pooling=pooling,
+        pool_order=pool_order,
         scale=scale,
     )
     repeated = redundancy(
@@ -319,8 +328,8 @@ class RKV(Scorer):
         budget: entries kept per head, in tokens, window included; at least ``window``.
         buffer: fresh tokens between two compactions, 1 or more.
         window: last tokens whose queries score and that always stay, 1 or more.
-        mix_lambda, threshold, kernel_size, pooling, zero_col0_when_empty, beta, mode, scale: see
-            :func:`scores`.
+        mix_lambda, threshold, kernel_size, pooling, pool_order, zero_col0_when_empty, beta, mode,
+            scale: see :func:`scores`.
         num_sinks: first tokens of the prompt that are never evicted; 0 as in the authors' code.
         slot_order: ``"time"``: survivors keep their order. ``"score"``: descending score, as in
             the authors' code; from the second compaction on the two differ.
@@ -347,6 +356,7 @@ class RKV(Scorer):
     threshold: float = 0.5
     kernel_size: int = 7
     pooling: str = "max"
+    pool_order: str = "mean_first"
     zero_col0_when_empty: bool = True
     beta: int = 1
     mode: str = "code"
@@ -373,6 +383,7 @@ class RKV(Scorer):
             threshold=self.threshold,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
+            pool_order=self.pool_order,
             zero_col0_when_empty=self.zero_col0_when_empty,
             beta=self.beta,
             mode=self.mode,

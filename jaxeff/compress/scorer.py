@@ -59,6 +59,10 @@ class Budgeted(Compressor):
         """Return which heads hold ``slack`` or more entries above their budget, bool ``[B, K]``."""
         return layer.length >= self.allowance(layer, budget) + slack
 
+    def slots(self, budget: int) -> int:
+        """Return the slots of a layer that decoding needs at this budget, in tokens."""
+        return budget + self.buffer
+
     def rebuild(self, layer: Any, indices: jax.Array, budget: int, capacity: int) -> Any:
         """Return the layer that decoding starts from, with the slots that live on."""
         del budget
@@ -91,7 +95,7 @@ class Budgeted(Compressor):
         rows, capacities = [], []
         for layer, budget, cut in zip(layers, budgets, cuts, strict=True):
             rows.append(self.over(layer, budget, 0) & cut)
-            capacity = budget + self.buffer
+            capacity = self.slots(budget)
             capacities.append(capacity if cut else max(capacity, layer.capacity + 1))
         rows = rows if any(cuts) else None
         return self._compact(cache, rows, capacities, first=True)
@@ -101,7 +105,7 @@ class Budgeted(Compressor):
         layers = evictable_layers(cache)
         budgets = self.budgets(len(layers))
         for layer, budget in zip(layers, budgets, strict=True):
-            if layer.capacity < budget + self.buffer:
+            if layer.capacity < self.slots(budget):
                 raise ValueError(
                     f"the cache has capacity={layer.capacity}; budget={budget} plus "
                     f"buffer={self.buffer} need {budget + self.buffer} slots"

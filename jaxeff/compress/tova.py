@@ -19,6 +19,7 @@ def scores(
     *,
     length: jax.Array | None = None,
     query_valid: jax.Array | None = None,
+    window: int = 1,
     scale: float | None = None,
 ) -> jax.Array:
     """Score slots by the last query's attention, averaged over all heads.
@@ -28,18 +29,29 @@ def scores(
         keys: float ``[B, S, K, H]`` after RoPE.
         length: int32 ``[B]`` or ``[B, K]``, live slots; ``None``: all ``S``.
         query_valid: bool ``[B, A]``, real queries; ``None``: all.
+        window: last live slots that always stay, in tokens, 0 or more.
         scale: softmax scale; ``None``: ``H ** -0.5``.
 
     Returns:
-        f32 ``[B, K, S]``, the same for all heads, ``-inf`` on dead slots.
+        f32 ``[B, K, S]``, the same for all heads, ``+inf`` on the window, ``-inf`` on dead slots.
+
+    Raises:
+        ValueError: if the window is negative or head counts do not divide.
 
     Examples:
         >>> scores(jnp.ones((1, 1, 2, 4)), jnp.ones((1, 2, 1, 4))).tolist()
-        [[[0.5, 0.5]]]
+        [[[0.5, inf]]]
 
     References:
         TOVA (arXiv 2401.06104), section 3.2.
     """
+    if window < 0:
+        raise ValueError(f"window={window}; expected 0 or more tokens")
+    if queries.shape[2] % keys.shape[2]:
+        raise ValueError(
+            f"keys has {keys.shape[2]} heads; query heads ({queries.shape[2]}) must be a multiple "
+            "of it"
+        )
     live = live_slots(keys, length)
     if query_valid is None:
         query_valid = jnp.ones(queries.shape[:2], bool)
@@ -47,7 +59,8 @@ def scores(
     weights = masked_softmax(group_logits(queries, keys, scale), live[:, :, None, None] & real)
     count = jnp.maximum(jnp.sum(query_valid, axis=1), 1)[:, None]
     mean = jnp.sum(jnp.mean(weights, axis=(1, 2)), axis=1) / count  # [B, S]
-    return jnp.where(live, mean[:, None], -jnp.inf)
+    recent = jnp.arange(keys.shape[1]) >= jnp.sum(live, axis=-1, keepdims=True) - window
+    return jnp.where(live, jnp.where(recent, jnp.inf, mean[:, None]), -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,5 +98,6 @@ class TOVA(Scorer):
             layer.read(jnp.float32)[0],
             length=layer.length,
             query_valid=layer.query_positions >= 0,
+            window=self.window,
             scale=self.scale,
         )

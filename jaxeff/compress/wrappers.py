@@ -178,6 +178,7 @@ class PerLayer(BudgetWrapper):
     Args:
         method: a method that holds a budget, or its spelling.
         beta: how steep the pyramid is, 1 (flat) or more.
+        most: slots that no layer needs more of; ``fit`` sets it. ``None``: unknown.
         storage: how the cache is stored; ``None``: as the method says.
 
     Raises:
@@ -192,6 +193,7 @@ class PerLayer(BudgetWrapper):
     """
 
     beta: float = 20.0
+    most: int | None = None
 
     name: ClassVar[str] = "per_layer"
 
@@ -217,7 +219,12 @@ class PerLayer(BudgetWrapper):
         """Return an equal compressor; only a text shorter than every budget is left alone."""
         if prompt + room < self.budgets(2)[1]:
             return FullKV(storage=self.storage)
-        return self
+        return dataclasses.replace(self, most=prompt + room + 1)
+
+    def slots(self, budget: int) -> int:
+        """Return the slots of a layer; early layers never get more than the whole text needs."""
+        slots = super().slots(budget)
+        return slots if self.most is None else min(slots, self.most)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,7 +327,7 @@ class Compose(Compressor):
     Raises:
         ValueError: if the two ask for different storage, or the generation method has no budget.
         NotImplementedError: if the context method is not one that evicts a context once, or the
-            generation method is ``AdaKV``.
+            generation method is ``AdaKV`` or shares decisions between heads.
 
     Examples:
         >>> from jaxeff.compress import parse
@@ -357,6 +364,11 @@ class Compose(Compressor):
             raise NotImplementedError(
                 "generation='adakv' is not served after a cut context, whose heads are ragged "
                 "already; the method inside adakv is"
+            )
+        if getattr(generation, "scope", "head") != "head":
+            raise NotImplementedError(
+                f"generation.scope={generation.scope!r} is not served after a cut context, whose "
+                "heads are ragged; scope='head' is"
             )
         stores = {x for x in (self.storage, context.storage, generation.storage) if x is not None}
         if len(stores) > 1:

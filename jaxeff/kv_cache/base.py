@@ -139,8 +139,14 @@ class KVCache:
             A new cache with ``seen + valid.sum(axis=1)``.
 
         Raises:
-            ValueError: if the number of layers or of rows changed.
+            ValueError: if the number of layers or of rows changed, or the cache is of another
+                version than this code reads.
         """
+        if self.version != CACHE_VERSION:
+            raise ValueError(
+                f"the cache has version {self.version}; this code reads version {CACHE_VERSION}. "
+                "Make it anew from its tokens"
+            )
         layers = tuple(layers)
         if len(layers) != len(self.layers):
             raise ValueError(f"layers has {len(layers)} entries; the cache has {len(self.layers)}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxeff.kv_cache.base import KVCache, Observer, tree_bytes
 from jaxeff.kv_cache.storage import check_head_dim, decode, encode, float_dtype, store_name
+from pallas_kernels import append_tokens, decode_attention
 
 
 @jax.tree_util.register_dataclass
@@ -180,13 +181,10 @@ class DenseLayer:
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]  # [B, 1]
         per_head = jnp.broadcast_to(positions[:, None], slots.shape).astype(jnp.int32)
         ring, ring_positions = remember_queries(self, positions, valid, queries)
-        store = self.store
-        k = encode(k if offset is None else k - offset, store.removesuffix("_smooth"))
-        v = encode(v, store.removesuffix("_smooth"))
         layer = dataclasses.replace(
             self,
-            k=jax.tree.map(lambda s, n: scatter(s, slots, n), self.k, k),
-            v=jax.tree.map(lambda s, n: scatter(s, slots, n), self.v, v),
+            k=append_tokens(self.k, k if offset is None else k - offset, slots),
+            v=append_tokens(self.v, v, slots),
             positions=scatter(self.positions, slots, per_head),
             length=jnp.minimum(self.length + count, capacity),
             overflow=self.overflow | jnp.any(lost, axis=(1, 2)),
@@ -232,6 +230,40 @@ class DenseLayer:
         query = positions[:, None, :, None]  # [B, 1, T, 1]
         visible = (slots >= 0) & (slots <= query)
         return visible if window is None else visible & (query - slots < window)
+
+    def attend(
+        self,
+        queries: jax.Array,
+        *,
+        positions: jax.Array,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> jax.Array:
+        """Return the attention of a few queries, reading the entries as they are stored.
+
+        The same as attention over :meth:`read` with :meth:`mask`, without a decoded copy.
+
+        Args:
+            queries: float ``[B, T, N, H]`` after RoPE.
+            positions: int32 ``[B, T]``, their logical positions.
+            window: tokens in a sliding window, the query's own included; ``None``: no window.
+            scale: softmax scale; ``None``: ``H ** -0.5``.
+
+        Returns:
+            ``[B, T, N, H]`` in the dtype of the queries.
+        """
+        out, _ = decode_attention(
+            queries,
+            self.k,
+            self.v,
+            self.length if self.evictable else None,  # a ring may hold its tokens anywhere
+            positions=self.positions,
+            query_positions=positions,
+            key_offset=self.offset,
+            local_window_size=window,
+            scale=scale,
+        )
+        return out
 
     def gather(self, indices: jax.Array, *, capacity: int | None = None) -> DenseLayer:
         """Return the layer that keeps the given slots, in the given order.

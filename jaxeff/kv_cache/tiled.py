@@ -17,6 +17,7 @@ from jaxeff.kv_cache.dense import (
     remember_queries,
 )
 from jaxeff.kv_cache.storage import decode, encode
+from pallas_kernels import decode_attention
 
 
 @jax.tree_util.register_dataclass
@@ -287,6 +288,29 @@ class TiledLayer:
     def mask(self, positions: jax.Array, window: int | None = None) -> jax.Array:
         """Return which slots each query may see, bool ``[B, K, T, C]``."""
         return DenseLayer.mask(self, positions, window)
+
+    def attend(
+        self,
+        queries: jax.Array,
+        *,
+        positions: jax.Array,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> jax.Array:
+        """Return the attention of a few queries; see ``DenseLayer.attend``."""
+        out, _ = decode_attention(
+            queries,
+            self.k,
+            self.v,
+            self.length,
+            positions=self.tile_positions,
+            query_positions=positions,
+            table=self.table,
+            key_offset=self.offset,
+            local_window_size=window,
+            scale=scale,
+        )
+        return out
 
     def gather(self, indices: jax.Array, *, capacity: int | None = None) -> TiledLayer:
         """Return the layer that keeps the given slots, packed into a pool of the same size.

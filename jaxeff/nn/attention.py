@@ -13,6 +13,8 @@ from pallas_kernels import dot_product_attention
 
 __all__ = ["Attention", "default_attention_fn"]
 
+_FEW = 16  # tokens per call up to which a cache attends by itself
+
 
 @functools.cache
 def default_attention_fn(quant: Any = None) -> AttentionFn:
@@ -194,11 +196,17 @@ class Attention(nnx.Module):
         if cache is None:
             out = attend(q, k, v, scale=self.scale, **self._mask_arguments(x.shape[1], valid))
         else:
+            if hasattr(cache, "note"):  # a view that scores entries by what they add to the output
+                cache = cache.note(x, self.out_proj.kernel[...])
             cache = cache.update(k, v, positions=positions, valid=valid, queries=q)
-            k, v = cache.read(q.dtype)  # [B, S, K, H]
-            mask = cache.mask(positions, self.window)  # [B, K, T, S]
-            mask = jnp.repeat(mask, self.num_heads // self.num_kv_heads, axis=1)  # [B, N, T, S]
-            out = attend(q, k, v, mask=mask, scale=self.scale)
+            if attend is dot_product_attention and x.shape[1] <= _FEW and hasattr(cache, "attend"):
+                # Decoding: the cache reads itself as it is stored.
+                out = cache.attend(q, positions=positions, window=self.window, scale=self.scale)
+            else:
+                k, v = cache.read(q.dtype)  # [B, S, K, H]
+                mask = cache.mask(positions, self.window)  # [B, K, T, S]
+                mask = jnp.repeat(mask, self.num_heads // self.num_kv_heads, axis=1)
+                out = attend(q, k, v, mask=mask, scale=self.scale)  # mask: [B, N, T, S]
         out = self.out_proj(out.reshape(*x.shape[:2], -1))  # [B, T, D]
         return out if cache is None else (out, cache)
 

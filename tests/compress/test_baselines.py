@@ -146,7 +146,10 @@ def test_tova_keydiff_knorm_follow_their_formulas():
     queries, keys = _normal(2, 1, 4, 8), _normal(2, 9, 2, 8)
     want = _attention(queries, keys, 8)[:, :, :, 0].mean((1, 2))
     got = tova.scores(queries, keys)
-    np.testing.assert_allclose(got, jnp.broadcast_to(want[:, None], got.shape), rtol=1e-5)
+    want = jnp.broadcast_to(want[:, None], got.shape)
+    np.testing.assert_allclose(got[..., :-1], want[..., :-1], rtol=1e-5)
+    assert np.isposinf(got[..., -1]).all()  # the last token always stays
+    np.testing.assert_allclose(tova.scores(queries, keys, window=0), want, rtol=1e-5)
     unit = np.asarray(keys / jnp.linalg.norm(keys, axis=-1, keepdims=True))
     mean = unit[:, :6].mean(1, keepdims=True)
     cosine = (unit * mean).sum(-1) / np.linalg.norm(mean, axis=-1)
@@ -242,6 +245,9 @@ def test_pyramid_budgets_fall_with_the_same_mean():
     small = method.after_prefill(_cache())
     assert [int(layer.length.max()) for layer in small.layers] == [18, 5]
     assert [layer.capacity for layer in small.layers] == [22, 9]
+    short = method.fit(prompt=6, room=10)  # 16 tokens in all, less than the first layer's budget
+    cache = DenseCache.init(2, 1, 6, 2, 8)
+    assert [x.capacity for x in short.after_prefill(cache).layers] == [17, 9]
 
 
 def test_streaming_keeps_sinks_and_the_newest():

@@ -19,6 +19,7 @@ from jaxeff.compress.kvzip import (
 )
 from jaxeff.kv_cache import DenseCache, check_invariants
 from jaxeff.models import Decoder, ModelConfig
+from jaxeff.nn import Attention
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "kvzip"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -195,6 +196,47 @@ def test_one_chunk_and_full_softmax_agree_and_no_norm_gives_logits():
     )
 
 
+def test_kvzip_plus_weighs_with_what_an_entry_adds_to_the_residual_stream():
+    """Against the attention of the layer itself: weight · ‖W_O v‖ / ‖h‖, largest over the rows."""
+    layer = Attention(16, 4, 2, head_dim=8, rngs=nnx.Rngs(0))
+    x, size = 2 * jax.random.normal(jax.random.key(0), (1, 15, 16)), 9
+    positions = jnp.arange(15)[None]
+    cache = DenseCache.init(1, 1, size, 2, 8, dtype=jnp.float32, num_heads=4)
+    _, filled = layer(x[:, :size], positions=positions[:, :size], cache=cache.layers[0])
+    cache = dataclasses.replace(cache, layers=(filled,))
+    method = KVzip(ratio=0.5, kvzip_plus=True)
+    view = method.observe(cache, jnp.int32(0)).layers[0]
+    _, seen = layer(x[:, size:], positions=positions[:, size:], cache=view)
+    q, k, v = layer.qkv(x, positions)
+    logits = np.einsum("tkgh,skh->kgts", q[0].reshape(15, 2, 2, 8), k[0]) / 8**0.5
+    logits = np.where(np.tril(np.ones((15, 15), bool)), logits, -np.inf)
+    weights = np.asarray(jax.nn.softmax(logits, axis=-1))[:, :, size:, :size]  # [K, G, A, S]
+    kernel = np.asarray(layer.out_proj.kernel[...]).reshape(2, 2, 8, 16)
+    added = np.linalg.norm(np.einsum("skh,kghd->kgsd", v[0, :size], kernel), axis=-1)
+    norms = np.linalg.norm(x[0, size:], axis=-1)
+    want = (weights * added[:, :, None] / norms[:, None]).max((1, 2))
+    np.testing.assert_allclose(seen.scores[0], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_tiles_allocate_what_a_ratio_keeps(storage):
+    """Ratio .3 of real arrays: at most .35 of the full bf16 cache, .18 as INT8."""
+    full = DenseCache.init(1, 1, 1024, 8, 64)
+    cache = DenseCache.init(1, 1, 1024, 8, 64, dtype=storage)
+    k = jax.random.normal(jax.random.key(0), (1, 1024, 8, 64))
+    layer = cache.layers[0].update(k, k, positions=jnp.arange(1024)[None])
+    cache = cache.advance([layer], jnp.ones((1, 1024), bool))
+    scores = jnp.exp(jax.random.normal(jax.random.key(1), (1, 8, 1024)))
+    scores = scores * jnp.linspace(0.5, 2.0, 8)[:, None]  # uneven heads
+    method = KVzip(ratio=0.3, layout="tiled", storage=storage)
+    small = method.evict_context(cache, (scores,), room=0)
+    lengths = np.asarray(small.lengths())
+    assert lengths.sum() == int(0.3 * 8 * 1024) and lengths.max() > 3 * lengths.min()
+    held = sum(x.nbytes for x in jax.tree.leaves(small))
+    assert held == small.allocated_bytes()
+    assert held / full.allocated_bytes() <= {"bfloat16": 0.35, "int8": 0.18}[storage]
+
+
 def test_dead_slots_never_compete_and_ties_go_to_the_lower_slot():
     scores = jnp.array([[[[0.5, 0.5, 0.5, -jnp.inf]]], [[[0.5, 0.1, -jnp.inf, -jnp.inf]]]])
     kept = keep_mask(scores, 0.4)  # 2 of 5
@@ -231,6 +273,16 @@ def test_passes_repeat_every_context_token_once():
         (lambda: KVzip(ratio=float("nan")), r"ratio=nan must be in"),
         (lambda: KVzip(ratio=0.3, level="layer"), "level='layer'; expected 'pair'"),
         (lambda: KVzip(ratio=0.3, norm="softmax"), "norm='softmax'; expected 'chunk'"),
+        (
+            lambda: KVzip(ratio=0.3, norm="none", kvzip_plus=True),
+            "norm='none' gives logits; kvzip_plus needs 'chunk' or 'full'",
+        ),
+        (
+            lambda: reconstruction_scores(
+                *(jnp.ones((1, n, 2, 4)) for n in (3, 5, 3)), row_norms=jnp.ones((1, 5))
+            ),
+            r"row_norms has shape \(1, 5\); expected \(1, 3\)",
+        ),
         (lambda: KVzip(ratio=0.3, chunk=0), "chunk=0; expected 1 or more tokens"),
         (
             lambda: KVzip(ratio=0.3, repeat_prompt=[300]).context_passes(

@@ -30,6 +30,7 @@ def test_spellings():
         ("", "names no method; known: adakv"),
         ("rkv:16 + rkv:16", "context='rkv' is not served; a method that evicts a context once"),
         ("kvzip:0.3 + adakv(rkv:16)", "generation='adakv' is not served after a cut context"),
+        ("kvzip:0.3 + rkv(budget=16, scope='layer')", "generation.scope='layer' is not served"),
         ("full+full+full", "joins 3 methods; expected 2"),
         ("adakv(kvzip:0.3)", "method='kvzip' has no budget per head; adakv needs one"),
         ("adakv(rkv:16, floor=2)", "floor=2; expected a share of the budget"),

@@ -166,6 +166,19 @@ def test_rows_with_padding_score_like_short_caches():
     assert np.isneginf(both.joint[1, :, 13:]).all()
 
 
+def test_pooling_every_row_first_is_equation_4():
+    rng = np.random.default_rng(5)
+    queries = jnp.asarray(rng.normal(size=(1, 3, 2, 8)), jnp.float32)
+    keys = jnp.asarray(rng.normal(size=(1, 14, 1, 8)), jnp.float32)
+    got = scores(queries, keys, kernel_size=5, pool_order="pool_first").importance[0, 0]
+    logits = np.einsum("anh,sh->nas", queries[0], keys[0, :11, 0]).max(0) / 8**0.5
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    padded = np.pad(weights, ((0, 0), (2, 2)))
+    want = np.stack([padded[:, i : i + 11] for i in range(5)]).max(0).mean(0)
+    np.testing.assert_allclose(got[:11], want, rtol=1e-5)
+    assert not got[11:].any()
+
+
 def test_no_candidates_and_empty_rows_give_no_nan():
     got = scores(jnp.ones((1, 4, 2, 8)), jnp.zeros((1, 6, 1, 8)), length=jnp.array([0]))
     assert np.isneginf(got.joint).all()
@@ -242,6 +255,10 @@ def test_scoring_builds_no_square_array():
         (
             lambda: scores(jnp.ones((1, 2, 2, 4)), jnp.ones((1, 6, 2, 4)), mix_lambda=2),
             r"mix_lambda=2; expected a weight in \[0, 1\]",
+        ),
+        (
+            lambda: scores(jnp.ones((1, 2, 2, 4)), jnp.ones((1, 6, 2, 4)), pool_order="never"),
+            "pool_order='never'; expected 'mean_first' or 'pool_first'",
         ),
         (
             lambda: redundancy(

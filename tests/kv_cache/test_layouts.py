@@ -227,6 +227,9 @@ def test_bad_forks_and_missing_room_are_named():
     with pytest.raises(ValueError, match=r"layer 0 has room for 8 more tokens \(capacity 8\); 9"):
         cache.require_room(9)
     assert cache.extend(1).require_room(9) is None
+    old = dataclasses.replace(cache, version=0)
+    with pytest.raises(ValueError, match="the cache has version 0; this code reads version 1"):
+        old.advance(old.layers, jnp.ones((1, 1), bool))
     with pytest.raises(ValueError, match="tokens=-1; expected 0 or more"):
         cache.extend(-1)
 

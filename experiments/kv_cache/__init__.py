@@ -1,0 +1,1 @@
+"""KV-cache compression measured on tasks that small models learn in minutes."""

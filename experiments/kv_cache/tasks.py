@@ -1,0 +1,273 @@
+"""The two synthetic tasks: many-query recall (KVzip's case) and a redundant trace (R-KV's case).
+
+Both are drawn with numpy in whole batches. A batch is ``tokens [B, T]`` and ``weights [B, T]``:
+the weight of token ``t`` counts its prediction from the tokens before it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PAD, BOS, SYS, KEY, VAL, END, ASK, ANS, REPEAT = range(9)
+STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
+SPECIAL = 20  # symbols start here
+LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
+HINT = 8  # KVzip's later chunks are asked for by the last tokens of the chunk before
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Pairs ``KEY k1 k2 v1 v2 END`` among filler, then questions ``ASK k1 k2`` (E1, E2).
+
+    The context is ``BOS SYS`` and ``slots`` segments of equal length: a pair, or filler from a
+    low-entropy Markov chain. Training texts go on with questions, or with a repetition of the
+    context (without which reconstruction scores have nothing to measure).
+
+    Args:
+        slots: segments of a context.
+        pairs: how many of them hold a pair, at most ``symbols``.
+        symbols: ids for keys, and as many for values and filler.
+        marked: write ``VAL`` between key and value and ``ANS`` after a question. Then the answer
+            follows a token that names no key, and takes a second step of matching to find.
+        repeat_share: share of training texts that repeat.
+    """
+
+    slots: int = 8
+    pairs: int = 3
+    symbols: int = 16
+    marked: bool = False
+    repeat_share: float = 0.3
+
+    @property
+    def vocab_size(self) -> int:
+        """Special ids, keys, values, filler."""
+        return SPECIAL + 3 * self.symbols
+
+    @property
+    def segment(self) -> int:
+        """Tokens of a segment."""
+        return 6 + self.marked
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a context."""
+        return self.num_sinks + self.segment * self.slots
+
+    @property
+    def num_sinks(self) -> int:
+        """The system prompt: never evicted."""
+        return 2
+
+    def contexts(
+        self,
+        rng: np.random.Generator,
+        batch: int,
+        slots: int | None = None,
+        depth: float | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw contexts.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            slots: segments; ``None``: the task's.
+            depth: put a single pair at this share of the context, in [0, 1]; ``None``: all pairs,
+                anywhere.
+
+        Returns:
+            tokens ``[B, T]``, keys ``[B, N, 2]`` and values ``[B, N, 2]``.
+        """
+        slots = self.slots if slots is None else slots
+        count = self.pairs if depth is None else 1
+        first, size = SPECIAL, self.segment
+        # No two pairs of a context share a key token: one token is enough to find a pair.
+        names = np.argsort(rng.random((2, batch, self.symbols)), axis=-1)[..., :count]
+        keys = first + np.moveaxis(names, 0, -1)
+        values = first + self.symbols + rng.integers(self.symbols, size=(batch, count, 2))
+        jumps = rng.choice([1, 1, 1, 2], size=(batch, size * slots))
+        filler = (rng.integers(self.symbols, size=(batch, 1)) + np.cumsum(jumps, 1)) % self.symbols
+        body = (first + 2 * self.symbols + filler).reshape(batch, slots, size)
+        if depth is None:
+            places = np.argsort(rng.random((batch, slots)), axis=1)[:, :count]
+        else:
+            places = np.full((batch, 1), round(depth * (slots - 1)))
+        ones = np.ones((batch, count, 1), int)
+        parts = [KEY * ones, keys, *[VAL * ones] * self.marked, values, END * ones]
+        np.put_along_axis(body, places[..., None], np.concatenate(parts, axis=-1), axis=1)
+        head = np.tile([BOS, SYS], (batch, 1))
+        return np.concatenate([head, body.reshape(batch, -1)], axis=1), keys, values
+
+    def questions(self, keys: np.ndarray) -> np.ndarray:
+        """Return ``ASK k1 k2`` (and ``ANS``, if marked) for keys ``[..., 2]``."""
+        ones = np.ones((*keys.shape[:-1], 1), int)
+        return np.concatenate([ASK * ones, keys, *[ANS * ones] * self.marked], axis=-1)
+
+    def batch(self, rng: np.random.Generator, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw training texts of ``2 * context_length + 2 + HINT`` tokens."""
+        context, keys, values = self.contexts(rng, batch)
+        length = context.shape[1]
+        tail, size = length + 2 + HINT, 5 + self.marked
+        count = tail // size
+        which = rng.integers(keys.shape[1], size=(batch, count))[..., None]
+        asked, answers = (np.take_along_axis(x, which, axis=1) for x in (keys, values))
+        asked = np.concatenate([self.questions(asked), answers], axis=-1).reshape(batch, -1)
+        asked = np.pad(asked, ((0, 0), (0, tail - asked.shape[1])))
+        place = np.arange(tail)
+        counted = (place % size >= size - 2) & (place < size * count)
+
+        # Half of the repetitions start at the beginning, half somewhere with a hint before it.
+        begin = np.where(rng.random(batch) < 0.5, 0, rng.integers(HINT, length - 4, batch))
+        place = place[None] - 1  # what follows REPEAT
+        hint = np.where(begin > 0, HINT, 0)[:, None]
+        source = begin[:, None] - hint + place - (place > hint)
+        repeated = np.take_along_axis(context, np.clip(source, 0, length - 1), axis=1)
+        repeated = np.where(place == hint, ANS, repeated)
+        repeated[:, 0] = REPEAT
+        inside = (place > hint) & (source < length)
+        repeated = np.where(inside | (place <= hint), repeated, PAD)
+
+        repeat = (rng.random(batch) < self.repeat_share)[:, None]
+        rest = np.where(repeat, repeated, asked)
+        weights = np.where(repeat, inside, counted).astype(float)
+        head = np.zeros(context.shape)
+        return np.concatenate([context, rest], 1), np.concatenate([head, weights], 1)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A program run step by step, every step restated a few times (E3, E4).
+
+    The prompt lists start values ``VAL x d``, the program ``LINE y c x`` (``x = y + c mod base``, a
+    fresh ``x`` each), ``CHECKS n``, ``QUERY x``, ``TRACE``. The trace has ``STEP y v c x d`` per
+    line (``y`` is ``v``, plus ``c``, so ``x`` is ``d``), then ``n`` restatements
+    ``m AGAIN y v c x d OK`` (``m`` counts down, so that greedy decoding knows when to stop) and,
+    with them, a filler phrase of four tokens. It ends with ``ANS x d DONE`` for a variable written
+    in the first half.
+
+    Args:
+        starts: variables with a start value.
+        steps: lines of the program.
+        base: values are ``0 … base - 1``.
+        constants: ``c`` is below this.
+        names: ids for variables, at least ``starts + steps``.
+        checks: restatements seen in training, ``0 … checks``.
+    """
+
+    starts: int = 3
+    steps: int = 6
+    base: int = 8
+    constants: int = 4
+    names: int = 24
+    checks: int = 3
+
+    @property
+    def vocab_size(self) -> int:
+        """Special ids, counters, variables, values, constants, filler words."""
+        return self._filler + 4
+
+    @property
+    def _counter(self) -> int:
+        return SPECIAL
+
+    @property
+    def _name(self) -> int:
+        return self._counter + self.checks + 1
+
+    @property
+    def _value(self) -> int:
+        return self._name + self.names
+
+    @property
+    def _constant(self) -> int:
+        return self._value + self.base
+
+    @property
+    def _filler(self) -> int:
+        return self._constant + self.constants
+
+    def step_length(self, checks: int) -> int:
+        """Tokens of one step of the trace."""
+        return 6 + (8 * checks + 4 if checks else 0)
+
+    def redundancy(self, checks: int) -> float:
+        """Share of a step's tokens that restate or fill."""
+        return 1 - 6 / self.step_length(checks)
+
+    def problems(
+        self,
+        rng: np.random.Generator,
+        batch: int,
+        checks: int,
+        steps: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw prompts ``[B, P]`` and their gold traces ``[B, M]``, the answer third from last.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            checks: restatements per step.
+            steps: lines of the program; ``None``: the task's.
+        """
+        steps = self.steps if steps is None else steps
+        total = self.starts + steps
+        if total > self.names:
+            raise ValueError(f"names={self.names}; {total} variables need as many")
+        names = np.argsort(rng.random((batch, self.names)), axis=1)[:, :total]
+        values = np.zeros((batch, total), int)
+        values[:, : self.starts] = rng.integers(self.base, size=(batch, self.starts))
+        source = np.zeros((batch, steps), int)
+        plus = rng.integers(self.constants, size=(batch, steps))
+        row = np.arange(batch)
+        for step in range(steps):
+            source[:, step] = rng.integers(self.starts + step, size=batch)
+            made = values[row, source[:, step]] + plus[:, step]
+            values[:, self.starts + step] = made % self.base
+        x = self._name + names[:, self.starts :]
+        y = self._name + np.take_along_axis(names, source, axis=1)
+        c, d = self._constant + plus, self._value + values
+        ones = np.ones((batch, steps, 1), int)
+
+        def flat(*parts):
+            return np.concatenate([np.reshape(p, (batch, -1)) for p in parts], axis=1)
+
+        begin = self._name + names[:, : self.starts]
+        starts = np.stack([VAL * np.ones_like(begin), begin, d[:, : self.starts]], -1)
+        lines = np.stack([LINE * ones[..., 0], y, c, x], axis=-1)
+        asked = rng.integers(max(steps // 2, 1), size=batch)
+        wanted = x[row, asked]
+        tail = np.stack(
+            [
+                *np.tile([[CHECKS], [self._counter + checks], [QUERY]], (1, batch)),
+                wanted,
+                np.full(batch, TRACE),
+            ],
+            axis=-1,
+        )
+        prompt = flat(np.full((batch, 1), BOS), starts, lines, tail)
+        before = self._value + np.take_along_axis(values, source, axis=1)
+        said = np.stack([y, before, c, x, d[:, self.starts :]], axis=-1)
+        parts = [STEP * ones, said]
+        for left in range(checks, 0, -1):
+            parts += [(self._counter + left) * ones, AGAIN * ones, said, OK * ones]
+        if checks:
+            parts += [np.tile(self._filler + np.arange(4), (batch, steps, 1))]
+        body = np.concatenate(parts, axis=-1)
+        last = np.stack([np.full(batch, ANS), wanted, d[row, self.starts + asked]], axis=-1)
+        return prompt, flat(body, last, np.full((batch, 1), DONE))
+
+    def batch(self, rng: np.random.Generator, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw training texts, a quarter of the rows for each number of restatements."""
+        longest = self.steps * self.step_length(self.checks) + 4
+        texts, weights = [], []
+        shares = np.array_split(np.arange(batch), self.checks + 1)
+        for checks, share in enumerate(shares):
+            prompt, trace = self.problems(rng, share.size, checks)
+            pad = ((0, 0), (0, longest - trace.shape[1]))
+            texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))
+            weight = np.ones(trace.shape)
+            # Few tokens look a value up; everything else copies or counts.
+            weight[:, 2 : -4 : self.step_length(checks)] = LOOKUP_WEIGHT
+            weight[:, -2] = LOOKUP_WEIGHT
+            weight = np.pad(weight, pad)
+            weights.append(np.concatenate([np.zeros(prompt.shape), weight], axis=1))
+        return np.concatenate(texts), np.concatenate(weights)

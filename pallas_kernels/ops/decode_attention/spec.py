@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Static facts of a decode-attention call, and who can serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels._device import Device
+
+IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+_SPLIT = 1024  # cached tokens per split by default
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSpec:
+    """Everything about a call that is known before it runs.
+
+    Args:
+      batch: B.
+      q_len: T, new tokens.
+      capacity: C, cached slots that a head can address.
+      num_heads: N.
+      num_kv_heads: K, divides N.
+      head_dim: H.
+      dtype: name of the dtype of query and output.
+      store: how keys and values are stored: a float dtype, or a format's name.
+      scale: factor on the logits.
+      split: cached tokens per split; partial results are merged by their log-sum-exp.
+      tile: slots per tile of a paged cache; 0 where slots lie in order.
+      soft_cap: bound of the logits, ``cap * tanh(x / cap)``, or None.
+      window: tokens that a query sees, itself included, or None.
+      num_sinks: first positions that a window does not hide.
+    """
+
+    batch: int
+    q_len: int
+    capacity: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    store: str
+    scale: float
+    split: int
+    tile: int = 0
+    soft_cap: float | None = None
+    window: int | None = None
+    num_sinks: int = 0
+
+    @property
+    def groups(self) -> int:
+        """G, query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def default_split(capacity: int, tile: int) -> int:
+    """Cached tokens per split when the caller does not say: 1024, in whole tiles.
+
+    Args:
+      capacity: C.
+      tile: slots per tile, or 0.
+
+    Returns:
+      A number of tokens, at least 1 and a multiple of `tile`.
+
+    >>> default_split(5000, 0), default_split(10, 0), default_split(96, 48), default_split(5000, 48)
+    (1024, 10, 96, 1008)
+    """
+    split = min(_SPLIT, max(capacity, 1))
+    return split if not tile else max(split // tile, 1) * tile
+
+
+def unsupported_reason(spec: DecodeSpec, device: Device, implementation: str) -> str | None:
+    """Why an implementation cannot serve a call, or None when it can.
+
+    Args:
+      spec: the call.
+      device: the device it would run on.
+      implementation: "mosaic", "xla" or "reference".
+
+    Returns:
+      One sentence, or None.
+
+    >>> spec = DecodeSpec(1, 1, 64, 2, 1, 16, "float32", "int8", 0.25, 64)
+    >>> unsupported_reason(spec, Device("cpu", "cpu"), "xla") is None
+    True
+    """
+    del spec
+    if implementation != "mosaic":
+        return None
+    if device.platform != "gpu":
+        return (
+            f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
+        )
+    if device.compute_capability is not None and device.compute_capability[0] != 9:
+        return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
+    return "the Mosaic GPU decode-attention kernel for sm90 is not part of this version"

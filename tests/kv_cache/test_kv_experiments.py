@@ -1,0 +1,137 @@
+"""The experiments: what tasks mean, resumed training, the fields of cells, reports and tables."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.kv_cache import efficiency, evaluate, run
+from experiments.kv_cache.tasks import (
+    AGAIN,
+    ANS,
+    ASK,
+    DONE,
+    KEY,
+    LINE,
+    OK,
+    REPEAT,
+    STEP,
+    VAL,
+    Recall,
+    Trace,
+)
+from experiments.kv_cache.training import make_model, train
+
+SIZES = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_questions_are_answered_by_the_context_and_repeats_repeat_it(marked):
+    task = Recall(slots=5, pairs=3, symbols=8, marked=marked)
+    tokens, weights = task.batch(np.random.default_rng(0), 40)
+    length, size = task.context_length, 5 + marked
+    assert tokens.shape == (40, 2 * length + 10) and tokens.max() < task.vocab_size
+    kinds = set()
+    for row, weight in zip(tokens, weights, strict=True):
+        context, rest = row[:length].tolist(), row[length:].tolist()
+        starts = [i for i, token in enumerate(context) if token == KEY]
+        pairs = {
+            tuple(context[i + 1 : i + 3]): context[i + 3 + marked : i + 5 + marked] for i in starts
+        }
+        kinds.add(rest[0])
+        if rest[0] == ASK:
+            for begin in range(0, len(rest) - size + 1, size):
+                assert rest[begin + size - 2 : begin + size] == pairs[*rest[begin + 1 : begin + 3]]
+            continue
+        assert rest[0] == REPEAT
+        begin = rest.index(ANS)
+        hint, said = rest[1:begin], [t for t, w in zip(row, weight, strict=True) if w]
+        text = hint + said
+        assert text == context[len(context) - len(text) :] or text == context[: len(text)]
+    assert kinds == {ASK, REPEAT}
+    context, keys, values = task.contexts(np.random.default_rng(1), 2, depth=1.0)
+    assert context[0, length - task.segment] == KEY and keys.shape == values.shape == (2, 1, 2)
+
+
+def test_traces_run_their_program():
+    task = Trace(starts=2, steps=4, base=5, constants=3, names=7, checks=2)
+    for checks in (0, 2):
+        prompt, trace = task.problems(np.random.default_rng(0), 16, checks)
+        assert trace.shape[1] == 4 * task.step_length(checks) + 4
+        for text, told in zip(prompt.tolist(), trace.tolist(), strict=True):
+            values = {text[i + 1]: text[i + 2] for i, t in enumerate(text) if t == VAL}
+            lines = [text[i + 1 : i + 4] for i, t in enumerate(text) if t == LINE]
+            steps = [told[i + 1 : i + 6] for i, t in enumerate(told) if t == STEP]
+            assert told.count(AGAIN) == told.count(OK) == 4 * checks
+            for (y, c, x), step in zip(lines, steps, strict=True):
+                raw = values[y] - task._value + c - task._constant
+                values[x] = task._value + raw % task.base
+                assert step == [y, values[y], c, x, values[x]]
+            assert told[-4] == ANS and told[-1] == DONE and values[told[-3]] == told[-2]
+            assert told[-3] == text[-2]
+    with pytest.raises(ValueError, match="names=7; 8 variables need as many"):
+        task.problems(np.random.default_rng(0), 1, 0, steps=6)
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    task = Recall(slots=2, pairs=1, symbols=4)
+    options = {"batch": 4, "learning_rate": 1e-3, "seed": 0, "every": 2}
+    losses = {}
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for stop in stops:
+            model = make_model(task.vocab_size, SIZES, 0)
+            folder = tmp_path / name
+            folder.mkdir(exist_ok=True)
+            # The schedule needs the final number of steps; the first part is cut by the clock.
+            seconds = None if stop == 4 else 0.0
+            facts = train(task, model, steps=4, folder=folder, seconds=seconds, **options)
+        losses[name] = facts["final_loss"]
+    assert losses["whole"] == losses["parts"] and facts["steps"] == 4
+
+
+def test_cells_and_reports(tmp_path):
+    task = Recall(slots=3, pairs=2, symbols=4)
+    model = make_model(task.vocab_size, SIZES, 0)
+    cell = evaluate.recall_cell(task, model, "kvzip_pair", 0.5, rows=4, seed=0)
+    assert cell["count"] == 8 and cell["kept_ratio"] < 0.6
+    low, high = cell["interval"]
+    assert low <= cell["accuracy"] <= high
+    trace = Trace(starts=2, steps=2, base=3, constants=2, names=5, checks=1)
+    model = make_model(trace.vocab_size, SIZES, 0)
+    cell = evaluate.trace_cell(
+        trace, model, "rkv", 0.3, rows=3, seed=0, checks=1, buffer=4, window=4
+    )
+    assert cell["budget"] == round(0.3 * cell["trace_tokens"]) and cell["bytes_over_full"] < 1
+
+    session = run.Session(run.Options("e1", output=tmp_path), ["e1", "--output", "/somewhere/x"])
+    assert session.command.endswith("run e1 --output x")
+    calls = []
+
+    def once():
+        calls.append(1)
+        return {"accuracy": 0.5, "interval": [0.2, 0.8], "bytes_over_full": 1.0}
+
+    for _ in range(2):  # the second time it is known
+        session.cell("e1/full/1.0/seed0", once, method="full", ratio=1.0)
+    session.write("e1", {})
+    report = json.loads((tmp_path / "e1.json").read_text())
+    assert len(calls) == 1 and report["gate_passed"] is False and len(report["cells"]) == 1
+
+
+def test_bytes_of_an_8b_shaped_model():
+    """R-KV's memory does not know the output's length; tiles cost what heads keep."""
+    full, *cut = (
+        efficiency.generation_bytes(text, 128, output)
+        for text, output in (
+            ("full", 16384),
+            ("rkv(budget=1024, buffer=128)", 16384),
+            ("rkv(budget=1024, buffer=128)", 8192),
+        )
+    )
+    assert cut[0] == cut[1] and cut[0] < 0.1 * full
+    lengths = efficiency.head_lengths(0.3, efficiency.CONTEXT)
+    assert abs(lengths.mean() / efficiency.CONTEXT - 0.3) < 0.001
+    whole = efficiency.dense_bytes(efficiency.CONTEXT)
+    assert efficiency.context_bytes(lengths, "tiled") < 0.35 * whole
+    assert efficiency.context_bytes(lengths, "tiled", "int8") < 0.18 * whole
+    assert efficiency.context_bytes(lengths, "bucketed") > 0.5 * whole
