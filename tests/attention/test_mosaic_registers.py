@@ -23,25 +23,7 @@ def inputs(b, t, s, n, k, h, dtype="bfloat16"):
     return [jnp.asarray(x, jnp.float32).astype(dtype) for x in (q, key, v)]
 
 
-def dequantized(ops, t, s):
-    """Float32 query, key and value with the meaning of the kernel's operands."""
-    q, k, v = (np.asarray(x, np.float32) for x in ops[:3])
-    if ops.q_scale is not None:
-        q = q[:, :t] * np.asarray(ops.q_scale)[:, :, :t].swapaxes(1, 2)[..., None]
-        scale = np.asarray(ops.k_scale)  # [B, K, blocks, 8]
-        wide = np.tile(scale, k.shape[1] // scale.shape[2] // 8).reshape(*scale.shape[:2], -1)
-        k = (k * wide.swapaxes(1, 2)[..., None])[:, :s]
-    if ops.v_scale is not None:
-        order = np.argsort(quantize.V_ORDER)  # back to the order of tokens
-        v = v.reshape(*v.shape[:3], -1, 16)[..., order].reshape(v.shape)
-        v = (v * np.asarray(ops.v_scale)[..., None]).transpose(0, 3, 1, 2)[:, :s]
-    if ops.row_const is not None:  # one more channel adds it to every logit of a row
-        const = np.asarray(ops.row_const)[:, :, :t].swapaxes(1, 2)[..., None]
-        q, k = np.concatenate([q, const], -1), np.concatenate([k, np.ones_like(k[..., :1])], -1)
-    return [jnp.asarray(x) for x in (q, k, v)]
-
-
-def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=2, k=1, h=64, dtype="bfloat16", **kwargs):
+def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=1, k=1, h=64, dtype="bfloat16", **kwargs):
     """The kernels' output and log-sum-exp against float32 attention on the same operands."""
     config, sinks = kwargs.get("config"), kwargs.get("sinks")
     q, key, v = inputs(b, t, s, n, k, h, dtype)
@@ -57,7 +39,9 @@ def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=2, k=1, h=64, dtype="bfl
         )
         out, lse = mosaic_sm90.forward(q, key, v, None, sinks, mask, spec, config)
     exact = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5, soft_cap=spec.soft_cap)
-    want, want_lse = reference.attention(*dequantized(seen[-1], t, s), None, sinks, mask, exact)
+    want, want_lse = reference.attention(
+        *warpgroup.dequantized(seen[-1], t, s), None, sinks, mask, exact
+    )
     out, lse, want_lse = (np.asarray(x, np.float64) for x in (out, lse, want_lse))
     want = np.asarray(want, np.float64)[..., :h]
     assert out.shape == want.shape and lse.shape == want_lse.shape
@@ -74,11 +58,10 @@ def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=2, k=1, h=64, dtype="bfl
 @pytest.mark.parametrize(
     ("mask", "kwargs"),
     [
-        (Mask(), dict(s=260)),
-        (Mask.causal(80), dict(sinks=jnp.array([0.5, -1.0]))),
-        (Mask.lengths(jnp.array([65, 3]), jnp.array([100, 0])), dict(b=2, soft_cap=2.0)),
+        (Mask.causal(190), dict(s=260, n=2, sinks=jnp.array([0.5, -1.0]))),
+        (Mask.lengths(jnp.array([65]), jnp.array([100])), dict(soft_cap=2.0)),
     ],
-    ids=["full", "causal sinks", "lengths cap"],
+    ids=["causal sinks", "lengths cap"],
 )
 def test_agrees_with_float32(quant, mask, kwargs):
     compare(mask, quant, **kwargs)
@@ -87,19 +70,20 @@ def test_agrees_with_float32(quant, mask, kwargs):
 @pytest.mark.parametrize(
     ("mask", "kwargs"),
     [
+        (Mask(), dict(s=260)),
         (Mask.causal() & Mask.window(20, 0), dict(t=150, s=150)),
-        (Mask.causal(jnp.array([80, 20])), dict(b=2)),
+        (Mask.causal(jnp.array([80, 20])), dict(b=2, t=17)),
+        (Mask.lengths(jnp.array([9, 3]), jnp.array([0, 20])), dict(b=2, t=17, s=30)),
         (
             Mask.segment_ids(jnp.arange(70)[None] // 30, jnp.arange(150)[None] // 60),
-            dict(sinks=jnp.zeros(2), soft_cap=3.0),
+            dict(sinks=jnp.zeros(1), soft_cap=3.0),
         ),
         (Mask(), dict(t=1, s=17, config=Config(block_kv=128, qk_split=1))),
         (Mask.causal(-60), {}),  # rows with nothing to attend
-        (Mask(), dict(dtype="float16", t=17)),
-        (Mask(), dict(h=96, t=17)),
-        (Mask(), dict(h=80, t=17)),
-        (Mask(), dict(h=192, t=17)),
-        (Mask.causal(100), dict(h=256, t=17)),
+        (Mask(), dict(dtype="float16", t=17, s=30)),
+        (Mask(), dict(h=80, t=17, s=30)),
+        (Mask(), dict(h=192, t=17, s=30)),
+        (Mask.causal(100), dict(h=256, t=17, s=140)),
     ],
 )
 def test_masks_and_head_sizes(mask, kwargs):

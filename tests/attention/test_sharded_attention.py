@@ -154,3 +154,23 @@ def test_wrapped_kernel_in_shard_map_eager_and_vmap():
             key_value_seq_lengths=lengths[i], mask=Mask.causal(lengths[i].min()),
         )[0]  # fmt: skip
         np.testing.assert_allclose(both[i], alone, atol=1e-6)
+
+
+TABLE = jnp.arange(32.0)[:, None, None]
+
+
+def with_constant(query, key, value, bias, sinks, mask, spec):
+    """Closes over an array, as a kernel with a table of its work does."""
+    out, lse = xla.attention(query, key, value, bias, sinks, mask, spec)
+    return out + TABLE, lse
+
+
+def test_a_kernel_may_close_over_arrays():
+    over, plain = mesh(2, 4), inputs(4)
+    step = jax.jit(functools.partial(run, forward=partitioned(with_constant)))
+    placed = place(plain, over)
+    assert collectives(step, *placed) == []
+    want = run(*plain, forward=with_constant)[0]
+    np.testing.assert_allclose(step(*placed)[0], want, rtol=1e-6, atol=1e-5)
+    several = jax.vmap(step)(*(x[:, None] for x in plain))[0]
+    np.testing.assert_allclose(several[:, 0], want, rtol=1e-6, atol=1e-5)

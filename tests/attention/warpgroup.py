@@ -133,6 +133,13 @@ def parse(text):
     return out
 
 
+@functools.lru_cache
+def immediate(text):
+    if text.startswith("0f"):
+        return np.full(128, struct.unpack(">f", bytes.fromhex(text[2:]))[0], np.float32)
+    return np.full(128, int(text), np.int32)
+
+
 class Machine:
     """Registers of one piece of inline PTX."""
 
@@ -140,11 +147,9 @@ class Machine:
         self.registers = registers
 
     def read(self, name, dtype=np.int32):
-        if name.startswith("0f"):
-            return np.full(128, struct.unpack(">f", bytes.fromhex(name[2:]))[0], np.float32)
-        if re.fullmatch(r"-?\d+", name):
-            return np.full(128, int(name), np.int32)
-        value = self.registers[name]
+        value = self.registers.get(name)
+        if value is None:
+            return immediate(name)
         return value if value.dtype.itemsize != 4 else value.view(dtype)
 
     def halves(self, name):
@@ -153,7 +158,9 @@ class Machine:
     def run(self, predicate, opcode, operands):
         target, *sources = operands
         active = np.ones(128, bool) if predicate is None else self.registers[predicate]
-        if opcode.startswith(("ld.", "st.")):
+        if opcode in FLOATS:
+            self.registers[target] = FLOATS[opcode](*(self.read(x, np.float32) for x in sources))
+        elif opcode.startswith(("ld.", "st.")):
             self.memory(opcode, operands, active)
         elif opcode == "mov.b32" and target.startswith("{"):
             word = self.read(sources[0])
@@ -178,8 +185,6 @@ class Machine:
         elif opcode in PAIRS:
             (high, width), (low, _) = (PAIRS[opcode](self.read(x, np.float32)) for x in sources)
             self.registers[target] = high.astype(np.int32) << width | low.astype(np.int32)
-        elif opcode in FLOATS:
-            self.registers[target] = FLOATS[opcode](*(self.read(x, np.float32) for x in sources))
         else:
             self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
 
@@ -369,6 +374,27 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
     channel = per_column(x["v_scale"][b, head]) if "v_scale" in x else ()
     out = tile_math.scale_out(out, factor, channel)
     return from_accumulator(out, plan.head_dim), rows_of(lse)
+
+
+def dequantized(ops, t, s, ordered=False):
+    """Float32 query, key and value with the meaning of the kernel's operands.
+
+    ``ordered`` takes the tokens of V as they lie, without undoing their permutation.
+    """
+    q, k, v = (np.asarray(x, np.float32) for x in ops[:3])
+    if ops.q_scale is not None:
+        q = q[:, :t] * np.asarray(ops.q_scale)[:, :, :t].swapaxes(1, 2)[..., None]
+        scale = np.asarray(ops.k_scale)  # [B, K, blocks, 8]
+        wide = np.tile(scale, k.shape[1] // scale.shape[2] // 8).reshape(*scale.shape[:2], -1)
+        k = (k * wide.swapaxes(1, 2)[..., None])[:, :s]
+    if ops.v_scale is not None:
+        order = np.arange(16) if ordered else np.argsort(quantize.V_ORDER)
+        v = v.reshape(*v.shape[:3], -1, 16)[..., order].reshape(v.shape)
+        v = (v * np.asarray(ops.v_scale)[..., None]).transpose(0, 3, 1, 2)[:, :s]
+    if ops.row_const is not None:  # one more channel adds it to every logit of a row
+        const = np.asarray(ops.row_const)[:, :, :t].swapaxes(1, 2)[..., None]
+        q, k = np.concatenate([q, const], -1), np.concatenate([k, np.ones_like(k[..., :1])], -1)
+    return [jnp.asarray(x) for x in (q, k, v)]
 
 
 @contextlib.contextmanager

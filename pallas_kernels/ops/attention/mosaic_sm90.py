@@ -142,8 +142,8 @@ def unsupported_reason(spec: AttentionSpec) -> str | None:
     for kind, what in refused.items():
         if kind in spec.mask_kinds:
             return f"the sm90 kernel does not take {what}"
-    if spec.quantized_key != spec.quantized_value:
-        return "the sm90 kernel takes key and value as QTensor together or not at all"
+    if spec.quantized_key or spec.quantized_value:
+        return "the sm90 kernel quantises K and V itself; QTensor keys or values need 'xla'"
     return None if spec.quant is None else _quant_reason(spec.quant, spec.dtype)
 
 
@@ -176,7 +176,7 @@ def attention(
     sinks: jax.Array | None,
     mask: Mask,
     spec: AttentionSpec,
-    config: Config | None = None,
+    config: Config | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the same as `xla.attention`.
 
@@ -193,7 +193,7 @@ def attention(
         sinks: [N] or None.
         mask: bounds, lengths and at most one pair of segment ids.
         spec: static facts.
-        config: tiles and schedule.
+        config: tiles and schedule, or only the keys per tile; None is `heuristic`.
 
     Returns:
         Output [B, T, N, H] in the dtype of ``query``, and log-sum-exp float32 [B, T, N].
@@ -226,7 +226,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_of(config: Config | None):
+def _forward_of(config: Config | int | None):
     """The forward with one configuration, split over devices; cached, since callers compare it."""
     return partitioned(functools.partial(forward, config=config))
 
@@ -239,8 +239,8 @@ def forward(query, key, value, bias, sinks, mask: Mask, spec: AttentionSpec, con
     del bias
     head_dim = next(size for size in HEAD_DIMS if size >= spec.head_dim)
     quant, segmented = spec.quant, bool(mask.segments)
-    if config is None:
-        config = heuristic(variant_of(spec), head_dim, segmented)
+    if not isinstance(config, Config):
+        config = heuristic(variant_of(spec), head_dim, segmented, config)
         num_sms = current_device().num_sms or config.num_sms
         config = dataclasses.replace(config, num_sms=num_sms)
     rules = mask

@@ -491,12 +491,17 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         def load_columns(name, b, start, size):
             return plgpu.load(refs[name].at[b, pl.ds(start, size)], layout=_COL, optimized=False)
 
+        @pl.when(wg == 0)
+        def _ones():
+            for slot in range(stages):
+                steps.write_ones(v_smem.at[slot])
+
+        # The other warpgroup reads the ones: they must be visible before any V is loaded.
+        plgpu.commit_smem()
         for slot in range(stages):
-            steps.write_ones(v_smem.at[slot])
             plgpu.barrier_arrive(k_free.at[slot])
             plgpu.barrier_arrive(v_free.at[slot])
         plgpu.barrier_arrive(q_free.at[wg])
-        plgpu.commit_smem()
         pl.when(wg == compute - 1)(pass_token)
 
         def one_tile(index, step0):

@@ -65,8 +65,8 @@ class Config:
     def __post_init__(self):
         if self.block_kv not in (64, 128, 256):
             raise ValueError(f"block_kv must be 64, 128 or 256 keys; got {self.block_kv}")
-        if self.num_compute not in (1, 2, 3):
-            raise ValueError(f"num_compute must be 1, 2 or 3; got {self.num_compute}")
+        if self.num_compute not in (2, 3):
+            raise ValueError(f"num_compute must be 2 or 3; got {self.num_compute}")
         if self.qk_split not in (1, 2):
             raise ValueError(f"qk_split must be 1 or 2; got {self.qk_split}")
         if self.schedule not in ("hold", "none"):
@@ -122,13 +122,16 @@ class Config:
         return self.num_stages * stage + rows
 
 
-def heuristic(variant: Variant, head_dim: int, segmented: bool = False) -> Config:
+def heuristic(
+    variant: Variant, head_dim: int, segmented: bool = False, block_kv: int | None = None
+) -> Config:
     """Sizes that fit registers and shared memory untuned.
 
     Args:
         variant: formats.
-        head_dim: H, one of `HEAD_DIMS`.
+        head_dim: H, a key of `PART`.
         segmented: there are segment ids, which need a register for each column.
+        block_kv: keys per tile, or None to choose.
 
     Returns:
         A `Config`.
@@ -136,13 +139,16 @@ def heuristic(variant: Variant, head_dim: int, segmented: bool = False) -> Confi
     >>> heuristic(Variant(qk="half", pv="half"), 256).block_kv
     64
     """
-    narrow = variant.pv == "e4m3" and not segmented
-    block_kv = 256 if narrow and head_dim <= 128 else 128
-    if variant.pv == "half" and head_dim > 128:
-        block_kv = 64
-    sizes = (Config(block_kv=block_kv, num_stages=n, qk_split=1 + (block_kv > 64)) for n in (4, 3))
-    fitting = (config for config in sizes if config.smem_bytes(head_dim, variant) <= SMEM_LIMIT)
-    return next(fitting, Config(block_kv=block_kv, qk_split=1 + (block_kv > 64)))
+    if block_kv is None:
+        block_kv = 256 if variant.pv == "e4m3" and not segmented and head_dim <= 128 else 128
+        if variant.pv == "half" and head_dim > 128:
+            block_kv = 64
+    sizes = [
+        Config(block_kv=block_kv, num_stages=stages, qk_split=1 if block_kv == 64 else 2)
+        for stages in (4, 3, 2)
+    ]
+    fits = [size for size in sizes if size.smem_bytes(head_dim, variant) <= SMEM_LIMIT]
+    return (fits or sizes[-1:])[0]
 
 
 # -- which work is done where ----------------------------------------------------------------------

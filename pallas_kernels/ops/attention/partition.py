@@ -206,7 +206,7 @@ def _splittable(run, spec: AttentionSpec, names, types):
 
     def whole(*operands):
         leaves, constants = operands[: len(types)], operands[len(types) :]
-        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves)
+        return tuple(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves))
 
     def partition(mesh, arguments, results):
         split = _split(mesh, arguments[0], spec)
