@@ -25,6 +25,7 @@ from rich.table import Table
 
 from pallas_kernels import dot_product_attention, testing
 from pallas_kernels.benchmarking import Timing, attention_flops, benchmark, teraflops
+from pallas_kernels.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,18 @@ def _jax_nn(implementation: str) -> Runner:
     return run
 
 
-def _kernel_from_bf16(query, key, value, is_causal):
-    """The sm90 kernel with its quantisation inside the timing."""
-    return _kernel(_quantized(query, key, value), query, is_causal)
-
-
-def _quantized(query, key, value):
+def quantized(query, key, value):
+    """Operands of the sm90 kernel: INT8 Q and K, FP8 V."""
+    from pallas_kernels.ops.attention.mosaic_sm90_plan import heuristic
+    from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
     from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_qkv
 
-    return quantize_qkv(query, key, value)
+    block = heuristic(Variant(), query.shape[-1]).block_kv
+    return quantize_qkv(query, key, value, scale_block=block)
 
 
-def _kernel(operands, query, is_causal):
+def kernel(operands, query, is_causal, config=None):
+    """The sm90 kernel on operands quantised beforehand."""
     from pallas_kernels.ops.attention.mosaic_sm90 import attention_forward
 
     _, length, _, head_dim = query.shape
@@ -97,8 +98,9 @@ def _kernel(operands, query, is_causal):
         q_len=length,
         kv_len=length,
         scale=head_dim**-0.5,
-        max_diff=0 if is_causal else None,
+        mask=Mask.causal() if is_causal else Mask(),
         out_dtype=query.dtype,
+        config=config,
     )
     return output
 
@@ -108,7 +110,10 @@ JAX_IMPLEMENTATIONS: dict[str, Runner] = {
     "jax.nn cudnn (bf16)": _jax_nn("cudnn"),
     "ours xla (bf16)": _ours(None, "xla"),
     "ours sage2 emulated": _ours("sage2", "xla"),
-    "ours sage2 sm90, from bf16": _kernel_from_bf16,
+    "ours sage2 sm90, from bf16": _ours("sage2", "mosaic"),
+    "ours sage1 sm90, from bf16": _ours("sage1", "mosaic"),
+    "ours fp8 sm90, from bf16": _ours("fp8", "mosaic"),
+    "ours sm90 (bf16)": _ours(None, "mosaic"),
 }
 
 
@@ -199,10 +204,10 @@ def measure(shape: Shape, repeats: int) -> list[dict[str, Any]]:
 def _kernel_only(shape, query, key, value, exact, repeats):
     """The sm90 kernel on operands quantised beforehand, the convention of the published tables."""
     try:
-        operands = jax.block_until_ready(_quantized(query, key, value))
+        operands = jax.block_until_ready(quantized(query, key, value))
     except (NotImplementedError, ValueError, RuntimeError) as error:
         return _first_line(error)
-    return _attempt(partial(_kernel, is_causal=shape.is_causal), (operands, query), exact, repeats)
+    return _attempt(partial(kernel, is_causal=shape.is_causal), (operands, query), exact, repeats)
 
 
 def _exact_rows(

@@ -49,7 +49,7 @@ def attention_forward(
     """Attention on operands as the kernel reads them.
 
     Args:
-        operands: from `quantize_qkv` or `pack_operands`, or 16-bit arrays without scales.
+        operands: from `quantize_qkv`, or 16-bit arrays without scales.
         q_len: T.
         kv_len: S.
         scale: positive factor on the logits.
@@ -68,38 +68,13 @@ def attention_forward(
         NotImplementedError: shared memory does not suffice.
     """
     mask = Mask() if mask is None else mask
-    q, k = operands.q, operands.k
-    batch, _, num_heads, head_dim = q.shape
     formats = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.float8_e4m3fn): "e4m3"}
-    variant = Variant(
-        formats.get(q.dtype, "half"),
-        formats.get(operands.v.dtype, "half"),
-        str(jnp.dtype(out_dtype)),
-        soft_cap,
-    )
-    config = config or heuristic(variant, head_dim, bool(mask.segments))
-    scale_block = config.block_kv
-    if operands.k_scale is not None:
-        blocks = operands.k_scale.shape[2]
-        scale_block = k.shape[1] // blocks
-        if config.block_kv % scale_block or k.shape[1] % config.block_kv:
-            raise ValueError(
-                f"block_kv ({config.block_kv}) must be a multiple of the keys that share a set of "
-                f"scales; got {scale_block}"
-            )
-    static = {
-        name: x if isinstance(x, int | np.integer) else None
-        for name, x in (("min_diff", mask.min_diff), ("max_diff", mask.max_diff))
-    }
-    bounded = (mask.min_diff is not None, mask.max_diff is not None)
-    known = tuple(x is not None for x in static.values()) == bounded
-    lengths = mask.q_lengths is not None or mask.kv_lengths is not None
-    plan = Plan(
-        config, variant, batch, q_len, kv_len, num_heads, k.shape[2], head_dim, scale_block,
-        **static, bounded=bounded, dynamic=lengths or bool(mask.segments) or not known,
-        segmented=bool(mask.segments),
-    )  # fmt: skip
-    arrays = {"q": q, "k": k, "v": operands.v, "order": jnp.asarray(work_table(plan))}
+    qk, pv = (formats.get(x.dtype, "half") for x in (operands.q, operands.v))
+    variant = Variant(qk, pv, str(jnp.dtype(out_dtype)), soft_cap)
+    config = config or heuristic(variant, operands.q.shape[-1], bool(mask.segments))
+    plan = _plan(operands, config, variant, mask, q_len, kv_len)
+    arrays = {"q": operands.q, "k": operands.k, "v": operands.v}
+    arrays["order"] = jnp.asarray(work_table(plan))
     for name in ("q_scale", "k_scale", "v_scale", "row_const"):
         if getattr(operands, name) is not None:
             arrays[name] = getattr(operands, name)
@@ -112,6 +87,30 @@ def attention_forward(
         for name, ids, size in zip(("q_ids", "kv_ids"), mask.segments[0], pads, strict=True):
             arrays[name] = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, size - ids.shape[1])))
     return launch(plan, arrays, scale, out_dtype)
+
+
+def _plan(operands, config, variant, mask: Mask, q_len: int, kv_len: int) -> Plan:
+    """Static facts of a launch."""
+    batch, _, num_heads, head_dim = operands.q.shape
+    keys, num_kv_heads = operands.k.shape[1:3]
+    scale_block = config.block_kv
+    if operands.k_scale is not None:
+        scale_block = keys // operands.k_scale.shape[2]
+        if config.block_kv % scale_block or keys % config.block_kv:
+            raise ValueError(
+                f"the scales of K must cover whole tiles of block_kv={config.block_kv} keys; got "
+                f"{operands.k_scale.shape[2]} blocks of {scale_block} keys"
+            )
+    limits = (mask.min_diff, mask.max_diff)
+    static = [x if isinstance(x, int | np.integer) else None for x in limits]
+    bounded = tuple(x is not None for x in limits)
+    # Everything known now becomes constants of the kernel; else all of it comes as arrays.
+    dynamic = mask.q_lengths is not None or mask.kv_lengths is not None or bool(mask.segments)
+    dynamic |= any(x is not None and y is None for x, y in zip(limits, static, strict=True))
+    return Plan(
+        config, variant, batch, q_len, kv_len, num_heads, num_kv_heads, head_dim, scale_block,
+        *static, bounded, dynamic, bool(mask.segments),
+    )  # fmt: skip
 
 
 # -- the implementation that the dispatcher calls --------------------------------------------------
