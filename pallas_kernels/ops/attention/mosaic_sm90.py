@@ -73,7 +73,8 @@ def attention_forward(
     variant = Variant(qk, pv, str(jnp.dtype(out_dtype)), soft_cap)
     config = config or heuristic(variant, operands.q.shape[-1], bool(mask.segments))
     plan = _plan(operands, config, variant, mask, q_len, kv_len)
-    arrays = {"q": operands.q, "k": operands.k, "v": operands.v}
+    arrays = {"q": _whole(operands.q), "k": _whole(operands.k)}
+    arrays["v"] = _whole(operands.v) if pv == "half" else operands.v
     arrays["order"] = jnp.asarray(work_table(plan))
     for name in ("q_scale", "k_scale", "v_scale", "row_const"):
         if getattr(operands, name) is not None:
@@ -87,6 +88,14 @@ def attention_forward(
         for name, ids, size in zip(("q_ids", "kv_ids"), mask.segments[0], pads, strict=True):
             arrays[name] = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, size - ids.shape[1])))
     return launch(plan, arrays, scale, out_dtype)
+
+
+def _whole(x):
+    """Tokens rounded up to 8, the height of the tiles in which they are copied.
+
+    Quantised operands are whole already; 16-bit arrays of other lengths cost a copy.
+    """
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
 def _plan(operands, config, variant, mask: Mask, q_len: int, kv_len: int) -> Plan:
