@@ -8,7 +8,7 @@ An implementation that cannot run here is listed with its own reason, never left
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -117,7 +117,7 @@ JAX_IMPLEMENTATIONS: dict[str, Runner] = {
 }
 
 
-def _torch_peers(shape: Shape, arrays: list[np.ndarray]) -> dict[str, Any]:
+def _torch_peers(shape: Shape, arrays: Sequence[jax.Array]) -> dict[str, Any]:
     """Peers that live in torch: functions that return ``[B, T, N, H]``, or why there are none."""
     try:
         import torch
@@ -125,7 +125,8 @@ def _torch_peers(shape: Shape, arrays: list[np.ndarray]) -> dict[str, Any]:
         return {"torch": str(error)}
     if not torch.cuda.is_available():
         return {"torch": "torch sees no GPU"}
-    btnh = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in arrays]
+    host = [np.asarray(x, np.float32) for x in arrays]
+    btnh = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in host]
     bnth = [x.transpose(1, 2).contiguous() for x in btnh]  # torch's and SageAttention's order
     sdpa = torch.nn.functional.scaled_dot_product_attention
     grouped = shape.num_heads != shape.num_kv_heads
@@ -173,19 +174,14 @@ def _attempt_torch(run: Any, exact, repeats: int):
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(shape: Shape, repeats: int) -> list[dict[str, Any]]:
-    """One row per implementation on this shape."""
-    query, key, value = testing.attention_inputs(
-        "normal",
-        batch=shape.batch,
-        q_len=shape.seq_len,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-    )
+def measure(shape: Shape, repeats: int, skip: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """One row per implementation on this shape, without those whose name has a part in ``skip``."""
+    query, key, value = inputs(shape)
     exact = _exact_rows(query, key, value, shape.is_causal)
     rows = []
     for name, run in JAX_IMPLEMENTATIONS.items():
+        if any(part in name for part in skip):
+            continue
         call = partial(run, is_causal=shape.is_causal)
         rows.append(_row(shape, name, _attempt(call, (query, key, value), exact, repeats)))
     rows.append(
@@ -195,10 +191,19 @@ def measure(shape: Shape, repeats: int) -> list[dict[str, Any]]:
             _kernel_only(shape, query, key, value, exact, repeats),
         )
     )
-    arrays = [np.asarray(x, np.float32) for x in (query, key, value)]
-    for name, run in _torch_peers(shape, arrays).items():
+    for name, run in _torch_peers(shape, (query, key, value)).items():
         rows.append(_row(shape, name, _attempt_torch(run, exact, repeats)))
     return rows
+
+
+def inputs(shape: Shape) -> list[jax.Array]:
+    """Normal query, key and value, drawn on the device in float32: bfloat16 draws are skewed."""
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    sizes = [(shape.batch, shape.seq_len, n, shape.head_dim) for n in heads]
+    draw = jax.jit(
+        lambda key, size: jax.random.normal(key, size).astype(jnp.bfloat16), static_argnums=1
+    )
+    return [draw(jax.random.key(i), size) for i, size in enumerate(sizes)]
 
 
 def _kernel_only(shape, query, key, value, exact, repeats):
