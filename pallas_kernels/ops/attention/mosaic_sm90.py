@@ -125,6 +125,14 @@ def _plan(operands, config, variant, mask: Mask, q_len: int, kv_len: int) -> Pla
 # -- the implementation that the dispatcher calls --------------------------------------------------
 
 
+_MASKS = ("min_diff", "max_diff", "query lengths", "key lengths", "segments")
+_REFUSED = {
+    "array": "mask arrays; use Mask rules (causal, window, lengths, segment ids)",
+    "tiles": "block masks",
+    "several segments": "more than one pair of segment_ids",
+}
+
+
 def unsupported_reason(spec: AttentionSpec) -> str | None:
     """Why this kernel cannot serve a call on sm90, or None when it can.
 
@@ -142,14 +150,9 @@ def unsupported_reason(spec: AttentionSpec) -> str | None:
         return f"the sm90 kernel scales after the maximum: scale must be positive; got {spec.scale}"
     if spec.has_bias:
         return "the sm90 kernel does not take a bias"
-    refused = {
-        "array": "mask arrays; use Mask rules (causal, window, lengths, segment ids)",
-        "tiles": "block masks",
-        "several segments": "more than one pair of segment_ids",
-    }
-    for kind, what in refused.items():
-        if kind in spec.mask_kinds:
-            return f"the sm90 kernel does not take {what}"
+    for kind in spec.mask_kinds:
+        if kind not in _MASKS:
+            return f"the sm90 kernel does not take {_REFUSED.get(kind, f'{kind} masks')}"
     if spec.quantized_key or spec.quantized_value:
         return "the sm90 kernel quantises K and V itself; QTensor keys or values need 'xla'"
     return None if spec.quant is None else _quant_reason(spec.quant, spec.dtype)
