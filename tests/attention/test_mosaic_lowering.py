@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ptx_program import spilled_bytes
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels import dot_product_attention, explain
@@ -163,7 +164,18 @@ def test_heuristic_fits(head_dim, formats):
     # Output, one part of a tile's product and P live at the same time; scores and output too.
     p = config.block_kv * variant.pv_bytes // 8
     part = mosaic_sm90_plan.PART[head_dim] // 2 + variant.ones // 2
-    assert head_dim // 2 + max(part + p, config.block_kv // 2) <= config.registers - 32
+    assert head_dim // 2 + max(part + p, config.block_kv // 2) <= config.registers - 16
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="needs ptxas of the CUDA toolkit")
+@pytest.mark.parametrize("formats", [("int8", "e4m3"), ("half", "half")])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_registers_suffice(tmp_path, head_dim, formats):
+    variant = Variant(*formats)
+    for rules in ({}, {"masked": True, "segmented": True}):
+        config = heuristic(variant, head_dim, rules.get("segmented", False))
+        spilled = spilled_bytes(tmp_path / "loop.ptx", variant, head_dim, config, **rules)
+        assert spilled <= 16, rules
 
 
 @pytest.mark.parametrize(

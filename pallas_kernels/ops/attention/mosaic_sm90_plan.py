@@ -23,7 +23,7 @@ REGISTERS = 65536  # per multiprocessor
 FAR = 2**30  # stands for no bound in arrays of bounds
 # The product of P and V is made in parts of this many columns: a whole one of 192 or 256 columns
 # would need more registers than a thread has.
-PART = {64: 64, 96: 96, 128: 128, 192: 96, 256: 64}
+PART = {64: 64, 96: 96, 128: 128, 192: 96, 256: 128}
 
 
 @dataclasses.dataclass(frozen=True)
