@@ -2,7 +2,8 @@
 
 ``python -m experiments.benchmarks.gpu_session --output runs/gpu --time-budget 560`` works through
 the stages below and writes ``<stage>.json`` after every case, so that an interrupted run keeps what
-it has; a second run with the same folder goes on where the first stopped.
+it has; a second run with the same folder goes on where the first stopped, and tries what failed
+again at the end.
 
 1. ``correct``: every configuration against float32 attention and run to run.
 2. ``accurate``: the error of each variant on the input sets that separate them.
@@ -544,20 +545,28 @@ def main(options: Options) -> None:
             console.print("sanitize: compute-sanitizer is not installed")
             continue
         path = options.output / f"{stage}{'_dry_run' * options.dry_run}.json"
-        done = json.loads(path.read_text()) if path.exists() else []
-        seen = [row["case"] for row in done]
-        cases = [c for c in CASES[stage]() if c not in seen and options.only in json.dumps(c)]
+        kept = json.loads(path.read_text()) if path.exists() else []
+        rows = {json.dumps(row["case"], sort_keys=True): row for row in kept}
+        cases = _order(CASES[stage](), rows, options.only)
         for case, result in results(cases, options, deadline):
-            done.append({"case": case, **result})
-            path.write_text(json.dumps(done, indent=1) + "\n")
+            rows[json.dumps(case, sort_keys=True)] = {"case": case, **result}
+            path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
             failures += "failed" in result
             short = {k: v for k, v in case.items() if k != "stage"}
             said = result.get("failed") or _short(result["result"])
             console.print(f"{stage} {result['seconds']:.1f} s {short}: {said}", highlight=False)
-        console.print(f"{stage}: {len(done)} of {len(CASES[stage]())} cases, in {path}")
+        console.print(f"{stage}: {len(rows)} of {len(CASES[stage]())} cases, in {path}")
     if failures:
         sys.exit(f"{failures} cases failed")
     return None
+
+
+def _order(cases: list[Case], rows: dict[str, Any], only: str) -> list[Case]:
+    """Cases without a result: first those that never ran, then those that failed."""
+    known = [(case, rows.get(json.dumps(case, sort_keys=True))) for case in cases]
+    new = [case for case, row in known if row is None]
+    failed = [case for case, row in known if row is not None and "failed" in row]
+    return [case for case in (*new, *failed) if only in json.dumps(case)]
 
 
 def _short(result: dict[str, Any]) -> str:
