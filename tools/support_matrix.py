@@ -11,7 +11,12 @@ from jaxeff.compress.registry import COMPRESSORS
 from jaxeff.quant import RECIPES
 from pallas_kernels import FORMATS, QUANTS
 from pallas_kernels._device import describe
-from pallas_kernels.ops.attention.spec import IMPLEMENTATIONS, AttentionSpec, unsupported_reason
+from pallas_kernels.ops.attention.spec import (
+    IMPLEMENTATIONS,
+    UNMEASURED,
+    AttentionSpec,
+    unsupported_reason,
+)
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "support_matrix.md"
 DEVICES = {"CPU": describe("cpu", "cpu"), "H100 / H200": describe("gpu", "NVIDIA H200")}
@@ -24,7 +29,11 @@ def attention_rows() -> list[str]:
         spec = AttentionSpec(1, 4096, 4096, 8, 8, 128, "bfloat16", 128**-0.5)
         spec = spec if name is None else _with_quant(spec, name)
         for device, facts in DEVICES.items():
-            cells = [unsupported_reason(spec, facts, each) or "yes" for each in IMPLEMENTATIONS]
+            yes = {"mosaic": f"yes, but {UNMEASURED}"} if UNMEASURED else {}
+            cells = [
+                unsupported_reason(spec, facts, each) or yes.get(each, "yes")
+                for each in IMPLEMENTATIONS
+            ]
             lines.append(f"| {f'`{name}`' if name else 'none'} | {device} | {' | '.join(cells)} |")
     return lines
 

@@ -8,7 +8,7 @@ An implementation that cannot run here is listed with its own reason, never left
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -25,6 +25,7 @@ from rich.table import Table
 
 from pallas_kernels import dot_product_attention, testing
 from pallas_kernels.benchmarking import Timing, attention_flops, benchmark, teraflops
+from pallas_kernels.masks import Mask
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,18 @@ def _jax_nn(implementation: str) -> Runner:
     return run
 
 
-def _kernel_from_bf16(query, key, value, is_causal):
-    """The sm90 kernel with its quantisation inside the timing."""
-    return _kernel(_quantized(query, key, value), query, is_causal)
-
-
-def _quantized(query, key, value):
+def quantized(query, key, value):
+    """Operands of the sm90 kernel: INT8 Q and K, FP8 V."""
+    from pallas_kernels.ops.attention.mosaic_sm90_plan import heuristic
+    from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
     from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_qkv
 
-    return quantize_qkv(query, key, value)
+    block = heuristic(Variant(), query.shape[-1]).block_kv
+    return quantize_qkv(query, key, value, scale_block=block)
 
 
-def _kernel(operands, query, is_causal):
+def kernel(operands, query, is_causal, config=None):
+    """The sm90 kernel on operands quantised beforehand."""
     from pallas_kernels.ops.attention.mosaic_sm90 import attention_forward
 
     _, length, _, head_dim = query.shape
@@ -97,8 +98,9 @@ def _kernel(operands, query, is_causal):
         q_len=length,
         kv_len=length,
         scale=head_dim**-0.5,
-        max_diff=0 if is_causal else None,
+        mask=Mask.causal() if is_causal else Mask(),
         out_dtype=query.dtype,
+        config=config,
     )
     return output
 
@@ -108,11 +110,14 @@ JAX_IMPLEMENTATIONS: dict[str, Runner] = {
     "jax.nn cudnn (bf16)": _jax_nn("cudnn"),
     "ours xla (bf16)": _ours(None, "xla"),
     "ours sage2 emulated": _ours("sage2", "xla"),
-    "ours sage2 sm90, from bf16": _kernel_from_bf16,
+    "ours sage2 sm90, from bf16": _ours("sage2", "mosaic"),
+    "ours sage1 sm90, from bf16": _ours("sage1", "mosaic"),
+    "ours fp8 sm90, from bf16": _ours("fp8", "mosaic"),
+    "ours sm90 (bf16)": _ours(None, "mosaic"),
 }
 
 
-def _torch_peers(shape: Shape, arrays: list[np.ndarray]) -> dict[str, Any]:
+def _torch_peers(shape: Shape, arrays: Sequence[jax.Array]) -> dict[str, Any]:
     """Peers that live in torch: functions that return ``[B, T, N, H]``, or why there are none."""
     try:
         import torch
@@ -120,7 +125,8 @@ def _torch_peers(shape: Shape, arrays: list[np.ndarray]) -> dict[str, Any]:
         return {"torch": str(error)}
     if not torch.cuda.is_available():
         return {"torch": "torch sees no GPU"}
-    btnh = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in arrays]
+    host = [np.asarray(x, np.float32) for x in arrays]
+    btnh = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in host]
     bnth = [x.transpose(1, 2).contiguous() for x in btnh]  # torch's and SageAttention's order
     sdpa = torch.nn.functional.scaled_dot_product_attention
     grouped = shape.num_heads != shape.num_kv_heads
@@ -168,19 +174,14 @@ def _attempt_torch(run: Any, exact, repeats: int):
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def measure(shape: Shape, repeats: int) -> list[dict[str, Any]]:
-    """One row per implementation on this shape."""
-    query, key, value = testing.attention_inputs(
-        "normal",
-        batch=shape.batch,
-        q_len=shape.seq_len,
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-    )
+def measure(shape: Shape, repeats: int, skip: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """One row per implementation on this shape, without those whose name has a part in ``skip``."""
+    query, key, value = inputs(shape)
     exact = _exact_rows(query, key, value, shape.is_causal)
     rows = []
     for name, run in JAX_IMPLEMENTATIONS.items():
+        if any(part in name for part in skip):
+            continue
         call = partial(run, is_causal=shape.is_causal)
         rows.append(_row(shape, name, _attempt(call, (query, key, value), exact, repeats)))
     rows.append(
@@ -190,19 +191,28 @@ def measure(shape: Shape, repeats: int) -> list[dict[str, Any]]:
             _kernel_only(shape, query, key, value, exact, repeats),
         )
     )
-    arrays = [np.asarray(x, np.float32) for x in (query, key, value)]
-    for name, run in _torch_peers(shape, arrays).items():
+    for name, run in _torch_peers(shape, (query, key, value)).items():
         rows.append(_row(shape, name, _attempt_torch(run, exact, repeats)))
     return rows
+
+
+def inputs(shape: Shape) -> list[jax.Array]:
+    """Normal query, key and value, drawn on the device in float32: bfloat16 draws are skewed."""
+    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+    sizes = [(shape.batch, shape.seq_len, n, shape.head_dim) for n in heads]
+    draw = jax.jit(
+        lambda key, size: jax.random.normal(key, size).astype(jnp.bfloat16), static_argnums=1
+    )
+    return [draw(jax.random.key(i), size) for i, size in enumerate(sizes)]
 
 
 def _kernel_only(shape, query, key, value, exact, repeats):
     """The sm90 kernel on operands quantised beforehand, the convention of the published tables."""
     try:
-        operands = jax.block_until_ready(_quantized(query, key, value))
+        operands = jax.block_until_ready(quantized(query, key, value))
     except (NotImplementedError, ValueError, RuntimeError) as error:
         return _first_line(error)
-    return _attempt(partial(_kernel, is_causal=shape.is_causal), (operands, query), exact, repeats)
+    return _attempt(partial(kernel, is_causal=shape.is_causal), (operands, query), exact, repeats)
 
 
 def _exact_rows(

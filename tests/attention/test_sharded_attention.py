@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warpgroup
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.masks import Mask
-from pallas_kernels.ops.attention import AttentionConfig, api, xla
+from pallas_kernels.ops.attention import AttentionConfig, api, mosaic_sm90, xla
 from pallas_kernels.ops.attention import dot_product_attention as attention
 from pallas_kernels.ops.attention.partition import partitioned
+from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
 
 pytestmark = pytest.mark.multidevice
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -154,3 +156,36 @@ def test_wrapped_kernel_in_shard_map_eager_and_vmap():
             key_value_seq_lengths=lengths[i], mask=Mask.causal(lengths[i].min()),
         )[0]  # fmt: skip
         np.testing.assert_allclose(both[i], alone, atol=1e-6)
+
+
+TABLE = jnp.arange(32.0)[:, None, None]
+
+
+def with_constant(query, key, value, bias, sinks, mask, spec):
+    """Closes over an array, as a kernel with a table of its work does."""
+    out, lse = xla.attention(query, key, value, bias, sinks, mask, spec)
+    return out + TABLE, lse
+
+
+def test_a_kernel_may_close_over_arrays():
+    over, plain = mesh(2, 4), inputs(4)
+    step = jax.jit(functools.partial(run, forward=partitioned(with_constant)))
+    placed = place(plain, over)
+    assert collectives(step, *placed) == []
+    want = run(*plain, forward=with_constant)[0]
+    np.testing.assert_allclose(step(*placed)[0], want, rtol=1e-6, atol=1e-5)
+    several = jax.vmap(step)(*(x[:, None] for x in plain))[0]
+    np.testing.assert_allclose(several[:, 0], want, rtol=1e-6, atol=1e-5)
+
+
+def test_the_hopper_kernel_does_not_gather():
+    """Compiled only: NumPy in the place of the kernels cannot be called inside a partition."""
+    rng = np.random.default_rng(0)
+    plain = [jnp.asarray(rng.normal(size=(2, 40, n, 64)), jnp.bfloat16) for n in (4, 2, 2)]
+    spec = AttentionSpec(2, 40, 40, 4, 2, 64, "bfloat16", 0.125, quant=QUANTS["sage2"])
+
+    def step(*x):
+        return mosaic_sm90.attention(*x, None, None, Mask.causal(), spec)
+
+    with warpgroup.installed():
+        assert collectives(jax.jit(step), *place(plain, mesh(2, 2))) == []

@@ -37,7 +37,7 @@ def test_snippets_run_in_order(capsys):
 
 
 def test_the_page_has_a_snippet_in_every_section():
-    assert len(SECTIONS) == 5 and all(snippets(text) for text in SECTIONS.values())
+    assert len(SECTIONS) == 6 and all(snippets(text) for text in SECTIONS.values())
 
 
 def layer(**arguments):

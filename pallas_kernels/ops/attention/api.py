@@ -124,7 +124,7 @@ def dot_product_attention(
         quant=quant,
         config=config,
     )
-    name = _dispatch.resolve("attention", implementation, _reasons(spec))
+    name = _dispatch.resolve("attention", implementation, _reasons(spec, implementation))
     out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
     if not batched:
         out, lse = out[0], lse[0]
@@ -143,6 +143,10 @@ def _run(query, key, value, bias, sinks, rules, *, spec, name, block_kv):
     rules = rules.as_mask() if isinstance(rules, BlockMask) else rules
     if name == "reference":
         return reference.attention(query, key, value, bias, sinks, rules, spec)
+    if name == "mosaic":
+        from pallas_kernels.ops.attention import mosaic_sm90  # needs Mosaic: not at import time
+
+        return mosaic_sm90.attention(query, key, value, bias, sinks, rules, spec, block_kv)
     return xla.attention(query, key, value, bias, sinks, rules, spec, block_kv)
 
 
@@ -166,7 +170,7 @@ def explain(*args, implementation: str | None = None, **kwargs) -> _dispatch.Exp
     """
     kwargs.pop("return_residual", None)
     spec = spec_of(*args, **kwargs)
-    choice = _dispatch.choose("attention", implementation, _reasons(spec))
+    choice = _dispatch.choose("attention", implementation, _reasons(spec, implementation))
     notes = () if choice.implementation is None else spec_lib.notes(spec, choice.implementation)
     return _dispatch.Explanation("attention", choice.implementation, choice.rejected, notes)
 
@@ -207,10 +211,13 @@ def spec_of(*args, **kwargs) -> AttentionSpec:
 _ARRAY = object()
 
 
-def _reasons(spec: AttentionSpec) -> dict[str, str | None]:
+def _reasons(spec: AttentionSpec, implementation: str | None) -> dict[str, str | None]:
     device = _device.current_device()
     names = spec_lib.IMPLEMENTATIONS
-    return {name: spec_lib.unsupported_reason(spec, device, name) for name in names}
+    reasons = {name: spec_lib.unsupported_reason(spec, device, name) for name in names}
+    if implementation is None and reasons["mosaic"] is None:
+        reasons["mosaic"] = spec_lib.UNMEASURED
+    return reasons
 
 
 # -- validation --------------------------------------------------------------------------------
@@ -461,5 +468,6 @@ def _kinds(mask: Mask | BlockMask) -> tuple[str, ...]:
         "tiles": bool(mask.tiles),
         "predicate": bool(mask.predicates),
         "union": bool(mask.unions),
+        "several segments": len(mask.segments) > 1,
     }
     return tuple(name for name, yes in present.items() if yes)

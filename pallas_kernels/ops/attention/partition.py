@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels.masks import Mask
@@ -174,7 +175,38 @@ def _call(forward: Forward, spec: AttentionSpec, treedef: Any, names: tuple):
     """The partitioned call for one set of static facts, over flat arrays."""
 
     def run(*leaves, local=spec):
-        return forward(*jax.tree.unflatten(treedef, leaves), local)
+        return forward(*jax.tree.unflatten(treedef, leaves[: len(names)]), local)
+
+    splittable = functools.lru_cache(functools.partial(_splittable, run, spec, names))
+
+    def plain(*leaves):
+        # Inside shard_map the arrays are local already, and nothing is left to split.
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            return run(*leaves)
+        types = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+        call, constants = splittable(types)
+        return call(*leaves, *constants)
+
+    batched = custom_vmap(plain)
+
+    @batched.def_vmap
+    def _fold(size, in_batched, *leaves):
+        return _folded(forward, spec, treedef, names, size, in_batched, leaves), (True, True)
+
+    return batched
+
+
+def _splittable(run, spec: AttentionSpec, names, types):
+    """``run`` for XLA to split, and the arrays it closes over, which become operands.
+
+    A device's own call makes its own constants from the local sizes and drops these.
+    """
+    closed = jax.make_jaxpr(run)(*types)
+    names = (*names, *((".",) * jnp.ndim(x) for x in closed.consts))
+
+    def whole(*operands):
+        leaves, constants = operands[: len(types)], operands[len(types) :]
+        return tuple(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves))
 
     def partition(mesh, arguments, results):
         split = _split(mesh, arguments[0], spec)
@@ -187,28 +219,16 @@ def _call(forward: Forward, spec: AttentionSpec, treedef: Any, names: tuple):
         split = _split(mesh, arguments[0], spec)
         return tuple(NamedSharding(mesh, split.spec_of(dims)) for dims in ("btnh", "btn"))
 
-    rule, sizes, whole = _rule(names, spec)
-    splittable = custom_partitioning(lambda *leaves: run(*leaves))
-    splittable.def_partition(
+    rule, sizes, fixed = _rule(names, spec)
+    call = custom_partitioning(whole)
+    call.def_partition(
         partition,
         infer_sharding_from_operands=infer,
         sharding_rule=rule,
-        need_replication_factors=whole,
+        need_replication_factors=fixed,
         **sizes,
     )
-
-    def plain(*leaves):
-        # Inside shard_map the arrays are local already, and nothing is left to split.
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        return run(*leaves) if manual else splittable(*leaves)
-
-    batched = custom_vmap(plain)
-
-    @batched.def_vmap
-    def _fold(size, in_batched, *leaves):
-        return _folded(forward, spec, treedef, names, size, in_batched, leaves), (True, True)
-
-    return batched
+    return call, closed.consts
 
 
 def _folded(forward, spec, treedef, names, size, in_batched, leaves):

@@ -12,6 +12,10 @@ GRANULARITIES = ("per_tensor", "per_block", "per_warp", "per_thread", "per_token
 QK_FORMATS = ("int8", "int4", "fp8_e4m3", "nvfp4")
 PV_FORMATS = ("fp8_e4m3", "int8", "nvfp4", "fp16", "bf16", "half")
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+# Why ``implementation=None`` passes over the Hopper kernel. None once it has been measured.
+UNMEASURED: str | None = (
+    "the sm90 kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +285,9 @@ def unsupported_reason(spec: AttentionSpec, device: Device, implementation: str)
         )
     if device.compute_capability is not None and device.compute_capability[0] != 9:
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
-    return "the Mosaic GPU attention kernel for sm90 is not part of this version"
+    from pallas_kernels.ops.attention import mosaic_sm90  # needs Mosaic: not at import time
+
+    return mosaic_sm90.unsupported_reason(spec)
 
 
 def _unsupported_anywhere(spec: AttentionSpec, implementation: str) -> str | None:
@@ -312,7 +318,17 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
       Sentences, possibly none.
     """
     said = []
-    if spec.quant is not None:
+    if implementation == "mosaic":
+        said.append(
+            "not yet measured on a GPU: compare with implementation='xla' before relying on it"
+        )
+        if spec.quant is not None:
+            said.append(
+                "scales are at least as fine as the variant asks: Q per row, K eight per tile of "
+                "keys (by key index modulo 8), V per channel"
+            )
+        said.append("the gradient is the unquantised flash backward, from the saved log-sum-exp")
+    elif spec.quant is not None:
         said.append(
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "
             "arithmetic is that of float32, so expect no speed-up"

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisation of attention operands on Hopper: two passes over K and V, one over Q.
 
-`quantize_qkv` turns 16-bit ``Q [B, T, N, H]``, ``K, V [B, S, K, H]`` into what the INT8/FP8
-attention kernel reads: INT8 Q with a scale per row, INT8 ``K - mean(K)`` with eight scales per
-block of keys, FP8 V transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound:
+`quantize_qkv` turns 16-bit ``Q [B, T, N, H]``, ``K, V [B, S, K, H]`` into what the 8-bit attention
+kernel reads: Q with a scale per row, ``K - mean(K)`` with eight scales per block of keys, FP8 V
+transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound:
 
 * statistics: K and V are read once, giving partial sums of K and partial maxima of V,
-* one kernel each for Q, K and V reads 2 and writes 1 byte per element.
+* one kernel each for Q, K and V reads 2 and writes 1 byte per element. That of Q also gives
+  ``q · mean(K)``, what smoothing takes from each row of logits.
 
 Every thread owns 8 neighbouring channels (one 16-byte load). Threads, tokens and channels are laid
-out so that every maximum stays within a warp: no shared memory is used.
+out so that every maximum stays within a warp: no shared memory is used. Tokens beyond a sequence's
+length are never read, so that NaN there cannot spread.
 
 References: SageAttention (arXiv 2410.02367), sections 4.2 and 4.6; SageAttention2
 (arXiv 2411.10958), sections 3.1 to 3.3.
@@ -24,13 +26,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels import _ptx as ptx
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQ_PAD = 128  # tokens: outputs are padded to this, with zeros
+ROW_TAIL = 192  # numbers after the rows' scales, which keep the loads of the last tile in bounds
 TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale and zero codes
+LARGEST = {"int8": 127.0, "e4m3": 448.0}
+_DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 # Within 16 tokens V is stored in this order; position 4t+{0,1} holds token 2t+{0,1} and position
 # 4t+{2,3} token 8+2t+{0,1}. Then registers of the score tile are an 8-bit operand as they stand.
@@ -38,182 +43,143 @@ V_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
 
 
 class AttentionOperands(NamedTuple):
-    """Quantised operands of the attention kernel.
+    """What the attention kernel reads.
 
     Args:
-        q: int8 [B, Tp, N, H], Tp = T rounded up to 128, zeros beyond T.
-        k: int8 [B, Sp, K, H], Sp = S rounded up to the scale block.
-        v: e4m3 [B, K, H, Sv], tokens permuted within 16, Sv = S rounded up to 128.
+        q: int8 or e4m3 [B, Tp, N, H], Tp = T rounded up to 128, zeros beyond T; or 16-bit
+            [B, T, N, H].
+        k: same format, [B, Sp, K, H], Sp = S rounded up to the scale block; or 16-bit [B, S, K, H].
+        v: e4m3 [B, K, H, Sv], tokens permuted within 16, Sv = S rounded up to 128; or 16-bit
+            [B, S, K, H].
         q_scale: float32 [B, N, Tp + 192], a scale per row; the tail only keeps loads in bounds.
         k_scale: float32 [B, K, Sp / scale_block, 8], by token index modulo 8.
         v_scale: float32 [B, K, H].
-        k_mean: float32 [B, K, H] or None, what was subtracted from K.
+        row_const: float32 [B, N, Tp + 192], ``q · mean(K)``, or None without smoothing.
     """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    q_scale: jax.Array
-    k_scale: jax.Array
-    v_scale: jax.Array
-    k_mean: jax.Array | None
+    q_scale: jax.Array | None = None
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
+    row_const: jax.Array | None = None
 
 
-# -- Register-level helpers ------------------------------------------------------------------------
+# -- what one thread does --------------------------------------------------------------------------
 
 
-def _types():
-    return ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.F32Type.get()
-
-
-def _c32(value):
-    return arith.constant(_types()[0], value)
-
-
-def _f32(value):
-    return arith.constant(ir.F32Type.get(), float(value))
-
-
-def _asm(text, outs, ins, constraints, effects=False):
-    out_type = (
-        ir.Type.parse("!llvm.void")
-        if not outs
-        else outs[0]
-        if len(outs) == 1
-        else llvm.StructType.get_literal(outs)
-    )
-    result = llvm.inline_asm(
-        out_type, ins, text, constraints, has_side_effects=effects, asm_dialect=0
-    )
-    if not outs:
-        return None
-    if len(outs) == 1:
-        return result
-    return [llvm.extractvalue(t, result, [i]) for i, t in enumerate(outs)]
-
-
-def _address(ref, offset_bytes):
-    """Address of byte ``offset_bytes`` (an i64) of an array in global memory."""
-    i64 = _types()[1]
-    base = llvm.ptrtoint(i64, utils.memref_ptr(ref))
-    return arith.addi(base, offset_bytes)
-
-
-def _dot_offset(parts, bytes_per_element):
-    """``sum(index * stride) * bytes`` in 64 bits from i32 indices."""
-    i64 = _types()[1]
-    total = arith.constant(i64, 0)
+def _offset(parts, itemsize: int):
+    """``sum(index * stride) * itemsize`` in 64 bits from i32 indices."""
+    total = ptx.i64(0)
     for index, stride in parts:
-        wide = arith.extsi(i64, index)
-        total = arith.addi(total, arith.muli(wide, arith.constant(i64, stride * bytes_per_element)))
+        total = ptx.add(total, ptx.mul(ptx.widen(index), ptx.i64(stride * itemsize)))
     return total
+
+
+def _element(shape, index, itemsize: int):
+    """Byte offset of an element of a row-major array; ``index`` has an i32 register per axis."""
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return _offset(list(zip(index, strides, strict=True)), itemsize)
 
 
 def _load8(ref, offset, ok):
     """Eight 16-bit values as four words; zeros where ``ok`` is false."""
-    i32 = _types()[0]
     text = (
-        "{ .reg .pred p; setp.ne.b32 p, $5, 0;"
-        " mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"
-        " @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
+        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
+        "@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }"
     )
-    flag = arith.extui(i32, ok)
-    return _asm(text, [i32] * 4, [_address(ref, offset), flag], "=&r,=&r,=&r,=&r,l,r", True)
-
-
-def _floats(words, is_bf16):
-    """Eight float32 from four words of 16-bit pairs."""
-    f32 = _types()[2]
-    out = []
-    for word in words:
-        if is_bf16:
-            out += [
-                llvm.bitcast(f32, arith.shli(word, _c32(16))),
-                llvm.bitcast(f32, arith.andi(word, _c32(-65536))),
-            ]
-        else:
-            text = "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }"
-            out += _asm(text, [f32, f32], [word], "=f,=f,r")
-    return out
+    return ptx.asm(text, "rrrr", [ptx.address(ref, offset), ptx.flag(ok)], effects=True)
 
 
 def _load_f32x8(ref, offset):
-    f32 = _types()[2]
     out = []
     for part in (0, 16):
-        where = arith.addi(_address(ref, offset), arith.constant(_types()[1], part))
-        out += _asm(
-            "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", [f32] * 4, [where], "=f,=f,=f,=f,l", True
-        )
+        where = ptx.address(ref, ptx.add(offset, ptx.i64(part)))
+        out += ptx.asm("ld.global.v4.f32 {$0, $1, $2, $3}, [$4];", "ffff", [where], effects=True)
     return out
 
 
-def _store(ref, offset, words, ok=None):
-    """Stores 32-bit words (1, 2 or 4 of them) where ``ok``."""
-    n = len(words)
-    ins = [_address(ref, offset), *words]
+def _load_limit(ref, b):
+    """The length of sequence ``b``."""
+    where = ptx.address(ref, _offset([(b, 1)], 4))
+    return ptx.asm("ld.global.b32 $0, [$1];", "r", [where], effects=True)[0]
+
+
+def _store(ref, offset, values, ok=None):
+    """Stores 32-bit values (1, 2 or 4 of them) where ``ok``."""
+    n = len(values)
     body = ", ".join(f"${1 + i}" for i in range(n))
     body = f"st.global.b32 [$0], {body};" if n == 1 else f"st.global.v{n}.b32 [$0], {{{body}}};"
-    kinds = ["f" if isinstance(w.type, ir.F32Type) else "r" for w in words]
+    ins = [ptx.address(ref, offset), *values]
     if ok is not None:
-        ins.append(arith.extui(_types()[0], ok))
-        kinds.append("r")
+        ins.append(ptx.flag(ok))
         body = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; @p {body} }}"
-    _asm(body, [], ins, ",".join(["l", *kinds]), True)
+    ptx.asm(body, "", ins, effects=True)
 
 
-def _abs_max(values, start=None):
-    from jaxlib.mlir.dialects import math as mlir_math
-
-    best = start
-    for value in values:
-        size = mlir_math.absf(value)
-        best = size if best is None else arith.maximumf(best, size)
-    return best
-
-
-def _lanes_max(x, distances):
-    for distance in distances:
-        x = arith.maximumf(x, utils.shfl_bfly(x, distance))
-    return x
-
-
-def _lanes_sum(x, distances):
-    for distance in distances:
-        x = arith.addf(x, utils.shfl_bfly(x, distance))
-    return x
+def _floats(words, is_bf16: bool):
+    """Eight float32 from four words of 16-bit pairs."""
+    if is_bf16:
+        text = (
+            "{ .reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, -65536;\n"
+            "mov.b32 $0, lo; mov.b32 $1, hi; }"
+        )
+    else:
+        text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
+    return [x for word in words for x in ptx.asm(text, "ff", [word])]
 
 
 def _int8x4(values):
-    """Four float32 rounded to nearest even and packed as int8."""
+    """Four float32 rounded to nearest even and packed as int8, the first in the lowest byte."""
     text = (
-        "{ .reg .s32 a, b, c, d; .reg .b32 t; cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2;"
-        " cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;"
-        " cvt.pack.sat.s8.s32.b32 t, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, t; }"
+        "{ .reg .s32 a, b, c, d; .reg .b32 t;\n"
+        "cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2;\n"
+        "cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;\n"
+        "cvt.pack.sat.s8.s32.b32 t, d, c, 0; cvt.pack.sat.s8.s32.b32 $0, b, a, t; }"
     )
-    return _asm(text, [_types()[0]], list(values), "=r,f,f,f,f")
+    return ptx.asm(text, "r", values)[0]
 
 
-def _e4m3x4(values):
-    text = (
-        "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;"
-        " cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {a, b}; }"
-    )
-    return _asm(text, [_types()[0]], list(values), "=r,f,f,f,f")
+def _abs_max(values, start=None):
+    best = start
+    for value in values:
+        size = ptx.fabs(value)
+        best = size if best is None else ptx.fmax(best, size)
+    return best
 
 
-def _thread():
-    """Thread index in the block, lane and warp."""
-    tid = arith.remui(utils.thread_idx(), _c32(128))
-    return tid, arith.remui(tid, _c32(32)), arith.divui(tid, _c32(32))
+def _over_lanes(combine, x, distances):
+    for distance in distances:
+        x = combine(x, ptx.shuffle_xor(x, distance))
+    return x
 
 
-def _scalar(x):
-    return x.registers.flat[0]
+class _Lanes:
+    """How a block of 128 threads covers tokens and channels.
 
+    ``count`` neighbouring lanes, a power of two, hold one token: 8 channels each; at head_dim 96
+    and 192 a quarter of them is idle.
+    """
 
-def _slt(a, b):
-    return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+    def __init__(self, head_dim: int):
+        self.head_dim = head_dim
+        self.count = 1 << (head_dim // 8 - 1).bit_length()
+        self.per_warp = 32 // self.count  # tokens
+        self.per_pass = 4 * self.per_warp
+        self.same_token = [d for d in (1, 2, 4, 8, 16) if d < self.count]
+        self.other_tokens = [d for d in (1, 2, 4, 8, 16) if d >= self.count]
+
+    def place(self):
+        """(warp, token within the warp, first channel, channel exists)."""
+        tid = ptx.thread()
+        warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+        channel = ptx.mul(ptx.rem(lane, ptx.i32(self.count)), ptx.i32(8))
+        exists = ptx.lt(channel, ptx.i32(self.head_dim))
+        return warp, ptx.div(lane, ptx.i32(self.count)), channel, exists
 
 
 def _call(body, outs, grid, args):
@@ -225,7 +191,7 @@ def _call(body, outs, grid, args):
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * count, (_SCALAR,) * 3))
         def run(ctx, refs, axes):
             del ctx
-            body(refs, [_scalar(a) for a in axes])
+            body(refs, [ptx.unpack(a)[0] for a in axes])
 
         run(tuple(refs), tuple(lax.axis_index(name) for name in names))
 
@@ -240,232 +206,192 @@ def _call(body, outs, grid, args):
     )(*args)
 
 
-# -- Kernels ---------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
-def _check(name, x):
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"{name} must be bfloat16 or float16 on sm90; got {x.dtype}")
-    if x.shape[-1] not in (64, 128):
-        raise NotImplementedError(
-            f"head_dim of {name} must be 64 or 128 on sm90; got {x.shape[-1]}: pad it with zeros"
-        )
-
-
-def _layout(head_dim):
-    """(threads per token, tokens per warp, tokens per pass of the block)."""
-    lanes = head_dim // 8
-    return lanes, 32 // lanes, 4 * (32 // lanes)
-
-
-def kv_statistics(k, v, *, chunk=256):
+def kv_statistics(k, v, lengths, *, chunk=256):
     """Mean of K over tokens and largest magnitude of V per channel, in one pass over both.
 
     Args:
-        k: bfloat16 or float16 [B, S, K, H], H 64 or 128.
+        k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
         v: like ``k``.
+        lengths: int32 [B], valid tokens.
         chunk: tokens per block of threads.
 
     Returns:
         mean float32 [B, K, H], amax float32 [B, K, H].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes, per_warp, per_pass = _layout(head_dim)
-    is_bf16 = k.dtype == jnp.bfloat16
+    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
     chunks = pl.cdiv(s_len, chunk)
     partial = jax.ShapeDtypeStruct((batch, heads, chunks * 4, head_dim), jnp.float32)
 
     def body(refs, axes):
-        k_ref, v_ref, sum_ref, max_ref = refs
+        k_ref, v_ref, length_ref, sum_ref, max_ref = refs
         piece, head, b = axes
-        _, lane, warp = _thread()
-        channel = arith.muli(arith.remui(lane, _c32(lanes)), _c32(8))
-        token = arith.addi(arith.muli(warp, _c32(per_warp)), arith.divui(lane, _c32(lanes)))
-        token = arith.addi(token, arith.muli(piece, _c32(chunk)))
-        sums, tops = [_f32(0.0)] * 8, [_f32(0.0)] * 8
-        for step in range(0, chunk, per_pass):
-            row = arith.addi(token, _c32(step))
-            ok = _slt(row, _c32(s_len))
-            offset = _dot_offset(
-                [
-                    (b, s_len * heads * head_dim),
-                    (row, heads * head_dim),
-                    (head, head_dim),
-                    (channel, 1),
-                ],
-                2,
-            )
+        limit = _load_limit(length_ref, b)
+        warp, local, channel, exists = lanes.place()
+        token = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
+        token = ptx.add(token, ptx.mul(piece, ptx.i32(chunk)))
+        sums, tops = [ptx.f32(0.0)] * 8, [ptx.f32(0.0)] * 8
+        for step in range(0, chunk, lanes.per_pass):
+            row = ptx.add(token, ptx.i32(step))
+            ok = ptx.both(exists, ptx.lt(row, limit))
+            offset = _element(k.shape, (b, row, head, channel), 2)
             for i, x in enumerate(_floats(_load8(k_ref, offset, ok), is_bf16)):
-                sums[i] = arith.addf(sums[i], x)
+                sums[i] = ptx.fadd(sums[i], x)
             for i, x in enumerate(_floats(_load8(v_ref, offset, ok), is_bf16)):
                 tops[i] = _abs_max([x], tops[i])
-        distances = [d for d in (8, 16) if d >= lanes]
-        sums = [_lanes_sum(x, distances) for x in sums]
-        tops = [_lanes_max(x, distances) for x in tops]
-        slot = arith.addi(arith.muli(piece, _c32(4)), warp)
-        offset = _dot_offset(
-            [
-                (b, heads * chunks * 4 * head_dim),
-                (head, chunks * 4 * head_dim),
-                (slot, head_dim),
-                (channel, 1),
-            ],
-            4,
-        )
-        first = _slt(lane, _c32(lanes))
-        upper = arith.addi(offset, arith.constant(_types()[1], 16))
+        sums = [_over_lanes(ptx.fadd, x, lanes.other_tokens) for x in sums]
+        tops = [_over_lanes(ptx.fmax, x, lanes.other_tokens) for x in tops]
+        slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
+        offset = _element(partial.shape, (b, head, slot, channel), 4)
+        first = ptx.both(exists, ptx.eq(local, ptx.i32(0)))
         for ref, values in ((sum_ref, sums), (max_ref, tops)):
             _store(ref, offset, values[:4], first)
-            _store(ref, upper, values[4:], first)
+            _store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
-    sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v))
-    return sums.sum(2) / s_len, tops.max(2)
-
-
-def quantize_q(q, *, block=128):
-    """INT8 codes and a scale per row of Q.
-
-    Returns:
-        int8 [B, Tp, N, H] with Tp = T rounded up to 128, float32 [B, N, Tp + 192].
-    """
-    batch, t_len, heads, head_dim = q.shape
-    lanes, per_warp, per_pass = _layout(head_dim)
-    is_bf16 = q.dtype == jnp.bfloat16
-    padded = pl.cdiv(t_len, SEQ_PAD) * SEQ_PAD
-    row_stride = padded + 192
-    outs = [
-        jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8),
-        jax.ShapeDtypeStruct((batch, heads, row_stride), jnp.float32),
-    ]
-
-    def body(refs, axes):
-        q_ref, codes_ref, scale_ref = refs
-        tile, head, b = axes
-        _, lane, warp = _thread()
-        channel = arith.muli(arith.remui(lane, _c32(lanes)), _c32(8))
-        token = arith.addi(arith.muli(warp, _c32(per_warp)), arith.divui(lane, _c32(lanes)))
-        token = arith.addi(token, arith.muli(tile, _c32(block)))
-        first = arith.cmpi(arith.CmpIPredicate.eq, channel, _c32(0))
-        rows = [arith.addi(token, _c32(step)) for step in range(0, block, per_pass)]
-        words = []
-        for row in rows:
-            offset = _dot_offset(
-                [
-                    (b, t_len * heads * head_dim),
-                    (row, heads * head_dim),
-                    (head, head_dim),
-                    (channel, 1),
-                ],
-                2,
-            )
-            words.append(_load8(q_ref, offset, _slt(row, _c32(t_len))))
-        for row, word in zip(rows, words, strict=True):
-            x = _floats(word, is_bf16)
-            top = _lanes_max(_abs_max(x), [d for d in (1, 2, 4, 8) if d < lanes])
-            top = arith.maximumf(top, _f32(TINY))
-            factor = arith.divf(_f32(127.0), top)
-            codes = [arith.mulf(value, factor) for value in x]
-            offset = _dot_offset(
-                [
-                    (b, padded * heads * head_dim),
-                    (row, heads * head_dim),
-                    (head, head_dim),
-                    (channel, 1),
-                ],
-                1,
-            )
-            _store(codes_ref, offset, [_int8x4(codes[:4]), _int8x4(codes[4:])])
-            place = _dot_offset([(b, heads * row_stride), (head, row_stride), (row, 1)], 4)
-            _store(scale_ref, place, [arith.mulf(top, _f32(1 / 127.0))], first)
-
-    return _call(body, outs, (padded // block, heads, batch), (q,))
+    sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
+    return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
 
 
-def quantize_k(k, mean, *, scale_block=256):
-    """INT8 codes of ``K - mean`` and eight scales per block of keys, by token index modulo 8.
+def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
+    """Codes and a scale per row of Q, and its product with the mean key.
 
     Args:
-        k: bfloat16 or float16 [B, S, K, H].
-        mean: float32 [B, K, H].
-        scale_block: tokens per block; a multiple of 128.
+        q: bfloat16 or float16 [B, T, N, H], H one of `HEAD_DIMS`.
+        lengths: int32 [B], valid tokens; later rows give zeros.
+        mean: float32 [B, K, H], mean key, or None.
+        qk: "int8" or "e4m3".
+        block: tokens per block of threads.
 
     Returns:
-        int8 [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
+        Codes [B, Tp, N, H] with Tp = T rounded up to 128, scales float32 [B, N, Tp + 192], and
+        ``q · mean`` of the same shape or None.
     """
-    batch, s_len, heads, head_dim = k.shape
-    lanes, _, per_pass = _layout(head_dim)
-    is_bf16 = k.dtype == jnp.bfloat16
-    blocks = pl.cdiv(s_len, scale_block)
-    padded = blocks * scale_block
-    outs = [
-        jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8),
-        jax.ShapeDtypeStruct((batch, heads, blocks, 8), jnp.float32),
-    ]
+    batch, t_len, heads, head_dim = q.shape
+    lanes, is_bf16 = _Lanes(head_dim), q.dtype == jnp.bfloat16
+    padded = pl.cdiv(t_len, SEQ_PAD) * SEQ_PAD
+    codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), _DTYPES[qk])
+    rows_type = jax.ShapeDtypeStruct((batch, heads, padded + ROW_TAIL), jnp.float32)
+    groups = 1 if mean is None else heads // mean.shape[1]
+    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
 
     def body(refs, axes):
-        k_ref, mean_ref, codes_ref, scale_ref = refs
+        q_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs[: 5 - (mean is None)]
         tile, head, b = axes
-        _, lane, warp = _thread()
-        channel = arith.muli(arith.remui(lane, _c32(lanes)), _c32(8))
-        # A pass covers 8 tokens (16 at head_dim 64): a thread always sees the same token modulo 8.
-        local = arith.divui(lane, _c32(lanes))
-        token = arith.addi(arith.muli(warp, _c32(2)), arith.remui(local, _c32(2)))
-        token = arith.addi(token, arith.muli(arith.divui(local, _c32(2)), _c32(8)))
-        group = arith.remui(token, _c32(8))
-        token = arith.addi(token, arith.muli(tile, _c32(scale_block)))
-        shift = _load_f32x8(
-            mean_ref, _dot_offset([(b, heads * head_dim), (head, head_dim), (channel, 1)], 4)
-        )
-        rows = [arith.addi(token, _c32(step)) for step in range(0, scale_block, per_pass)]
-        inside = [_slt(row, _c32(s_len)) for row in rows]
-        words = []
-        for row, ok in zip(rows, inside, strict=True):
-            offset = _dot_offset(
-                [
-                    (b, s_len * heads * head_dim),
-                    (row, heads * head_dim),
-                    (head, head_dim),
-                    (channel, 1),
-                ],
-                2,
+        limit = _load_limit(length_ref, b)
+        warp, local, channel, exists = lanes.place()
+        token = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
+        token = ptx.add(token, ptx.mul(tile, ptx.i32(block)))
+        first = ptx.eq(channel, ptx.i32(0))
+        rows = [ptx.add(token, ptx.i32(step)) for step in range(0, block, lanes.per_pass)]
+        words = [
+            _load8(
+                q_ref,
+                _element(q.shape, (b, row, head, channel), 2),
+                ptx.both(exists, ptx.lt(row, limit)),
             )
-            words.append(_load8(k_ref, offset, ok))
+            for row in rows
+        ]
+        shift = None
+        if mean is not None:
+            # A lane without channels multiplies zeros; it must still read inside the array.
+            inside = ptx.select(exists, channel, ptx.i32(0))
+            kv_head = ptx.div(head, ptx.i32(groups))
+            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, kv_head, inside), 4))
+        for row, word in zip(rows, words, strict=True):
+            x = _floats(word, is_bf16)
+            top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.same_token), ptx.f32(TINY))
+            factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+            scaled = [ptx.fmul(value, factor) for value in x]
+            place = _element(codes.shape, (b, row, head, channel), 1)
+            _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+            place = _element(rows_type.shape, (b, head, row), 4)
+            _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+            if shift is not None:
+                dot = ptx.f32(0.0)
+                for value, m in zip(x, shift, strict=True):
+                    dot = ptx.fma(value, m, dot)
+                _store(refs[-1], place, [_over_lanes(ptx.fadd, dot, lanes.same_token)], first)
+
+    args = (q, lengths) if mean is None else (q, lengths, mean)
+    outs = [codes, rows_type] if mean is None else [codes, rows_type, rows_type]
+    result = _call(body, outs, (padded // block, heads, batch), args)
+    return result if mean is not None else [*result, None]
+
+
+def quantize_k(k, mean, lengths, *, scale_block=256, qk="int8"):
+    """Codes of ``K - mean`` and eight scales per block of keys, by token index modulo 8.
+
+    Args:
+        k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
+        mean: float32 [B, K, H].
+        lengths: int32 [B], valid tokens; later ones give zeros.
+        scale_block: tokens per block; a multiple of 16.
+        qk: "int8" or "e4m3".
+
+    Returns:
+        Codes [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
+    """
+    batch, s_len, heads, head_dim = k.shape
+    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
+    blocks = pl.cdiv(s_len, scale_block)
+    codes = jax.ShapeDtypeStruct((batch, blocks * scale_block, heads, head_dim), _DTYPES[qk])
+    scales = jax.ShapeDtypeStruct((batch, heads, blocks, 8), jnp.float32)
+    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
+    # A warp takes two residues modulo 8, one per half of its lanes; where a token fills the warp,
+    # one after the other. So a thread always sees the same residue.
+    turns = (0, 1) if lanes.per_warp == 1 else (None,)
+    stride = 16 if lanes.per_warp == 4 else 8
+    same_group = [*lanes.same_token, *([16] if lanes.per_warp == 4 else [])]
+
+    def body(refs, axes):
+        k_ref, mean_ref, length_ref, codes_ref, scale_ref = refs
+        tile, head, b = axes
+        limit = _load_limit(length_ref, b)
+        warp, local, channel, exists = lanes.place()
+        inside = ptx.select(exists, channel, ptx.i32(0))
+        shift = _load_f32x8(mean_ref, _element(mean.shape, (b, head, inside), 4))
 
         def smoothed(word, ok):
-            values = [arith.subf(x, m) for x, m in zip(_floats(word, is_bf16), shift, strict=True)]
-            return [arith.select(ok, x, _f32(0.0)) for x in values]
+            values = [ptx.fsub(x, m) for x, m in zip(_floats(word, is_bf16), shift, strict=True)]
+            return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
 
-        top = _f32(TINY)
-        for word, ok in zip(words, inside, strict=True):
-            top = _abs_max(smoothed(word, ok), top)
-        same_group = [d for d in (1, 2, 4, 8) if d < lanes] + ([16] if per_pass == 16 else [])
-        top = _lanes_max(top, same_group)
-        factor = arith.divf(_f32(127.0), top)
-        for row, word, ok in zip(rows, words, inside, strict=True):
-            codes = [arith.mulf(x, factor) for x in smoothed(word, ok)]
-            offset = _dot_offset(
-                [
-                    (b, padded * heads * head_dim),
-                    (row, heads * head_dim),
-                    (head, head_dim),
-                    (channel, 1),
-                ],
-                1,
-            )
-            _store(codes_ref, offset, [_int8x4(codes[:4]), _int8x4(codes[4:])])
-        place = _dot_offset([(b, heads * blocks * 8), (head, blocks * 8), (tile, 8), (group, 1)], 4)
-        first = arith.cmpi(arith.CmpIPredicate.eq, channel, _c32(0))
-        _store(scale_ref, place, [arith.mulf(top, _f32(1 / 127.0))], first)
+        for turn in turns:
+            residue = ptx.rem(local, ptx.i32(2)) if turn is None else ptx.i32(turn)
+            group = ptx.add(ptx.mul(warp, ptx.i32(2)), residue)
+            token = ptx.add(group, ptx.mul(ptx.div(local, ptx.i32(2)), ptx.i32(8)))
+            token = ptx.add(token, ptx.mul(tile, ptx.i32(scale_block)))
+            rows = [ptx.add(token, ptx.i32(step)) for step in range(0, scale_block, stride)]
+            valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
+            words = [
+                _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
+                for row, ok in zip(rows, valid, strict=True)
+            ]
+            top = ptx.f32(TINY)
+            for word, ok in zip(words, valid, strict=True):
+                top = _abs_max(smoothed(word, ok), top)
+            top = _over_lanes(ptx.fmax, top, same_group)
+            factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+            for row, word, ok in zip(rows, words, valid, strict=True):
+                scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
+                place = _element(codes.shape, (b, row, head, channel), 1)
+                _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+            place = _element(scales.shape, (b, head, tile, group), 4)
+            first = ptx.eq(channel, ptx.i32(0))
+            _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
-    return _call(body, outs, (blocks, heads, batch), (k, mean))
+    return _call(body, [codes, scales], (blocks, heads, batch), (k, mean, lengths))
 
 
-def quantize_v(v, factor):
+def quantize_v(v, factor, lengths):
     """FP8 codes of ``V * factor``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
 
     Args:
-        v: bfloat16 or float16 [B, S, K, H].
+        v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
         factor: float32 [B, K, H], 448 over the channel's largest magnitude.
+        lengths: int32 [B], valid tokens; later ones give zeros.
 
     Returns:
         e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
@@ -473,69 +399,55 @@ def quantize_v(v, factor):
     batch, s_len, heads, head_dim = v.shape
     is_bf16 = v.dtype == jnp.bfloat16
     padded = pl.cdiv(s_len, SEQ_PAD) * SEQ_PAD
-    channel_blocks = head_dim // 32  # one warp: 128 tokens x 32 channels
-    tasks = (padded // 128) * channel_blocks
+    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
+    tasks = (padded // 128) * columns
     out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float8_e4m3fn)
 
     def body(refs, axes):
-        v_ref, factor_ref, codes_ref = refs
+        v_ref, factor_ref, length_ref, codes_ref = refs
         block, head, b = axes
-        _, lane, warp = _thread()
-        task = arith.addi(arith.muli(block, _c32(4)), warp)
-        ok_task = _slt(task, _c32(tasks))
-        channel = arith.addi(
-            arith.muli(arith.remui(task, _c32(channel_blocks)), _c32(32)),
-            arith.muli(arith.remui(lane, _c32(4)), _c32(8)),
-        )
-        token = arith.addi(
-            arith.muli(arith.divui(task, _c32(channel_blocks)), _c32(128)),
-            arith.muli(arith.divui(lane, _c32(4)), _c32(16)),
-        )
-        scale = _load_f32x8(
-            factor_ref, _dot_offset([(b, heads * head_dim), (head, head_dim), (channel, 1)], 4)
-        )
-        words = []
+        limit = _load_limit(length_ref, b)
+        tid = ptx.thread()
+        warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+        task = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
+        is_task = ptx.lt(task, ptx.i32(tasks))
+        channel = ptx.mul(ptx.rem(task, ptx.i32(columns)), ptx.i32(32))
+        channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
+        token = ptx.mul(ptx.div(task, ptx.i32(columns)), ptx.i32(128))
+        token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+        scale = _load_f32x8(factor_ref, _element(factor.shape, (b, head, channel), 4))
+        tokens = []  # [16][8]
         for i in range(16):
-            row = arith.addi(token, _c32(i))
-            offset = _dot_offset(
-                [
-                    (b, s_len * heads * head_dim),
-                    (row, heads * head_dim),
-                    (head, head_dim),
-                    (channel, 1),
-                ],
-                2,
-            )
-            words.append(_load8(v_ref, offset, arith.andi(ok_task, _slt(row, _c32(s_len)))))
-        tokens = [_floats(word, is_bf16) for word in words]  # [16][8]
+            row = ptx.add(token, ptx.i32(i))
+            ok = ptx.both(is_task, ptx.lt(row, limit))
+            word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
+            tokens.append(_floats(word, is_bf16))
         for c in range(8):
-            ordered = [arith.mulf(tokens[t][c], scale[c]) for t in V_ORDER]
-            packed = [_e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
-            row = arith.addi(channel, _c32(c))
-            offset = _dot_offset(
-                [
-                    (b, heads * head_dim * padded),
-                    (head, head_dim * padded),
-                    (row, padded),
-                    (token, 1),
-                ],
-                1,
-            )
-            _store(codes_ref, offset, packed, ok_task)
+            ordered = [ptx.fmul(tokens[t][c], scale[c]) for t in V_ORDER]
+            packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
+            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
+            _store(codes_ref, place, packed, is_task)
 
-    return _call(body, [out], (pl.cdiv(tasks, 4), heads, batch), (v, factor))[0]
+    return _call(body, [out], (pl.cdiv(tasks, 4), heads, batch), (v, factor, lengths))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k"))
-def quantize_qkv(q, k, v, *, scale_block=256, smooth_k=True) -> AttentionOperands:
+@functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv"))
+def quantize_qkv(
+    q, k, v, *, scale_block=256, smooth_k=True, qk="int8", pv="e4m3", q_lengths=None,
+    kv_lengths=None,
+) -> AttentionOperands:  # fmt: skip
     """Quantises Q, K and V for `attention_forward`.
 
     Args:
-        q: bfloat16 or float16 [B, T, N, H], H 64 or 128.
+        q: bfloat16 or float16 [B, T, N, H], H one of `HEAD_DIMS`.
         k: [B, S, K, H], same dtype.
         v: [B, S, K, H], same dtype.
         scale_block: keys that share a set of eight scales.
         smooth_k: subtract the mean key first.
+        qk: "int8" or "e4m3".
+        pv: "e4m3", or "half" to leave V as it is.
+        q_lengths: int32 [B], valid queries, or None for all.
+        kv_lengths: int32 [B], valid keys, or None for all.
 
     Returns:
         `AttentionOperands`.
@@ -545,11 +457,31 @@ def quantize_qkv(q, k, v, *, scale_block=256, smooth_k=True) -> AttentionOperand
     """
     for name, x in (("query", q), ("key", k), ("value", v)):
         _check(name, x)
-    mean, top = kv_statistics(k, v)
+    q_limit, kv_limit = (
+        jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+        if limit is None
+        else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
+        for x, limit in ((q, q_lengths), (k, kv_lengths))
+    )
+    mean, top = kv_statistics(k, v, kv_limit)
     if not smooth_k:
         mean = jnp.zeros_like(mean)
-    v_scale = jnp.maximum(top, TINY) / 448.0
-    q8, q_scale = quantize_q(q)
-    k8, k_scale = quantize_k(k, mean, scale_block=scale_block)
-    v8 = quantize_v(v, 1.0 / v_scale)
-    return AttentionOperands(q8, k8, v8, q_scale, k_scale, v_scale, mean if smooth_k else None)
+    q8, q_scale, row_const = quantize_q(q, q_limit, mean if smooth_k else None, qk=qk)
+    k8, k_scale = quantize_k(k, mean, kv_limit, scale_block=scale_block, qk=qk)
+    v_scale = None
+    if pv == "e4m3":
+        v_scale = jnp.maximum(top, TINY) / 448.0
+        v = quantize_v(v, 1.0 / v_scale, kv_limit)
+    elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
+        v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
+    return AttentionOperands(q8, k8, v, q_scale, k_scale, v_scale, row_const)
+
+
+def _check(name, x):
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"{name} must be bfloat16 or float16 on sm90; got {x.dtype}")
+    if x.shape[-1] not in HEAD_DIMS:
+        raise NotImplementedError(
+            f"head_dim of {name} must be one of {', '.join(map(str, HEAD_DIMS))} on sm90; "
+            f"got {x.shape[-1]}: pad it with zeros"
+        )

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 attention kernel under Pallas' GPU interpreter: copies, barriers, ring and schedule.
+
+The interpreter does not run inline Mosaic. Each step of a compute warpgroup is therefore replaced
+by the same step in jnp; `test_mosaic_registers` runs the steps themselves. What is left is the
+kernel's control flow: a wrong slot, coordinate or order of barriers gives wrong numbers or stops.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import warpgroup
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._interpret import gpu_interpret_mode
+from pallas_kernels.masks import Mask
+from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_kernel, reference
+from pallas_kernels.ops.attention.mosaic_sm90_kernel import Steps
+from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
+from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, NO_MAX
+from pallas_kernels.ops.attention.spec import AttentionSpec
+from pallas_kernels.ops.quantize.mosaic_sm90 import AttentionOperands
+
+
+def read(ref):
+    """What wgmma reads: through the asynchronous proxy, as the copies that overwrite it."""
+    x = ref[...].astype(jnp.float32)
+    plgpu.commit_smem()
+    return x
+
+
+class PlainSteps(Steps):
+    """A compute warpgroup's steps on whole arrays."""
+
+    def issue_scores(self, q_ref, k_ref):
+        q, k = read(q_ref), read(k_ref)
+        return [q @ k.T]
+
+    def wait_scores(self, scores):
+        return scores
+
+    def softmax(self, scores, m, row_scale, col_scale, shift, position):
+        x = scores[0] * row_scale[:, None]  # [64, kv]
+        if col_scale:
+            x = x * jnp.concatenate(
+                [jnp.tile(s, x.shape[1] // 8 // len(col_scale)) for s in col_scale]
+            )
+        if position:
+            row = position["row"] + jnp.arange(64)[:, None]
+            col = position["col"] + jnp.arange(x.shape[1])[None]
+            ok = (row < position["q_len"]) & (col < position["kv_len"])
+            ok &= col - row <= position.get("max_diff", 2**30)
+            ok &= col - row >= position.get("min_diff", -(2**30))
+            x = jnp.where(ok, x, -jnp.inf)
+        new = jnp.maximum(m, jnp.maximum(x.max(1), NO_MAX))
+        p = jnp.where(x == -jnp.inf, 0.0, jnp.exp2(x - new[:, None]))
+        sums = [] if self.variant.ones else [p.sum(1)]
+        return [p, new, jnp.exp2(m - new), *sums]
+
+    def values(self, p, v_ref, part):
+        v = read(v_ref)
+        v = v if self.variant.pv == "half" else v.T
+        end = (part + 1) * self.part + (self.variant.ones if part == self.parts - 1 else 0)
+        return p @ v[:, part * self.part : end]
+
+    def add_tile(self, out, tile, alpha):
+        return out * alpha[:, None] + tile[:, : self.part]
+
+    def add_sums(self, total, alpha, tile, sums):
+        return total * alpha + (tile[:, self.part] if self.variant.ones else sums[0])
+
+    def start(self):
+        zeros = jnp.zeros((64, self.part))
+        return (zeros,) * self.parts, jnp.zeros(64), jnp.full(64, NO_MAX)
+
+    def finish(self, total, m, const, sink):
+        some = total > 0
+        lse = m / LOG2E + jnp.log(jnp.where(some, total, 1))
+        return [jnp.where(some, 1 / total, 0), jnp.where(some, lse, -jnp.inf)]
+
+    def scale_out(self, out, factor, v_scale):
+        return out * factor[:, None] * (v_scale[0][None] if v_scale else 1)
+
+    def write_ones(self, v_ref):
+        if self.variant.ones:
+            v_ref[pl.ds(self.head_dim, 8)] = jnp.ones((8, self.config.block_kv), self.pv_dtype)
+
+
+@pytest.fixture
+def plain_steps(monkeypatch):
+    monkeypatch.setattr(mosaic_sm90_kernel, "Steps", PlainSteps)
+    monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **kwargs: None)
+
+
+def half_operands(rng, t, s, n, h):
+    shapes = ((1, t, n, h), (1, s, 1, h), (1, s, 1, h))
+    return AttentionOperands(*(jnp.asarray(rng.normal(size=x), jnp.bfloat16) for x in shapes))
+
+
+def byte_operands(rng, t, s, n, h):
+    """Codes and scales as the quantisers lay them out, for tiles of 64 keys."""
+    rows, keys = -(-t // 128) * 128, -(-s // 128) * 128
+    integers = lambda *shape: jnp.asarray(rng.integers(-99, 99, shape), jnp.int8)  # noqa: E731
+    scales = lambda *shape: jnp.asarray(rng.uniform(0.01, 0.02, shape), jnp.float32)  # noqa: E731
+    v = jnp.asarray(rng.normal(size=(1, 1, h, keys)), jnp.float8_e4m3fn).at[..., s:].set(0)
+    return AttentionOperands(
+        integers(1, rows, n, h), integers(1, keys, 1, h), v, scales(1, n, rows + 192),
+        scales(1, 1, keys // 64, 8), scales(1, 1, h),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "mask", "t", "s", "h", "schedule"),
+    [
+        (half_operands, Mask.causal(20), 150, 170, 64, "hold"),
+        (byte_operands, Mask.lengths(None, jnp.array([90])), 130, 150, 192, "none"),
+    ],
+)
+def test_control_flow(plain_steps, make, mask, t, s, h, schedule):
+    """Two blocks share the query tiles of two heads; the interpreter looks for races."""
+    operands = make(np.random.default_rng(0), t, s, 2, h)
+    config = Config(block_kv=64, qk_split=1, num_sms=2, schedule=schedule)
+    with gpu_interpret_mode(detect_races=True):
+        out, lse = jax.jit(
+            lambda x: mosaic_sm90.attention_forward(
+                x, q_len=t, kv_len=s, scale=h**-0.5, mask=mask, config=config
+            )
+        )(operands)
+    spec = AttentionSpec(1, t, s, 2, 1, h, "float32", h**-0.5)
+    exact = warpgroup.dequantized(operands, t, s, ordered=True)
+    want, want_lse = reference.attention(*exact, None, None, mask, spec)
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=2e-2)
+    np.testing.assert_allclose(lse.swapaxes(1, 2), want_lse, atol=1e-4)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 kernels' register code, run by NumPy for all threads of a warpgroup."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import warpgroup
+
+from pallas_kernels.masks import Mask
+from pallas_kernels.ops.attention import mosaic_sm90, reference
+from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
+from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
+from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
+
+# Relative L1 that rounding P leaves: e4m3 has 3 bits, bfloat16 7 (and rounds the output).
+BOUND = {"e4m3": 0.035, "half": 0.006}
+
+
+def inputs(b, t, s, n, k, h, dtype="bfloat16"):
+    rng = np.random.default_rng(t * 7 + s)
+    make = lambda length, heads: rng.normal(size=(b, length, heads, h))  # noqa: E731
+    q, key, v = make(t, n), make(s, k) + 3 * rng.normal(size=h), make(s, k) + 1
+    return [jnp.asarray(x, jnp.float32).astype(dtype) for x in (q, key, v)]
+
+
+def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=1, k=1, h=64, dtype="bfloat16", **kwargs):
+    """The kernels' output and log-sum-exp against float32 attention on the same operands."""
+    config, sinks = kwargs.get("config"), kwargs.get("sinks")
+    q, key, v = inputs(b, t, s, n, k, h, dtype)
+    spec = AttentionSpec(
+        b, t, s, n, k, h, dtype, h**-0.5, soft_cap=kwargs.get("soft_cap"), quant=QUANTS.get(quant),
+        has_sinks=sinks is not None,
+    )  # fmt: skip
+    seen = []
+
+    def run(q, key, v):
+        result = mosaic_sm90.forward(q, key, v, None, sinks, mask, spec, config)
+        return result, seen.pop() if seen else quantize.AttentionOperands(q, key, v)
+
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch:
+        make = mosaic_sm90.quantize_qkv
+        patch.setattr(
+            mosaic_sm90, "quantize_qkv", lambda *a, **o: seen.append(make(*a, **o)) or seen[-1]
+        )
+        (out, lse), operands = jax.block_until_ready(jax.jit(run)(q, key, v))
+    exact = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5, soft_cap=spec.soft_cap)
+    arrays = warpgroup.dequantized(operands, t, s)
+    want, want_lse = jax.jit(
+        lambda q, k, v: reference.attention(q, k, v, None, sinks, mask, exact)
+    )(*arrays)
+    out, lse, want_lse = (np.asarray(x, np.float64) for x in (out, lse, want_lse))
+    want = np.asarray(want, np.float64)[..., :h]
+    assert out.shape == want.shape and lse.shape == want_lse.shape
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    live = np.isfinite(want_lse)
+    assert (out[~live] == 0).all()
+    # FP8 rows are divided by the sum of their rounded P, 16-bit ones by the exact sum.
+    pv = mosaic_sm90.variant_of(spec).pv
+    assert np.abs(lse[live] - want_lse[live]).max() < (0.03 if pv == "e4m3" else 1e-5)
+    assert np.abs(out - want).sum() / np.abs(want).sum() < BOUND[pv]
+
+
+CAUSAL = (Mask.causal(190), dict(s=260, n=2, sinks=jnp.array([0.5, -1.0])))
+LENGTHS = (Mask.lengths(jnp.array([65]), jnp.array([100])), dict(soft_cap=2.0))
+
+
+@pytest.mark.parametrize(
+    ("quant", "mask", "kwargs"),
+    [("sage2", *CAUSAL), ("sage1", *CAUSAL), ("fp8", *CAUSAL), (None, *CAUSAL),
+     ("sage2", *LENGTHS), (None, *LENGTHS)],
+    ids=["sage2", "sage1", "fp8", "bf16", "sage2 cap", "bf16 cap"],
+)  # fmt: skip
+def test_agrees_with_float32(quant, mask, kwargs):
+    compare(mask, quant, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kwargs"),
+    [
+        (Mask(), dict(s=260)),
+        (Mask.causal() & Mask.window(20, 0), dict(t=150, s=150)),
+        (Mask.causal(jnp.array([80, 20])), dict(b=2, t=17)),
+        (Mask.lengths(jnp.array([9, 3]), jnp.array([0, 20])), dict(b=2, t=17, s=30)),
+        (
+            Mask.segment_ids(jnp.arange(70)[None] // 30, jnp.arange(150)[None] // 60),
+            dict(sinks=jnp.zeros(1), soft_cap=3.0),
+        ),
+        (Mask(), dict(t=1, s=17, config=Config(block_kv=128, qk_split=1))),
+        (Mask.causal(-60), {}),  # rows with nothing to attend
+        (Mask(), dict(dtype="float16", h=80, t=17, s=30)),
+        (Mask(), dict(h=192, t=17, s=30)),
+        (Mask.causal(100), dict(h=256, t=17, s=140)),
+    ],
+)
+def test_masks_and_head_sizes(mask, kwargs):
+    compare(mask, **kwargs)
+
+
+# -- quantisers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "qk"), [(64, "int8"), (96, "e4m3"), (128, "e4m3"), (192, "int8"), (256, "int8")]
+)
+def test_codes_and_scales(head_dim, qk):
+    """Exactly the numbers of the definition, on ragged lengths, with a channel of zeros."""
+    q, k, v = inputs(2, 20, 150, 2, 1, head_dim)
+    v = v.at[..., 5].set(0)
+    lengths = jnp.array([150, 70])
+    with warpgroup.installed():
+        v_nan = v.at[1, 70:].set(jnp.nan)
+        ops = quantize.quantize_qkv(q, k, v_nan, scale_block=128, qk=qk, kv_lengths=lengths)
+        jax.block_until_ready(ops)
+    valid = (np.arange(150) < np.asarray(lengths)[:, None])[..., None, None]
+    k, v = (np.where(valid, np.asarray(x, np.float32), 0) for x in (k, v))
+    q = np.asarray(q, np.float32)
+    mean = k.sum(1) / np.asarray(lengths)[:, None, None]  # [B, K, H]
+    top = quantize.LARGEST[qk]
+
+    got = np.asarray(ops.row_const)[:, :, :20]
+    np.testing.assert_allclose(got, np.einsum("btnh,bh->bnt", q, mean[:, 0]), rtol=1e-4, atol=1e-4)
+    scale = np.abs(q).max(-1).swapaxes(1, 2) / top
+    np.testing.assert_allclose(np.asarray(ops.q_scale)[:, :, :20], scale, rtol=1e-6)
+    assert (np.asarray(ops.q, np.float32)[:, 20:] == 0).all()
+    check_codes(ops.q[:, :20], q / scale.swapaxes(1, 2)[..., None], qk)
+
+    smooth = np.zeros((2, 256, 1, head_dim), np.float32)
+    smooth[:, :150] = np.where(valid, k - mean[:, None], 0)
+    amax = np.abs(smooth).reshape(2, 2, 16, 8, head_dim).max((2, 4))  # [B, blocks, residue]
+    scale = np.maximum(amax, quantize.TINY) / top
+    np.testing.assert_allclose(np.asarray(ops.k_scale)[:, 0], scale, rtol=1e-5)
+    wide = np.repeat(scale[:, :, None], 16, 2).reshape(2, 256, 1, 1)
+    check_codes(ops.k, smooth / wide, qk)
+
+    v_scale = np.maximum(np.abs(v).max(1), quantize.TINY) / 448
+    np.testing.assert_allclose(np.asarray(ops.v_scale), v_scale, rtol=1e-6)
+    stored = np.asarray(ops.v, np.float32).reshape(2, 1, head_dim, 16, 16)
+    order = np.argsort(quantize.V_ORDER)  # back to the order of tokens
+    tokens = stored[..., order].reshape(2, 1, head_dim, 256).transpose(0, 3, 1, 2)
+    assert (tokens[:, 150:] == 0).all() and (tokens[..., 5] == 0).all()
+    check_codes(tokens[:, :150], v / v_scale[:, None], "e4m3")
+
+
+def check_codes(codes, exact, fmt):
+    """Codes are the nearest ones; a division in place of the product may tip a tie."""
+    codes = np.asarray(codes, np.float32)
+    if fmt == "int8":
+        assert np.abs(codes - exact).max() <= 0.5 + 1e-3
+    else:
+        np.testing.assert_allclose(codes, exact, rtol=2.0**-4 * 1.001, atol=2.0**-10 * 1.001)
+
+
+def test_v_order_makes_scores_an_operand():
+    position = {token: place for place, token in enumerate(quantize.V_ORDER)}
+    for t in range(4):
+        assert [position[2 * t + i] for i in (0, 1)] == [4 * t, 4 * t + 1]
+        assert [position[8 + 2 * t + i] for i in (0, 1)] == [4 * t + 2, 4 * t + 3]

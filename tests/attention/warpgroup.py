@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A warpgroup in NumPy: runs the kernels' register code, inline PTX included, on a CPU.
+
+`installed` puts functions that compute for all 128 threads at once in the place of those of
+`pallas_kernels._ptx`, a loop over blocks in the place of the quantisers' launch, and a loop over
+tiles in the place of the attention kernel's launch. What stays untested is what only the hardware
+has: wgmma descriptors, copies to shared memory and barriers.
+"""
+
+import contextlib
+import functools
+import re
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import _ptx as ptx
+from pallas_kernels.ops.attention import mosaic_sm90
+from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
+from pallas_kernels.ops.attention.mosaic_sm90_plan import work_table
+from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
+
+LANES = np.arange(128)
+E4M3 = ml_dtypes.float8_e4m3fn
+
+
+# -- registers -------------------------------------------------------------------------------------
+
+
+class Address:
+    """A byte of an array in memory, per thread."""
+
+    def __init__(self, array, offset):
+        self.array, self.offset = array, offset
+
+    def items(self, size, active):
+        """Indices of the active threads' items of ``size`` bytes; an access outside fails."""
+        where = self.offset[active]
+        assert (where % size == 0).all(), "not aligned"
+        assert (where >= 0).all() and (where + size <= self.array.nbytes).all(), "out of bounds"
+        return where
+
+
+def full(dtype):
+    return lambda value: np.full(128, value, dtype)
+
+
+def flushed(x):
+    x = x.astype(np.float32)
+    return np.where(np.abs(x) < 2.0**-126, np.float32(0), x)
+
+
+def quiet(function, a, b):
+    """Infinities are part of the arithmetic."""
+    with np.errstate(all="ignore"):
+        return function(a, b)
+
+
+ARITHMETIC = {
+    "i32": full(np.int32),
+    "i64": full(np.int64),
+    "f32": full(np.float32),
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.floor_divide,
+    "rem": np.remainder,
+    "imax": np.maximum,
+    "imin": np.minimum,
+    "lt": np.less,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "both": np.logical_and,
+    "select": np.where,
+    "fadd": lambda a, b: quiet(np.add, a, b),
+    "fsub": lambda a, b: quiet(np.subtract, a, b),
+    "fmul": lambda a, b: quiet(np.multiply, a, b),
+    "fdiv": lambda a, b: quiet(np.divide, a, b),
+    "fmax": np.maximum,
+    "fabs": np.abs,
+    "feq": np.equal,
+    "to_float": lambda a: a.astype(np.float32),
+    "widen": lambda a: a.astype(np.int64),
+    "flag": lambda a: a.astype(np.int32),
+    "shuffle_xor": lambda a, distance: a[LANES ^ distance],
+    "thread": lambda: LANES.astype(np.int32),
+    "address": Address,
+}
+
+
+# -- PTX -------------------------------------------------------------------------------------------
+
+FLOATS = {
+    "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+    "add.f32": np.add,
+    "ex2.approx.ftz.f32": lambda a: flushed(np.exp2(a)),
+    "lg2.approx.f32": np.log2,
+    "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
+    "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
+}
+INTS = {
+    "cvt.rn.f32.s32": lambda a: a.astype(np.float32),
+    "shl.b32": np.left_shift,
+    "and.b32": np.bitwise_and,
+    "cvt.pack.sat.s8.s32.b32": lambda a, b, c: (
+        c << 16 | (np.clip(a, -128, 127) & 255) << 8 | (np.clip(b, -128, 127) & 255)
+    ),
+}
+PAIRS = {
+    "cvt.rn.satfinite.e4m3x2.f32": lambda a: (
+        np.clip(a, -448, 448).astype(E4M3).view(np.uint8),
+        8,
+    ),
+    "cvt.rn.bf16x2.f32": lambda a: (a.astype(ml_dtypes.bfloat16).view(np.uint16), 16),
+    "cvt.rn.f16x2.f32": lambda a: (a.astype(np.float16).view(np.uint16), 16),
+}
+
+
+@functools.lru_cache
+def parse(text):
+    """Statements as (predicate or None, opcode, operands)."""
+    text = text.strip()
+    if text.startswith("{"):
+        text = text[1 : text.rindex("}")]
+    out = []
+    for statement in text.split(";"):
+        statement = statement.strip()
+        while statement.startswith("{"):
+            statement = statement[1:].strip()
+        if not statement or statement.startswith((".reg", "}")):
+            continue
+        found = re.fullmatch(r"(?:@(\w+) )?(\S+) (.*)", statement, re.DOTALL)
+        operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
+        out.append((found[1], found[2], operands))
+    return out
+
+
+@functools.lru_cache
+def immediate(text):
+    if text.startswith("0f"):
+        return np.full(128, struct.unpack(">f", bytes.fromhex(text[2:]))[0], np.float32)
+    return np.full(128, int(text), np.int32)
+
+
+class Machine:
+    """Registers of one piece of inline PTX."""
+
+    def __init__(self, registers):
+        self.registers = registers
+
+    def read(self, name, dtype=np.int32):
+        value = self.registers.get(name)
+        if value is None:
+            return immediate(name)
+        return value if value.dtype.itemsize != 4 else value.view(dtype)
+
+    def halves(self, name):
+        return [x.strip() for x in name.strip("{}").split(",")]
+
+    def run(self, predicate, opcode, operands):
+        target, *sources = operands
+        active = np.ones(128, bool) if predicate is None else self.registers[predicate]
+        if opcode in FLOATS:
+            self.registers[target] = FLOATS[opcode](*(self.read(x, np.float32) for x in sources))
+        elif opcode.startswith(("ld.", "st.")):
+            self.memory(opcode, operands, active)
+        elif opcode == "mov.b32" and target.startswith("{"):
+            word = self.read(sources[0])
+            low, high = self.halves(target)
+            self.registers[low], self.registers[high] = word & 0xFFFF, word >> 16 & 0xFFFF
+        elif opcode == "mov.b32" and sources[0].startswith("{"):
+            low, high = (self.registers[x] for x in self.halves(sources[0]))
+            self.registers[target] = low.astype(np.int32) | high.astype(np.int32) << 16
+        elif opcode == "mov.b32":
+            self.registers[target] = self.read(sources[0])
+        elif opcode == "cvt.f32.f16":
+            bits = self.registers[sources[0]].astype(np.uint16)
+            self.registers[target] = bits.view(np.float16).astype(np.float32)
+        elif opcode.startswith("setp."):
+            _, compare, kind = opcode.split(".")
+            dtype = np.float32 if kind == "f32" else np.int32
+            a, b = (self.read(x, dtype) for x in sources)
+            self.registers[target] = {"eq": np.equal, "ne": np.not_equal}[compare](a, b)
+        elif opcode == "selp.f32":
+            a, b = (self.read(x, np.float32) for x in sources[:2])
+            self.registers[target] = np.where(self.registers[sources[2]], a, b)
+        elif opcode in PAIRS:
+            (high, width), (low, _) = (PAIRS[opcode](self.read(x, np.float32)) for x in sources)
+            self.registers[target] = high.astype(np.int32) << width | low.astype(np.int32)
+        else:
+            self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
+
+    def memory(self, opcode, operands, active):
+        place = next(x for x in operands if x.startswith("["))
+        names = self.halves(next(x for x in operands if not x.startswith("[")))
+        address = self.registers[place.strip("[]")]
+        where = address.items(4 * len(names), active)
+        words = address.array.reshape(-1).view(np.uint8)
+        for i, name in enumerate(names):
+            index = where[:, None] + 4 * i + np.arange(4)
+            if opcode.startswith("st."):
+                words[index] = self.read(name)[active].view(np.uint8).reshape(-1, 4)
+                continue
+            value = self.registers.get(name, np.zeros(128, np.int32)).view(np.int32).copy()
+            value[active] = words[index].reshape(-1, 4).copy().view(np.int32)[:, 0]
+            self.registers[name] = value
+
+
+def asm(text, outs, ins, *, tied=(), effects=False):
+    with np.errstate(all="ignore"):
+        return run_asm(text, outs, ins, tied)
+
+
+def run_asm(text, outs, ins, tied):
+    first = len(tied) + len(outs) + len(tied)
+    registers = {f"${first + i}": x for i, x in enumerate(ins)}
+    registers |= {f"${i}": x for i, x in enumerate(tied)}
+    machine = Machine(registers)
+    for statement in parse(text):
+        machine.run(*statement)
+    kinds = {"f": np.float32, "r": np.int32}
+    new = [machine.read(f"${len(tied) + i}", kinds[k]) for i, k in enumerate(outs)]
+    return [registers[f"${i}"] for i in range(len(tied))] + new
+
+
+# -- launches --------------------------------------------------------------------------------------
+
+
+def run_blocks(body, outs, grid, args):
+    """The quantisers' launch: every block in turn."""
+
+    def run(*arrays):
+        # Bytes that no thread writes stay recognisable.
+        results = [
+            np.full(int(np.prod(o.shape)) * o.dtype.itemsize, 0x7F, np.uint8)
+            .view(o.dtype)
+            .reshape(o.shape)
+            for o in outs
+        ]
+        for index in np.ndindex(*grid):
+            axes = [np.full(128, i, np.int32) for i in index]
+            body([*map(np.asarray, arrays), *results], axes)
+        return results
+
+    return jax.pure_callback(run, outs, *args)
+
+
+def accumulator(tile):
+    """[64, n] as registers 4j + 2h + c."""
+    row, col = 16 * (LANES // 32) + LANES % 32 // 4, LANES % 4 * 2
+    return [
+        tile[row + 8 * h, col + 8 * j + c]
+        for j in range(tile.shape[1] // 8)
+        for h in range(2)
+        for c in range(2)
+    ]
+
+
+def from_accumulator(registers, width):
+    tile = np.zeros((64, width), registers[0].dtype)
+    row, col = 16 * (LANES // 32) + LANES % 32 // 4, LANES % 4 * 2
+    for i, x in enumerate(registers):
+        tile[row + i // 2 % 2 * 8, col + i // 4 * 8 + i % 2] = x
+    return tile
+
+
+def from_operand(words, dtype):
+    """The matrix that wgmma sees in registers of A: 4 of them per 32 bytes of columns."""
+    per = 4 // dtype.itemsize
+    tile = np.zeros((64, len(words) // 4 * 8 * per), np.float64)
+    row, col = 16 * (LANES // 32) + LANES % 32 // 4, LANES % 4 * per
+    for i, word in enumerate(words):
+        step, second, half = i // 4, i % 4 // 2, i % 2
+        values = word.view(np.uint8).reshape(128, 4).copy().view(dtype).astype(np.float64)
+        for j in range(per):
+            tile[row + 8 * half, col + step * 8 * per + second * 4 * per + j] = values[:, j]
+    return tile
+
+
+def rows_of(values):
+    """Per-row registers as [64]."""
+    return from_accumulator([values[0], values[0], values[1], values[1]], 8)[:, 0]
+
+
+def per_row(vector):
+    row = 16 * (LANES // 32) + LANES % 32 // 4
+    return [vector[row].astype(np.float32), vector[row + 8].astype(np.float32)]
+
+
+def per_column(vector):
+    col = LANES % 4 * 2
+    return [vector[col + 8 * j + c] for j in range(len(vector) // 8) for c in range(2)]
+
+
+def run_attention(plan, arrays, scale, out_dtype):
+    """The attention kernel's launch: every query tile in turn, one warpgroup after the other."""
+    rows = (plan.batch, plan.q_len, plan.num_heads)
+    outs = [
+        jax.ShapeDtypeStruct((*rows, plan.head_dim), jnp.float32),
+        jax.ShapeDtypeStruct(rows, jnp.float32),
+    ]
+    run = functools.partial(run_tiles, plan, scale)
+    out, lse = jax.pure_callback(run, outs, arrays)
+    return out.astype(out_dtype), lse.swapaxes(1, 2)
+
+
+def run_tiles(plan, scale, arrays):
+    """All tiles of the attention kernel, as NumPy arrays [B, T, N, H] and [B, T, N]."""
+    x = {name: np.asarray(a) for name, a in arrays.items()}
+    shape = (plan.batch, plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim)
+    out, lse = np.full(shape, np.nan, np.float32), np.full(shape[:3], np.nan, np.float32)
+    for row in work_table(plan):
+        for index in row[1 : 1 + row[0]]:
+            q_tile, b, n = plan.tile_of(int(index))
+            for group in range(plan.config.num_compute):
+                start = q_tile * plan.config.block_q + group * 64
+                values, logs = one_group(plan, x, scale, q_tile, start, b, n)
+                assert np.isnan(out[b, start, n]).all(), "a tile was computed twice"
+                out[b, start : start + 64, n] = values
+                lse[b, start : start + 64, n] = logs
+    return out[:, : plan.q_len], lse[:, : plan.q_len]
+
+
+def window(array, start, size, axis):
+    """A slice that reads zeros beyond the array, as a copy to shared memory does."""
+    array = np.take(array, range(start, min(start + size, array.shape[axis])), axis)
+    pad = [(0, 0)] * array.ndim
+    pad[axis] = (0, size - array.shape[axis])
+    return np.pad(array.astype(np.float64), pad)
+
+
+def one_group(plan, x, scale, q_tile, q_start, b, n):
+    """One compute warpgroup's walk over the keys of 64 queries."""
+    config, variant = plan.config, plan.variant
+    kv, head = config.block_kv, n // (plan.num_heads // plan.num_kv_heads)
+    factor = np.float32(variant.logit_factor(scale))
+    rows = lambda name: x[name][b, n, q_start : q_start + 64]  # noqa: E731
+    q = window(x["q"][b, :, n], q_start, 64, 0)
+    row_scale = per_row(rows("q_scale") * factor if "q_scale" in x else np.full(64, factor))
+    shift = ()
+    if variant.soft_cap is not None:
+        shift = per_row(rows("row_const") * factor if "row_const" in x else np.zeros(64))
+    limits = (
+        x["bounds"][b] if plan.dynamic else (plan.q_len, plan.kv_len, plan.min_diff, plan.max_diff)
+    )
+    fields = dict(zip(("q_len", "kv_len", "min_diff", "max_diff"), limits, strict=True))
+    for name, present in zip(("min_diff", "max_diff"), plan.bounded, strict=True):
+        fields[name] = fields[name] if present else None
+    fields = {name: None if v is None else ptx.i32(v) for name, v in fields.items()}
+    lo, mid_lo, mid_hi, hi = x["tiles"][b, q_tile] if plan.dynamic else plan.kv_tiles(q_tile)
+    out = [ptx.f32(0)] * (plan.head_dim // 2)
+    total, m = [ptx.f32(0)] * 2, [ptx.f32(tile_math.NO_MAX)] * 2
+    for tile in reversed(range(lo, hi)):
+        k = window(x["k"][b, :, head], tile * kv, kv, 0)
+        score_type = np.int32 if variant.qk == "int8" else np.float32
+        scores = accumulator((q @ k.T).astype(score_type))
+        masked = plan.needs_mask and not mid_lo <= tile < mid_hi
+        if masked:
+            ids = {}
+            if plan.segmented:
+                ids = {
+                    "q_ids": per_row(x["q_ids"][b, q_start : q_start + 64]),
+                    "kv_ids": per_column(x["kv_ids"][b, tile * kv : tile * kv + kv]),
+                }
+                ids["q_ids"] = [v.astype(np.int32) for v in ids["q_ids"]]
+            where = tile_math.Position(ptx.i32(q_start), ptx.i32(tile * kv), **fields, **ids)
+            scores = tile_math.mask_scores(scores, where, variant.qk == "int8")
+        blocks = kv // plan.scale_block
+        col_scale = []
+        if "k_scale" in x:
+            part = x["k_scale"][b, head, tile * blocks : (tile + 1) * blocks]
+            col_scale = [s for block in part for s in per_column(block)]
+        tops = ()
+        if config.qk_split == 2:
+            first = scores[: len(scores) // 2]
+            tops = [tile_math.maximum(first[i::4], variant.qk == "int8") for i in range(4)]
+        p, m, alpha, sums = tile_math.softmax(
+            variant, scores, m, row_scale, col_scale, shift, masked=masked, tops=tops
+        )
+        if variant.pv == "half":
+            v = window(x["v"][b, :, head], tile * kv, kv, 0)
+        else:  # below the values lie rows of ones
+            v = window(x["v"][b, head], tile * kv, kv, 1).T
+            v = np.concatenate([v, np.ones((kv, 8))], 1)
+        operand = from_operand(
+            p, np.dtype(E4M3) if variant.pv == "e4m3" else jnp.dtype(variant.half)
+        )
+        new = accumulator((operand @ v).astype(np.float32))
+        total = tile_math.add_sums(variant, total, alpha, new, plan.head_dim, sums)
+        out = tile_math.add_tile(out, new, alpha)
+    const = (
+        per_row(rows("row_const") * np.float32(scale)) if "row_const" in x and not shift else None
+    )
+    sink = ptx.f32(x["sinks"][n]) if "sinks" in x else None
+    factor, lse = tile_math.finish(variant, total, m, const, sink)
+    channel = per_column(x["v_scale"][b, head]) if "v_scale" in x else ()
+    out = tile_math.scale_out(out, factor, channel)
+    return from_accumulator(out, plan.head_dim), rows_of(lse)
+
+
+def dequantized(ops, t, s, ordered=False):
+    """Float32 query, key and value with the meaning of the kernel's operands.
+
+    ``ordered`` takes the tokens of V as they lie, without undoing their permutation.
+    """
+    q, k, v = (np.asarray(x, np.float32) for x in ops[:3])
+    if ops.q_scale is not None:
+        q = q[:, :t] * np.asarray(ops.q_scale)[:, :, :t].swapaxes(1, 2)[..., None]
+        scale = np.asarray(ops.k_scale)  # [B, K, blocks, 8]
+        wide = np.tile(scale, k.shape[1] // scale.shape[2] // 8).reshape(*scale.shape[:2], -1)
+        k = (k * wide.swapaxes(1, 2)[..., None])[:, :s]
+    if ops.v_scale is not None:
+        order = np.arange(16) if ordered else np.argsort(quantize.V_ORDER)
+        v = v.reshape(*v.shape[:3], -1, 16)[..., order].reshape(v.shape)
+        v = (v * np.asarray(ops.v_scale)[..., None]).transpose(0, 3, 1, 2)[:, :s]
+    if ops.row_const is not None:  # one more channel adds it to every logit of a row
+        const = np.asarray(ops.row_const)[:, :, :t].swapaxes(1, 2)[..., None]
+        q, k = np.concatenate([q, const], -1), np.concatenate([k, np.ones_like(k[..., :1])], -1)
+    return [jnp.asarray(x) for x in (q, k, v)]
+
+
+@contextlib.contextmanager
+def installed():
+    """Puts the NumPy warpgroup in the place of the GPU's; results must be waited for inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in ARITHMETIC.items():
+            patch.setattr(ptx, name, function)
+        patch.setattr(ptx, "asm", asm)
+        patch.setattr(quantize, "_call", run_blocks)
+        patch.setattr(mosaic_sm90, "launch", run_attention)
+        yield
+        jax.clear_caches()  # What was traced here calls NumPy.
