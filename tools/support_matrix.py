@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxeff.compress.registry import COMPRESSORS
-from jaxeff.quant import RECIPES
+from jaxeff.finetune import FALQON, FP8LoRA, LoRA, QLoRA
+from jaxeff.quant import RECIPES, WEIGHTS
+from jaxeff.sparse import PATTERNS
 from pallas_kernels import FORMATS, QUANTS
 from pallas_kernels._device import describe
 from pallas_kernels.ops.attention.spec import (
@@ -47,7 +49,7 @@ def catalogue(names: dict, title: str) -> list[str]:
     lines = [f"## {title}", ""]
     for name, item in names.items():
         text = (getattr(item, "__doc__", "") or "").strip().split("\n")[0]
-        documented = isinstance(item, type)
+        documented = callable(item)
         lines.append(f"- `{name}`: {text}" if documented and text else f"- `{name}`")
     return [*lines, ""]
 
@@ -65,6 +67,9 @@ def render() -> str:
         "",
         *catalogue(FORMATS, "Formats"),
         *catalogue(RECIPES, "Training recipes"),
+        *catalogue({name: None for name in WEIGHTS}, "Packed weights"),
+        *catalogue({each.__name__: each for each in (LoRA, QLoRA, FP8LoRA, FALQON)}, "Finetuning"),
+        *catalogue(PATTERNS, "Block-sparse patterns"),
         *catalogue(COMPRESSORS, "Cache compression"),
     ]
     return "\n".join(parts).rstrip() + "\n"

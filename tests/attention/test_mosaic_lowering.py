@@ -139,6 +139,8 @@ def test_named_it_runs_and_unnamed_it_does_not():
         (_spec(quant=QUANTS["sage2_int4"]), "no int4 product"),
         (_spec(quant=QUANTS["sage3"]), "no nvfp4 product"),
         (_spec(quant=AttentionQuant(pv="int8")), "no int8 product of P and V"),
+        (_spec(quant=QUANTS["sage_bwd"]), "no INT8 backward"),
+        (_spec(mask_kinds=("predicate",)), "does not take predicate masks"),
         (_spec(quant=AttentionQuant(pv="fp16")), "no fp16 product of P and V for bfloat16 values"),
         (_spec(quant=AttentionQuant("half", v_max=2.25)), "half has v_max=2.25"),
         (_spec(quant=AttentionQuant(two_level=False)), "two_level=True"),
