@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxeff.finetune.adapt import adapt, adapted_layers
-from jaxeff.finetune.layers import LoRALinear
+from jaxeff.finetune.layers import LoRALinear, base_tag
 from jaxeff.finetune.methods import LoRA
 from jaxeff.models import Decoder
 from jaxeff.models.hf import _import_safetensors, tensor_names
@@ -235,8 +235,6 @@ def _pairs(file: Path, tensors: dict[str, Any], names: dict[str, str]) -> dict[s
 
 
 def _check_tags(path: Path, tags: dict[str, int], kernels: dict, names: dict[str, str]) -> None:
-    from jaxeff.finetune.layers import base_tag
-
     for module, tag in tags.items():
         if module in names and int(base_tag(kernels[names[module]])) != tag:
             raise ValueError(
