@@ -111,6 +111,11 @@ def byte_operands(rng, t, s, n, h):
     )  # fmt: skip
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="the interpreter of jax 0.11 refuses a kernel that ends with an unobserved arrival, "
+    "which hardware allows; 0.12 refuses it only before another barrier is made",
+)
 @pytest.mark.parametrize(
     ("make", "mask", "t", "s", "h", "schedule"),
     [
