@@ -146,7 +146,7 @@ def recall_groups(preset: str) -> list[sweep.Group]:
     """Associative recall: plateau against pairs and vocabulary, attention (Fig. 4, 17).
 
     The exponents are fitted on a model of width 64 with two layers: at the paper's size and
-    learning rate all cells beyond 6 pairs outlast a short lease (second group).
+    learning rate all cells beyond 6 pairs outlast a short GPU session (second group).
     """
     small = {"num_layers": 2, "embed_dim": 64}
     plain = [
