@@ -10,7 +10,7 @@ from jaxeff.finetune.melded import meld_weight, melded_dot
 from jaxeff.finetune.methods import FALQON, FP8LoRA, LoRA, QLoRA
 from jaxeff.finetune.peft import load_adapters, save_adapters
 from jaxeff.finetune.training import finetune_config, fit, init_state, train_step
-from jaxeff.nn.surgery import DECODER_LAYERS
+from jaxeff.quant.module_paths import DECODER_LAYERS
 
 __all__ = [
     "DECODER_LAYERS",

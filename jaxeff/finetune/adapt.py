@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxeff.finetune.layers import AdaptedLinear, FalqonLinear, Frozen, LoRALinear
 from jaxeff.finetune.methods import FALQON, Method
-from jaxeff.nn.surgery import (
+from jaxeff.quant.module_paths import (
     DECODER_LAYERS,
     dotted,
     get_module,

@@ -19,7 +19,13 @@ from jaxeff.models.hf import (
     tensor_names,
     to_hf_config,
 )
-from jaxeff.nn.surgery import DECODER_LAYERS, get_module, linear_layers, match_rules, set_module
+from jaxeff.quant.module_paths import (
+    DECODER_LAYERS,
+    get_module,
+    linear_layers,
+    match_rules,
+    set_module,
+)
 from jaxeff.quant.weights import PackedLinear, PackedWeight, WeightQuant
 from jaxeff.typing import DTypeLike
 from pallas_kernels.formats import QTensor

@@ -15,6 +15,7 @@ from jax import lax
 from jaxeff.quant.delayed import AmaxHistory, init_history
 from jaxeff.quant.dot import quantized_dot_general
 from jaxeff.quant.einsum import quantized_einsum
+from jaxeff.quant.module_paths import get_module, linear_layers, match_rules
 from jaxeff.quant.noise import counter_key
 from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
 
@@ -177,19 +178,17 @@ def apply_recipe(
       arXiv:2505.19115, section 3; arXiv:2509.25149, section 4.1 (layers kept in BF16).
     """
     default = resolve_recipe(recipe)
-    compiled = [(re.compile(pattern), resolve_recipe(chosen)) for pattern, chosen in rules]
-    layers = _linear_layers(model)
-    if not layers:
-        raise ValueError(f"model {type(model).__name__} has no nnx.Linear layer")
-    matched = {path: _matching(path, compiled) for path in layers}
-    _check_rules(compiled, matched)
+    rules = [(pattern, resolve_recipe(chosen)) for pattern, chosen in rules]
+    paths = linear_layers(model, (nnx.Linear, nnx.LinearGeneral, nnx.Einsum))
+    layers = {name: get_module(model, path) for name, path in paths.items()}
+    matched = match_rules(layers, rules) if rules else {}
     fraction = default.keep_last if keep_last is None else keep_last
     kept = _kept_blocks(list(layers), fraction)
 
     plan = {}
     for path in layers:
-        if matched[path]:
-            plan[path] = compiled[matched[path][0]][1]
+        if path in matched:
+            plan[path] = matched[path]
         elif re.search(EXEMPT, path) or _block(path) in kept:
             plan[path] = RECIPES["bf16"]
         else:
@@ -261,36 +260,6 @@ def _replace(tree: Any, kind: type, new_value: Any) -> Any:
         return leaf.replace(new_value(leaf)) if isinstance(leaf, kind) else leaf
 
     return jax.tree.map(replaced, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-
-
-def _linear_layers(model: nnx.Module) -> dict[str, Any]:
-    kinds = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
-    found = {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_graph(model)
-        if isinstance(module, kinds)
-    }
-    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
-
-
-def _natural(path: str) -> list:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
-
-
-def _matching(path: str, rules: list) -> list[int]:
-    return [index for index, (pattern, _) in enumerate(rules) if pattern.search(path)]
-
-
-def _check_rules(rules: list, matched: dict[str, list[int]]) -> None:
-    for index, (pattern, _) in enumerate(rules):
-        if not any(index in found for found in matched.values()):
-            raise ValueError(
-                f"rule {pattern.pattern!r} matches no linear layer; the paths are {list(matched)}"
-            )
-    for path, found in matched.items():
-        if len(found) > 1:
-            patterns = [rules[index][0].pattern for index in found]
-            raise ValueError(f"layer {path!r} is matched by {len(found)} rules: {patterns}")
 
 
 def _block(path: str) -> int | None:

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxeff.nn.surgery import DECODER_LAYERS, get_module, linear_layers, match_rules, set_module
+from jaxeff.quant.module_paths import (
+    DECODER_LAYERS,
+    get_module,
+    linear_layers,
+    match_rules,
+    set_module,
+)
 from pallas_kernels.formats import QTensor, get_format
 from pallas_kernels.ops.matmul import matmul
 from pallas_kernels.ops.quantize.api import quantize

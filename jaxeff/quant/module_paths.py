@@ -12,11 +12,14 @@ Path = tuple[str | int, ...]
 DECODER_LAYERS = r"^layers\.\d+\."
 
 
-def linear_layers(model: nnx.Module) -> dict[str, Path]:
-    """Paths of all ``nnx.Linear`` layers, in the model's order.
+def linear_layers(
+    model: nnx.Module, kinds: type | tuple[type, ...] = nnx.Linear
+) -> dict[str, Path]:
+    """Paths of all linear layers, in the model's order.
 
     Args:
       model: any NNX module.
+      kinds: the classes that count as linear layers.
 
     Returns:
       The path by its dotted name, such as ``"layers.0.mlp.up_proj"``.
@@ -27,7 +30,7 @@ def linear_layers(model: nnx.Module) -> dict[str, Path]:
     >>> linear_layers(nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
     {'layers.0': ('layers', 0)}
     """
-    found = [path for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Linear)]
+    found = [path for path, module in nnx.iter_graph(model) if isinstance(module, kinds)]
     if not found:
         raise ValueError(f"model {type(model).__name__} has no nnx.Linear layer")
     return {dotted(path): path for path in sorted(found, key=_natural)}
