@@ -211,12 +211,12 @@ class Arm:
         return functools.partial(train_step, static), state, (frozen,)
 
     def _join(self, model, state):
-        from jaxeff.finetune.training import _write_back
+        from jaxeff.finetune.training import write_back
 
         if self.method == "full":
             nnx.update(model, state.params, state.rest)
         else:
-            _write_back(model, state)
+            write_back(model, state)
 
 
 def _bytes(model, state, compiled) -> dict[str, int]:

@@ -13,8 +13,8 @@ from jaxeff.finetune.adapt import adapted_layers, merge
 from jaxeff.finetune.layers import FalqonLinear
 from jaxeff.models import Decoder
 from jaxeff.models.hf import (
-    _import_safetensors,
     from_hf_config,
+    import_safetensors,
     save_pretrained,
     tensor_names,
     to_hf_config,
@@ -72,7 +72,7 @@ def save_fp8(model: Decoder, path: str | Path, *, dtype: DTypeLike = jnp.bfloat1
       NotImplementedError: no served model type holds the model's configuration.
       ImportError: the package ``safetensors`` (extra ``hf``) is not installed.
     """
-    save_file = _import_safetensors().numpy.save_file
+    save_file = import_safetensors().numpy.save_file
     melded = {
         name: layer.weight.get_value()
         for name, (_, layer) in adapted_layers(model).items()
@@ -209,7 +209,7 @@ def _read_raw(file: Path) -> dict[str, np.ndarray]:
     """All tensors of a file; the reader's own numpy and flax modes do not know FP8."""
     import ml_dtypes
 
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     dtypes = {
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "BF16": ml_dtypes.bfloat16,

@@ -14,7 +14,7 @@ from jaxeff.finetune.adapt import adapt, adapted_layers
 from jaxeff.finetune.layers import LoRALinear, base_tag
 from jaxeff.finetune.methods import LoRA
 from jaxeff.models import Decoder
-from jaxeff.models.hf import _import_safetensors, tensor_names
+from jaxeff.models.hf import import_safetensors, tensor_names
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -44,7 +44,7 @@ def save_adapters(
 
     References: PEFT (huggingface), checkpoint format of LoRA.
     """
-    save_file = _import_safetensors().numpy.save_file
+    save_file = import_safetensors().numpy.save_file
     layers = _lora_layers(model)
     modules = _modules(model)
     tensors, tags = {}, {}
@@ -204,7 +204,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 def _read_weights(file: Path) -> tuple[dict[str, jax.Array], dict[str, str]]:
     if not file.is_file():
         raise ValueError(f"{file} is missing; expected a folder that PEFT or save_adapters wrote")
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(file, framework="flax") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -233,7 +233,7 @@ def fit(
             if folder and (done == config.steps or (every and done % every == 0)):
                 checkpoint.save(folder / f"step_{done:08d}", state, {"step": done}, overwrite=True)
     finally:
-        _write_back(model, state)
+        write_back(model, state)
     seconds = max(ended - first_done, 0.0)
     return TrainResult(
         np.asarray(jax.device_get(losses), np.float32),
@@ -306,7 +306,13 @@ def _merge(graph, params, melded, frozen) -> nnx.Module:
     return nnx.merge(graph, params, nnx.from_flat_state(flat), frozen)
 
 
-def _write_back(model: nnx.Module, state: FinetuneState) -> None:
+def write_back(model: nnx.Module, state: FinetuneState) -> None:
+    """Puts the trained parameters and the rewritten weights of a state into the model.
+
+    Args:
+      model: the model that the state was made from; changed in place.
+      state: as ``train_step`` returns it.
+    """
     nnx.update(model, state.params)
     for name, (_, layer) in adapted_layers(model).items():
         if name in state.melded:

@@ -154,7 +154,7 @@ def save_pretrained(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; expected at least 1")
-    save_file = _import_safetensors().numpy.save_file
+    save_file = import_safetensors().numpy.save_file
     tensors = _model_tensors(model)
     dtype = str(tensors["model.embed_tokens.weight"].dtype)
     raw = to_hf_config(model.config, dtype=dtype)
@@ -223,7 +223,8 @@ def tensor_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def _import_safetensors() -> Any:
+def import_safetensors() -> Any:
+    """The package ``safetensors``, or an ImportError that names the extra to install."""
     try:
         import safetensors.numpy
     except ImportError as error:
@@ -318,7 +319,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _header_names(file: Path) -> list[str]:
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     try:
         with safetensors.safe_open(file, framework="flax") as opened:
             return list(opened.keys())
@@ -357,7 +358,7 @@ def _damage(file: Path) -> str | None:
 
 def _read_tensors(files: dict[str, Path], names: dict[str, str]) -> Iterator[tuple[str, jax.Array]]:
     """Yield the named tensors file by file, each opened once."""
-    safetensors = _import_safetensors()
+    safetensors = import_safetensors()
     for file in sorted({files[name] for name in names}):
         with safetensors.safe_open(file, framework="flax") as opened:
             for name in names:
