@@ -154,10 +154,15 @@ def _attempt_torch(run: Any, exact, repeats: int):
     """As ``_attempt``, timed by CUDA events with a cold L2."""
     if isinstance(run, str):
         return run
-    import torch
-
     picked, wanted = exact
     output = jnp.asarray(run()[:, picked].float().cpu().numpy())
+    return time_torch(run, repeats), testing.errors(output, wanted)
+
+
+def time_torch(run: Any, repeats: int) -> Timing:
+    """Times a torch call by CUDA events, each time with a cold L2, after three calls to warm up."""
+    import torch
+
     flush = torch.empty(32 * 2**20, dtype=torch.int32, device="cuda")
     seconds = []
     for _ in range(repeats + 3):
@@ -168,7 +173,7 @@ def _attempt_torch(run: Any, exact, repeats: int):
         end.record()
         torch.cuda.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
-    return Timing(tuple(seconds[3:]), 0.0, "cuda events"), testing.errors(output, wanted)
+    return Timing(tuple(seconds[3:]), 0.0, "cuda events")
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def _kernel_only(shape, query, key, value, exact, repeats):
     try:
         operands = jax.block_until_ready(quantized(query, key, value))
     except (NotImplementedError, ValueError, RuntimeError) as error:
-        return _first_line(error)
+        return first_line(error)
     return _attempt(partial(kernel, is_causal=shape.is_causal), (operands, query), exact, repeats)
 
 
@@ -236,10 +241,10 @@ def _attempt(call, arguments, exact, repeats: int):
         error = testing.errors(output[:, picked], wanted)
         return benchmark(call, *arguments, repeats=repeats), error
     except (NotImplementedError, ValueError, RuntimeError) as error:
-        return _first_line(error)
+        return first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 

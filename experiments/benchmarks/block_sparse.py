@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.benchmarks.attention import _first_line, machine
+from experiments.benchmarks.attention import first_line, machine, time_torch
 from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels.benchmarking import Timing, attention_flops, benchmark, teraflops
 from pallas_kernels.ops.attention.sparge import predict
@@ -194,17 +194,7 @@ def _time_flex(arrays, mask: BlockMask, exact, shape: Shape, density: float, rep
     run = lambda: compiled(query, key, value, block_mask=flex_mask)  # noqa: E731
     picked, wanted = exact
     out = jnp.asarray(run().transpose(1, 2)[:, picked].float().cpu().numpy())
-    flush = torch.empty(32 * 2**20, dtype=torch.int32, device="cuda")
-    seconds = []
-    for _ in range(repeats + 3):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    timing = Timing(tuple(seconds[3:]), 0.0, "cuda events")
+    timing = time_torch(run, repeats)
     return _numbers(timing, shape, density) | testing.errors(out, wanted)
 
 
@@ -239,7 +229,7 @@ def main(options: Options) -> None:
             try:
                 row |= measure()
             except ERRORS as error:
-                row["reason"] = _first_line(error)
+                row["reason"] = first_line(error)
             rows.append(row)
             relative_to_dense(rows)
             shown = f"{row['milliseconds']:.3f} ms" if "milliseconds" in row else row["reason"]

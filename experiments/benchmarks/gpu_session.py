@@ -456,7 +456,7 @@ def work(dry_run: bool) -> None:
         try:
             result = {"result": (lower_case if dry_run else run_case)(case)}
         except Exception as error:  # any failure of a case is its result
-            result = {"failed": f"{type(error).__name__}: {bench._first_line(error)}"}
+            result = {"failed": f"{type(error).__name__}: {bench.first_line(error)}"}
         os.write(answer, (json.dumps(result) + "\n").encode())
 
 
