@@ -88,8 +88,7 @@ class Generate:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        write(self.prompt)
-        stream = TextStream(text_model.decode, write, skip=text_model.stop_tokens)
+        stream = TextStream(text_model.decode, write, skip=text_model.stop_tokens, lead=self.prompt)
         result = generate(
             text_model.model,
             [text_model.encode(self.prompt)],

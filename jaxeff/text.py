@@ -133,6 +133,8 @@ class TextStream:
       decode: token ids to text.
       write: receives each new piece of text.
       skip: ids that are not text, such as stop tokens.
+      lead: text in front of the first piece, such as the prompt: nothing is written before there
+        is something to write.
 
     Example:
       >>> pieces = []
@@ -148,8 +150,10 @@ class TextStream:
         decode: Callable[[Sequence[int]], str],
         write: Callable[[str], Any],
         skip: Sequence[int] = (),
+        lead: str = "",
     ):
         self._decode, self._write, self._skip = decode, write, frozenset(skip)
+        self._lead = lead
         self._ids: list[int] = []
         self._written = ""
 
@@ -166,6 +170,7 @@ class TextStream:
         self._emit(self._decode(self._ids))
 
     def _emit(self, text: str) -> None:
-        if len(text) > len(self._written):
-            self._write(text[len(self._written) :])
-            self._written = text
+        piece = self._lead + text[len(self._written) :]
+        if piece:
+            self._write(piece)
+            self._lead, self._written = "", text

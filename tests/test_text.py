@@ -49,6 +49,13 @@ def test_generate_prints_what_the_model_generates(folder, capsys):
     assert printed == "ab c" + loaded.decode(tokens[tokens != 2]) + "\n"
 
 
+def test_a_wrong_option_prints_nothing_but_the_message(folder, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--checkpoint", str(folder), "--prompt", "ab", "--cache", "lru"])
+    printed = capsys.readouterr()
+    assert printed.out == "" and "lru" in printed.err
+
+
 def test_several_ends_of_text(folder):
     config = json.loads((folder / "generation_config.json").read_text())
     for ids in ([7, 9], None):
