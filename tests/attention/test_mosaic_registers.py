@@ -142,6 +142,28 @@ def test_codes_and_scales(head_dim, qk):
     check_codes(tokens[:, :150], v / v_scale[:, None], "e4m3")
 
 
+def test_long_sequences_loop_over_tiles():
+    """More tokens than one tile for each block of the cluster; the last tiles do not exist."""
+    q, k, v = inputs(1, 4, 1100, 1, 1, 64)
+    long, short = jnp.array([1100]), jnp.array([1060])
+    with warpgroup.installed():
+        ops = quantize.quantize_qkv(q, k, v, scale_block=112)
+        again = quantize.quantize_qkv(
+            q, k.at[:, 1060:].set(jnp.nan), v.at[:, 1060:].set(jnp.nan),
+            scale_block=112, kv_lengths=short,
+        )  # fmt: skip
+        jax.block_until_ready((ops, again))
+    for got, limit in ((ops, long), (again, short)):
+        count = int(limit[0])
+        exact_k, exact_v = (np.asarray(x, np.float32)[:, :count, 0] for x in (k, v))
+        _, got_k, got_v = warpgroup.dequantized(got._replace(row_const=None), 4, 1100)
+        error = np.asarray(got_k)[:, :count, 0] - (exact_k - exact_k.mean(1, keepdims=True))
+        assert np.abs(error).max() <= np.asarray(got.k_scale).max() * 0.51
+        np.testing.assert_allclose(np.asarray(got_v)[:, :count, 0], exact_v, rtol=0.07, atol=0.02)
+        assert (np.asarray(got_k)[:, count:] == 0).all()
+        assert (np.asarray(got_v)[:, count:] == 0).all()
+
+
 def check_codes(codes, exact, fmt):
     """Codes are the nearest ones; a division in place of the product may tip a tie."""
     codes = np.asarray(codes, np.float32)
