@@ -69,6 +69,11 @@ def rem(a, b):
     return arith.remui(a, b)
 
 
+def xor(a, b):
+    """Bitwise exclusive or."""
+    return arith.xori(a, b)
+
+
 def imax(a, b):
     """Larger signed integer."""
     return arith.maxsi(a, b)
@@ -178,6 +183,11 @@ def loop(count: int, body, values: list) -> list:
     if count == 1:
         return body(i32(0), values)
     return utils.fori(i32(count), values)(body).results
+
+
+def shape(ref) -> list[int]:
+    """Shape of an array in memory."""
+    return ir.MemRefType(ref.type).shape
 
 
 def address(ref, offset):

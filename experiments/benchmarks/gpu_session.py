@@ -140,6 +140,8 @@ def sizes_cases() -> list[Case]:
     """Configurations beside the heuristic's, at the judged shapes."""
     changes: list[dict[str, Any]] = [
         {},
+        {"from bf16": True},
+        {"from bf16": True, "fuse_q": False},
         {"schedule": "none"},
         {"head_group": 4},
         {"head_group": 16},
@@ -346,17 +348,34 @@ def run_fast(case: Case) -> dict[str, Any]:
 
 
 def run_quantizers(batch: int, length: int, heads: int, head_dim: int = 128) -> dict[str, Any]:
-    """GB/s of the fused quantisation beside a copy of as many bytes."""
+    """GB/s of each quantiser beside a copy of as many elements.
+
+    What must be moved counts: 2 bytes read and 1 written per element, though K and V are read
+    twice, the second time from the cache as far as it holds them.
+    """
+    from pallas_kernels.ops.quantize import mosaic_sm90 as quantisers
+
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
-    timing = benchmark(bench.quantized, q, k, v, repeats=10)
-    # Statistics read K and V; three kernels read 2 and write 1 byte per element.
-    moved = float(q.size) * (2 * 2 + 3 * 3)
-    copy = benchmark(lambda x: x + 1, q, repeats=10)
+    lengths = jnp.full((batch,), length, jnp.int32)
+    mean = jax.block_until_ready(quantisers.quantize_k(k, lengths))[2]
+    timings = {
+        "copy": benchmark(lambda x: x + 1, q, repeats=10),
+        "q": benchmark(lambda q, mean: quantisers.quantize_q(q, lengths, mean), q, mean),
+        "k": benchmark(lambda k: quantisers.quantize_k(k, lengths), k),
+        "k without smoothing": benchmark(
+            lambda k: quantisers.quantize_k(k, lengths, smooth=False), k
+        ),
+        "v": benchmark(lambda v: quantisers.quantize_v(v, lengths), v),
+        "all": benchmark(bench.quantized, q, k, v),
+    }
+    size = float(q.size)
+    moved = {name: size * {"copy": 4, "all": 9}.get(name, 3) for name in timings}
+    rates = {name: gigabytes_per_second(moved[name], x) for name, x in timings.items()}
     return {
-        "milliseconds": timing.median * 1e3,
-        "gbps": gigabytes_per_second(moved, timing),
-        "copy_gbps": gigabytes_per_second(4.0 * q.size, copy),
+        **{f"{name} gbps": rate for name, rate in rates.items()},
+        **{f"{name} of copy": rate / rates["copy"] for name, rate in rates.items()},
+        **{f"{name} us": x.median * 1e6 for name, x in timings.items()},
     }
 
 
@@ -368,12 +387,17 @@ def run_sizes(case: Case) -> dict[str, Any]:
     batch, length, heads, head_dim = case["shape"]
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
-    operands = jax.block_until_ready(quantized_for(config, q, k, v))
-
-    def call(operands, query):
-        return bench.kernel(operands, query, case["is_causal"], config)
-
-    timing = benchmark(call, operands, q, repeats=10)
+    if case["config"].get("from bf16"):
+        timing = benchmark(
+            lambda q, k, v: dot_product_attention(
+                q, k, v, is_causal=case["is_causal"], quant="sage2", implementation="mosaic",
+                config=config,
+            ), q, k, v, repeats=10,
+        )  # fmt: skip
+    else:
+        operands = jax.block_until_ready(quantized_for(config, q, k, v))
+        call = lambda operands, q: bench.kernel(operands, q, case["is_causal"], config)  # noqa: E731
+        timing = benchmark(call, operands, q, repeats=10)
     flops = attention_flops(batch, length, length, heads, head_dim, is_causal=case["is_causal"])
     return {"tflops": teraflops(flops, timing), "spread": timing.spread}
 
@@ -383,7 +407,8 @@ def config_of(case: Case):
     from pallas_kernels.ops.attention.mosaic_sm90_plan import heuristic
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    return dataclasses.replace(heuristic(Variant(), case["shape"][-1]), **case["config"])
+    changes = {name: x for name, x in case["config"].items() if name != "from bf16"}
+    return dataclasses.replace(heuristic(Variant(), case["shape"][-1]), **changes)
 
 
 def quantized_for(config, q, k, v):

@@ -21,7 +21,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import Steps
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, NO_MAX
 from pallas_kernels.ops.attention.spec import AttentionSpec
-from pallas_kernels.ops.quantize.mosaic_sm90 import AttentionOperands
+from pallas_kernels.ops.quantize.mosaic_sm90 import TINY, AttentionOperands
 
 
 def read(ref):
@@ -33,6 +33,14 @@ def read(ref):
 
 class PlainSteps(Steps):
     """A compute warpgroup's steps on whole arrays."""
+
+    def encode_q(self, raw_ref, q_ref, scale_ref, dot_ref, mean, limit):
+        q = read(raw_ref)
+        q = jnp.where(jnp.arange(64)[:, None] < limit, q, 0)
+        top = jnp.maximum(jnp.abs(q).max(1), TINY)
+        q_ref[...] = jnp.round(q * (127 / top)[:, None]).astype(jnp.int8)
+        scale_ref[...] = top * (1 / 127)
+        dot_ref[...] = q @ mean[0][mean[1], mean[2]]
 
     def issue_scores(self, q_ref, k_ref):
         q, k = read(q_ref), read(k_ref)
@@ -78,6 +86,7 @@ class PlainSteps(Steps):
     def finish(self, total, m, const, sink):
         some = total > 0
         lse = m / LOG2E + jnp.log(jnp.where(some, total, 1))
+        lse = lse + const[0] if const else lse
         return [jnp.where(some, 1 / total, 0), jnp.where(some, lse, -jnp.inf)]
 
     def scale_out(self, out, factor, v_scale):
@@ -111,6 +120,13 @@ def byte_operands(rng, t, s, n, h):
     )  # fmt: skip
 
 
+def raw_operands(rng, t, s, n, h):
+    """As `byte_operands`, with Q left to the kernel."""
+    q = jnp.asarray(rng.normal(size=(1, t, n, h)), jnp.bfloat16)
+    mean = jnp.asarray(rng.normal(size=(1, 1, h)), jnp.float32)
+    return byte_operands(rng, t, s, n, h)._replace(q=q, q_scale=None, k_mean=mean)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
     reason="the interpreter of jax 0.11 refuses a kernel that ends with an unobserved arrival, "
@@ -121,6 +137,7 @@ def byte_operands(rng, t, s, n, h):
     [
         (half_operands, Mask.causal(20), 150, 170, 64, "hold"),
         (byte_operands, Mask.lengths(None, jnp.array([90])), 130, 150, 192, "none"),
+        (raw_operands, Mask.causal(20), 300, 170, 64, "hold"),
     ],
 )
 def test_control_flow(plain_steps, make, mask, t, s, h, schedule):

@@ -49,7 +49,8 @@ def attention_forward(
     """Attention on operands as the kernel reads them.
 
     Args:
-        operands: from `quantize_qkv`, or 16-bit arrays without scales.
+        operands: from `quantize_qkv`, or 16-bit arrays without scales. Q may stay 16-bit beside an
+            8-bit K: the kernel then quantises it.
         q_len: T.
         kv_len: S.
         scale: positive factor on the logits.
@@ -69,14 +70,17 @@ def attention_forward(
     """
     mask = Mask() if mask is None else mask
     formats = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.float8_e4m3fn): "e4m3"}
-    qk, pv = (formats.get(x.dtype, "half") for x in (operands.q, operands.v))
+    qk, pv = (formats.get(x.dtype, "half") for x in (operands.k, operands.v))
     variant = Variant(qk, pv, str(jnp.dtype(out_dtype)), soft_cap)
     config = config or heuristic(variant, operands.q.shape[-1], bool(mask.segments))
+    raw_q = qk != "half" and operands.q.dtype != operands.k.dtype
+    config = dataclasses.replace(config, fuse_q=raw_q)
     plan = _plan(operands, config, variant, mask, q_len, kv_len)
     arrays = {"q": _whole(operands.q), "k": _whole(operands.k)}
     arrays["v"] = _whole(operands.v) if pv == "half" else operands.v
     arrays["order"] = jnp.asarray(work_table(plan))
-    for name in ("q_scale", "k_scale", "v_scale", "row_const"):
+    names = ("q_scale", "k_scale", "v_scale", "row_const", *(("k_mean",) * raw_q))
+    for name in names:
         if getattr(operands, name) is not None:
             arrays[name] = getattr(operands, name)
     if sinks is not None:
@@ -118,7 +122,7 @@ def _plan(operands, config, variant, mask: Mask, q_len: int, kv_len: int) -> Pla
     dynamic |= any(x is not None and y is None for x, y in zip(limits, static, strict=True))
     return Plan(
         config, variant, batch, q_len, kv_len, num_heads, num_kv_heads, head_dim, scale_block,
-        *static, bounded, dynamic, bool(mask.segments),
+        *static, bounded, dynamic, bool(mask.segments), config.fuse_q,
     )  # fmt: skip
 
 
@@ -267,7 +271,7 @@ def forward(query, key, value, bias, sinks, mask: Mask, spec: AttentionSpec, con
         operands = quantize_qkv(
             q, k, v, scale_block=config.block_kv, smooth_k=quant.smooth_k,
             qk="int8" if quant.qk == "int8" else "e4m3", pv=variant_of(spec).pv,
-            q_lengths=mask.q_lengths, kv_lengths=mask.kv_lengths,
+            q_lengths=mask.q_lengths, kv_lengths=mask.kv_lengths, leave_q=config.fuse_q,
         )  # fmt: skip
     out, lse = attention_forward(
         operands, q_len=spec.q_len, kv_len=spec.kv_len, scale=spec.scale, mask=mask,

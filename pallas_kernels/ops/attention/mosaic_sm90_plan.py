@@ -43,6 +43,8 @@ class Config:
         registers: registers per thread of a compute warpgroup.
         memory_registers: registers per thread of the memory warpgroup.
         num_sms: blocks of a persistent grid.
+        fuse_q: quantise Q in the kernel, which saves writing and reading its codes. The 16-bit rows
+            of the next query tile wait in shared memory.
 
     Raises:
         ValueError: sizes that the instruction or the register file cannot take.
@@ -61,6 +63,7 @@ class Config:
     registers: int = 232
     memory_registers: int = 40
     num_sms: int = 132
+    fuse_q: bool = True
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 256):
@@ -112,14 +115,16 @@ class Config:
         Returns:
             Bytes, barriers not counted.
 
-        >>> Config().smem_bytes(128)
+        >>> Config(fuse_q=False).smem_bytes(128)
         184832
         """
         variant = variant or Variant()
         v_rows = head_dim + variant.ones
         stage = self.block_kv * (head_dim * variant.qk_bytes + v_rows * variant.pv_bytes)
-        rows = self.block_q * (head_dim * variant.qk_bytes + PART[head_dim] * 2 + 4)
-        return self.num_stages * stage + rows
+        row = head_dim * variant.qk_bytes + PART[head_dim] * 2 + 4
+        if self.fuse_q and variant.qk != "half":
+            row += head_dim * 2 + 8
+        return self.num_stages * stage + self.block_q * row
 
 
 def heuristic(
@@ -143,9 +148,11 @@ def heuristic(
         block_kv = 256 if variant.pv == "e4m3" and not segmented and head_dim <= 128 else 128
         if variant.pv == "half" and head_dim > 128:
             block_kv = 64
+    split = 1 if block_kv == 64 else 2
     sizes = [
-        Config(block_kv=block_kv, num_stages=stages, qk_split=1 if block_kv == 64 else 2)
+        Config(block_kv=block_kv, num_stages=stages, qk_split=split, fuse_q=fuse)
         for stages in (4, 3, 2)
+        for fuse in ((False,) if variant.qk == "half" else (True, False))
     ]
     fits = [size for size in sizes if size.smem_bytes(head_dim, variant) <= SMEM_LIMIT]
     return (fits or sizes[-1:])[0]
@@ -190,6 +197,7 @@ class Plan:
         bounded: whether there is a lower and an upper bound, known now or not.
         dynamic: lengths, bounds and the tiles to visit come as arrays.
         segmented: segment ids come as arrays.
+        raw_q: Q is 16-bit and becomes 8-bit in the kernel.
     """
 
     config: Config
@@ -206,6 +214,7 @@ class Plan:
     bounded: tuple[bool, bool] = (False, False)
     dynamic: bool = False
     segmented: bool = False
+    raw_q: bool = False
 
     @property
     def q_tiles(self) -> int:

@@ -58,6 +58,8 @@ class AttentionOperands(NamedTuple):
         k_scale: float32 [B, K, Sp / scale_block, 8], by token index modulo 8.
         v_scale: float32 [B, K, H].
         row_const: float32 [B, N, Tp + 192], ``q · mean(K)``, or None without smoothing.
+        k_mean: float32 [B, K, H], or None without smoothing. Where Q is left 16-bit beside an 8-bit
+            K, the attention kernel quantises it, and takes ``q · mean(K)`` with this.
     """
 
     q: jax.Array
@@ -67,6 +69,7 @@ class AttentionOperands(NamedTuple):
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
     row_const: jax.Array | None = None
+    k_mean: jax.Array | None = None
 
 
 # -- what one thread does --------------------------------------------------------------------------
@@ -88,12 +91,12 @@ def _element(shape, index, itemsize: int):
     return _offset(list(zip(index, strides, strict=True)), itemsize)
 
 
-def _load8(ref, offset, ok):
+def _load8(ref, offset, ok, space="global.L1::no_allocate"):
     """Eight 16-bit values as four words; zeros where ``ok`` is false."""
     text = (
         "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
-        "@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+        f"@p ld.{space}.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
     )
     return ptx.asm(text, "rrrr", [ptx.address(ref, offset), ptx.flag(ok)], effects=True)
 
@@ -112,11 +115,11 @@ def _load_limit(ref, b):
     return ptx.asm("ld.global.b32 $0, [$1];", "r", [where], effects=True)[0]
 
 
-def _store(ref, offset, values, ok=None):
+def _store(ref, offset, values, ok=None, space="global"):
     """Stores 32-bit values (1, 2 or 4 of them) where ``ok``."""
     n = len(values)
     body = ", ".join(f"${1 + i}" for i in range(n))
-    body = f"st.global.b32 [$0], {body};" if n == 1 else f"st.global.v{n}.b32 [$0], {{{body}}};"
+    body = f"st.{space}.b32 [$0], {body};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{body}}};"
     ins = [ptx.address(ref, offset), *values]
     if ok is not None:
         ins.append(ptx.flag(ok))
@@ -285,7 +288,6 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
     codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), _DTYPES[qk])
     rows_type = jax.ShapeDtypeStruct((batch, heads, padded + ROW_TAIL), jnp.float32)
     groups = 1 if mean is None else heads // mean.shape[1]
-    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
 
     def body(refs, axes):
         q_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs[: 5 - (mean is None)]
@@ -311,24 +313,84 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
             kv_head = ptx.div(head, ptx.i32(groups))
             shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, kv_head, inside), 4))
         for row, word in zip(rows, words, strict=True):
-            x = _floats(word, is_bf16)
-            top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.same_token), ptx.f32(TINY))
-            factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-            scaled = [ptx.fmul(value, factor) for value in x]
+            row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
             place = _element(codes.shape, (b, row, head, channel), 1)
-            _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+            _store(codes_ref, place, row_codes, exists)
             place = _element(rows_type.shape, (b, head, row), 4)
-            _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
-            if shift is not None:
-                dot = ptx.f32(0.0)
-                for value, m in zip(x, shift, strict=True):
-                    dot = ptx.fma(value, m, dot)
-                _store(refs[-1], place, [_over_lanes(ptx.fadd, dot, lanes.same_token)], first)
+            _store(scale_ref, place, [scale], first)
+            if dot is not None:
+                _store(refs[-1], place, [dot], first)
 
     args = (q, lengths) if mean is None else (q, lengths, mean)
     outs = [codes, rows_type] if mean is None else [codes, rows_type, rows_type]
     result = _call([body], outs, (padded // block, heads, batch), args)
     return result if mean is not None else [*result, None]
+
+
+def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift):
+    """Two words of codes, the row's scale, and its product with ``shift`` or None."""
+    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
+    x = _floats(word, is_bf16)
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.same_token), ptx.f32(TINY))
+    factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+    scaled = [ptx.fmul(value, factor) for value in x]
+    dot = None
+    if shift is not None:
+        dot = ptx.f32(0.0)
+        for value, m in zip(x, shift, strict=True):
+            dot = ptx.fma(value, m, dot)
+        dot = _over_lanes(ptx.fadd, dot, lanes.same_token)
+    scale = ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))
+    return [encode(scaled[:4]), encode(scaled[4:])], scale, dot
+
+
+def encode_q_tile(raw, codes, scales, dots, mean, limit, *, dtype, qk, swizzle, rows=64):
+    """One warpgroup's rows of Q in shared memory: codes and scales, as `quantize_q` makes them.
+
+    Args:
+        raw: reference to 16-bit [rows, H].
+        codes: reference to 8-bit [rows / 8, H / swizzle, 8, swizzle], swizzled.
+        scales: reference to float32 [rows].
+        dots: reference to float32 [rows] for ``q · mean``.
+        mean: reference to float32 [B, K, H] and registers of the first two indices, or None.
+        limit: register: later rows give zeros and may hold anything.
+        dtype: of Q.
+        qk: "int8" or "e4m3".
+        swizzle: bytes of a swizzled row of ``codes``.
+        rows: rows.
+    """
+    head_dim = ptx.shape(raw)[1]
+    lanes, is_bf16 = _Lanes(head_dim), dtype == jnp.bfloat16
+    warp, local, channel, exists = lanes.place()
+    first = ptx.eq(channel, ptx.i32(0))
+    start = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
+    shift = None
+    if mean is not None:
+        ref, b, head = mean
+        inside = ptx.select(exists, channel, ptx.i32(0))
+        shift = _load_f32x8(ref, _element(ptx.shape(ref), (b, head, inside), 4))
+    for step in range(0, rows, lanes.per_pass):
+        row = ptx.add(start, ptx.i32(step))
+        ok = ptx.both(exists, ptx.lt(row, limit))
+        word = _load8(raw, _element((rows, head_dim), (row, channel), 2), ok, "shared")
+        row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
+        place = ptx.widen(_swizzled(row, channel, head_dim, swizzle))
+        _store(codes, place, row_codes, exists, "shared")
+        place = _element((rows,), (row,), 4)
+        _store(scales, place, [scale], first, "shared")
+        if dot is not None:
+            _store(dots, place, [dot], first, "shared")
+
+
+def _swizzled(row, column, width: int, swizzle: int):
+    """Byte of an 8-bit [rows, width] operand that is tiled (8, swizzle) and swizzled."""
+    tile = ptx.mul(ptx.div(row, ptx.i32(8)), ptx.i32(width // swizzle))
+    tile = ptx.add(tile, ptx.div(column, ptx.i32(swizzle)))
+    line = ptx.add(ptx.mul(tile, ptx.i32(8)), ptx.rem(row, ptx.i32(8)))
+    offset = ptx.add(ptx.mul(line, ptx.i32(swizzle)), ptx.rem(column, ptx.i32(swizzle)))
+    # The hardware exchanges 16-byte chunks by the number of the 128-byte line they are in.
+    turn = ptx.rem(ptx.div(offset, ptx.i32(128)), ptx.i32(swizzle // 16))
+    return ptx.xor(offset, ptx.mul(turn, ptx.i32(16)))
 
 
 def quantize_k(k, lengths, *, smooth=True, scale_block=256, qk="int8"):
@@ -549,10 +611,10 @@ def quantize_v(v, lengths):
     return codes, scale[:, :, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv"))
+@functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv", "leave_q"))
 def quantize_qkv(
     q, k, v, *, scale_block=256, smooth_k=True, qk="int8", pv="e4m3", q_lengths=None,
-    kv_lengths=None,
+    kv_lengths=None, leave_q=False,
 ) -> AttentionOperands:  # fmt: skip
     """Quantises Q, K and V for `attention_forward`.
 
@@ -566,6 +628,7 @@ def quantize_qkv(
         pv: "e4m3", or "half" to leave V as it is.
         q_lengths: int32 [B], valid queries, or None for all.
         kv_lengths: int32 [B], valid keys, or None for all.
+        leave_q: leave Q to the attention kernel.
 
     Returns:
         `AttentionOperands`.
@@ -582,13 +645,14 @@ def quantize_qkv(
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
     k8, k_scale, mean = quantize_k(k, kv_limit, smooth=smooth_k, scale_block=scale_block, qk=qk)
-    q8, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
-    v_scale = None
+    q_scale = row_const = v_scale = None
+    if not leave_q:
+        q, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
     if pv == "e4m3":
         v, v_scale = quantize_v(v, kv_limit)
     elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
         v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
-    return AttentionOperands(q8, k8, v, q_scale, k_scale, v_scale, row_const)
+    return AttentionOperands(q, k8, v, q_scale, k_scale, v_scale, row_const, mean)
 
 
 def _check(name, x):
