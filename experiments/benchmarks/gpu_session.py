@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -474,24 +474,29 @@ class Options:
     """Used by the program itself: read cases from standard input, one JSON a line."""
 
 
-def work(dry_run: bool) -> None:
+def work(run: Callable[[Case], dict[str, Any]]) -> None:
     """The other side of `results`: a line of JSON for every line of JSON."""
     answer = os.dup(1)
     os.dup2(2, 1)  # What libraries print must not come between the answers.
     for line in sys.stdin:
         case = json.loads(line)
         try:
-            result = {"result": (lower_case if dry_run else run_case)(case)}
+            result = {"result": run(case)}
         except Exception as error:  # any failure of a case is its result
             result = {"failed": f"{type(error).__name__}: {bench.first_line(error)}"}
         os.write(answer, (json.dumps(result) + "\n").encode())
 
 
-def results(cases: list[Case], options: Options, deadline: float) -> Iterator[tuple[Case, dict]]:
-    """Runs cases in one process, and the rest in a new one after a case that hung or crashed."""
+def results(
+    cases: list[Case], options: Any, deadline: float, program: str = "gpu_session"
+) -> Iterator[tuple[Case, dict]]:
+    """Runs cases in one process, and the rest in a new one after a case that hung or crashed.
+
+    ``options`` has output, limit and dry_run; ``program`` is the benchmark whose ``--worker`` runs.
+    """
     waiting = list(cases)
     while waiting and time.monotonic() < deadline:
-        with _process(options, waiting[0].get("tool")) as (process, lines):
+        with _process(options, program, waiting[0].get("tool")) as (process, lines):
             alive = True
             while alive and waiting and time.monotonic() < deadline:
                 case, start = waiting.pop(0), time.monotonic()
@@ -531,9 +536,9 @@ def _verdict(process, limit: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _process(options: Options, tool: str | None):
+def _process(options: Any, program: str, tool: str | None):
     """A worker and the queue of its answers (None when it ends); killed with its children."""
-    command = [sys.executable, "-m", "experiments.benchmarks.gpu_session", "--worker"]
+    command = [sys.executable, "-m", f"experiments.benchmarks.{program}", "--worker"]
     command += ["--dry-run"] * options.dry_run
     if tool and not options.dry_run:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
@@ -562,7 +567,7 @@ def _process(options: Options, tool: str | None):
 def main(options: Options) -> None:
     """Runs the stages in order."""
     if options.worker:
-        return work(options.dry_run)
+        return work(lower_case if options.dry_run else run_case)
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget

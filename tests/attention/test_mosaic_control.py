@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._interpret import gpu_interpret_mode
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_kernel, reference
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import Steps
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
@@ -127,6 +127,13 @@ def raw_operands(rng, t, s, n, h):
     return byte_operands(rng, t, s, n, h)._replace(q=q, q_scale=None, k_mean=mean)
 
 
+def listed(t, s, mask):
+    """Tiles of 128 x 64 for two heads; one row lists none, one a tile in its middle only."""
+    kept = np.random.default_rng(1).random((1, 2, -(-t // 128), -(-s // 64))) < 0.6
+    kept[0, 0, 1], kept[0, 1, 0] = False, [False, True, False]
+    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=64, mask=mask)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
     reason="the interpreter of jax 0.11 refuses a kernel that ends with an unobserved arrival, "
@@ -138,6 +145,8 @@ def raw_operands(rng, t, s, n, h):
         (half_operands, Mask.causal(20), 150, 170, 64, "hold"),
         (byte_operands, Mask.lengths(None, jnp.array([90])), 130, 150, 192, "none"),
         (raw_operands, Mask.causal(20), 300, 170, 64, "hold"),
+        (half_operands, listed(300, 170, Mask.causal(20)), 300, 170, 64, "hold"),
+        (raw_operands, listed(200, 192, None), 200, 192, 64, "hold"),
     ],
 )
 def test_control_flow(plain_steps, make, mask, t, s, h, schedule):
@@ -152,6 +161,7 @@ def test_control_flow(plain_steps, make, mask, t, s, h, schedule):
         )(operands)
     spec = AttentionSpec(1, t, s, 2, 1, h, "float32", h**-0.5)
     exact = warpgroup.dequantized(operands, t, s, ordered=True)
-    want, want_lse = reference.attention(*exact, None, None, mask, spec)
+    rule = mask.as_mask() if isinstance(mask, BlockMask) else mask
+    want, want_lse = reference.attention(*exact, None, None, rule, spec)
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=2e-2)
     np.testing.assert_allclose(lse.swapaxes(1, 2), want_lse, atol=1e-4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import warpgroup
 
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
@@ -46,8 +46,9 @@ def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=1, k=1, h=64, dtype="bfl
         (out, lse), operands = jax.block_until_ready(jax.jit(run)(q, key, v))
     exact = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5, soft_cap=spec.soft_cap)
     arrays = warpgroup.dequantized(operands, t, s)
+    rule = mask.as_mask() if isinstance(mask, BlockMask) else mask
     want, want_lse = jax.jit(
-        lambda q, k, v: reference.attention(q, k, v, None, sinks, mask, exact)
+        lambda q, k, v: reference.attention(q, k, v, None, sinks, rule, exact)
     )(*arrays)
     out, lse, want_lse = (np.asarray(x, np.float64) for x in (out, lse, want_lse))
     want = np.asarray(want, np.float64)[..., :h]
@@ -95,6 +96,47 @@ def test_agrees_with_float32(quant, mask, kwargs):
 )
 def test_masks_and_head_sizes(mask, kwargs):
     compare(mask, **kwargs)
+
+
+def blocks(t, s, heads, mask=None, block_kv=64, batch=1):
+    """Two tiles of keys in three, at random; the last row of tiles of the first head has none."""
+    kept = np.random.default_rng(3).random((batch, heads, -(-t // 128), -(-s // block_kv))) < 0.6
+    kept[0, 0, -1] = False
+    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=block_kv, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("quant", "mask", "kwargs"),
+    [
+        ("sage2", blocks(300, 260, 2), dict(t=300, s=260, n=2)),
+        (None, blocks(200, 400, 1, Mask.causal(190)), dict(t=200, s=400, n=2)),
+        (
+            "sage2",
+            blocks(150, 390, 1, Mask.lengths(None, jnp.array([300, 0])), 128, batch=2),
+            dict(b=2, t=150, s=390, sinks=jnp.zeros(1)),
+        ),
+    ],
+)
+def test_listed_tiles(quant, mask, kwargs):
+    compare(mask, quant, **kwargs)
+
+
+def test_later_tokens_do_not_leak():
+    """Not a bit of a query's output depends on tokens after it, whatever tiles are listed."""
+    q, key, v = inputs(1, 256, 256, 1, 1, 64)
+    spec = AttentionSpec(1, 256, 256, 1, 1, 64, "bfloat16", 0.125)
+    mask = blocks(256, 256, 1, Mask.causal())
+    last = jnp.arange(256)[:, None, None] > 170
+
+    def run(key, v):
+        return mosaic_sm90.forward(q, key, v, None, None, mask, spec)
+
+    with warpgroup.installed():
+        call = jax.jit(run)
+        before = jax.block_until_ready(call(key, v))
+        after = jax.block_until_ready(call(jnp.where(last, 9, key), jnp.where(last, jnp.nan, v)))
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[:, :171], np.asarray(y)[:, :171])
 
 
 # -- quantisers ------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ import pytest
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.ops.attention import mosaic_sm90
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
-from pallas_kernels.ops.attention.mosaic_sm90_plan import work_table
 from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
 
 LANES = np.arange(128)
@@ -321,7 +320,7 @@ def run_tiles(plan, scale, arrays):
     x = {name: np.asarray(a) for name, a in arrays.items()}
     shape = (plan.batch, plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim)
     out, lse = np.full(shape, np.nan, np.float32), np.full(shape[:3], np.nan, np.float32)
-    for row in work_table(plan):
+    for row in x["order"]:
         for index in row[1 : 1 + row[0]]:
             q_tile, b, n = plan.tile_of(int(index))
             for group in range(plan.config.num_compute):
@@ -382,14 +381,21 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
     for name, present in zip(("min_diff", "max_diff"), plan.bounded, strict=True):
         fields[name] = fields[name] if present else None
     fields = {name: None if v is None else ptx.i32(v) for name, v in fields.items()}
-    lo, mid_lo, mid_hi, hi = x["tiles"][b, q_tile] if plan.dynamic else plan.kv_tiles(q_tile)
+    if plan.listed:
+        row = q_tile // (plan.listed // config.block_q)
+        lo, mid_lo, mid_hi, hi = x["ranges"][b % len(x["ranges"]), n % x["ranges"].shape[1], row]
+        tiles = x["list"][b % len(x["list"]), n % x["list"].shape[1], row]
+    else:
+        lo, mid_lo, mid_hi, hi = x["tiles"][b, q_tile] if plan.dynamic else plan.kv_tiles(q_tile)
+        tiles = np.arange(hi)
     out = [ptx.f32(0)] * (plan.head_dim // 2)
     total, m = [ptx.f32(0)] * 2, [ptx.f32(tile_math.NO_MAX)] * 2
-    for tile in reversed(range(lo, hi)):
+    for place in reversed(range(lo, hi)):
+        tile = int(tiles[place])
         k = window(x["k"][b, :, head], tile * kv, kv, 0)
         score_type = np.int32 if variant.qk == "int8" else np.float32
         scores = accumulator((q @ k.T).astype(score_type))
-        masked = plan.needs_mask and not mid_lo <= tile < mid_hi
+        masked = plan.needs_mask and not mid_lo <= place < mid_hi
         if masked:
             ids = {}
             if plan.segmented:

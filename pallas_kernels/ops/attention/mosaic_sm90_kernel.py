@@ -445,10 +445,23 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 del fields[name]
         return {name: jnp.asarray(x, i32) for name, x in fields.items()}
 
-    def kv_range(refs, q_tile, b):
+    def kv_range(refs, q_tile, b, n):
+        if plan.listed:
+            return [list_entry(refs, "ranges", b, n, q_tile, i) for i in range(4)]
         if plan.dynamic:
             return [refs["tiles"][b, q_tile, i] for i in range(4)]
         return [jnp.asarray(x, i32) for x in plan.kv_tiles(q_tile)]
+
+    def list_entry(refs, name, b, n, q_tile, i):
+        """Entry i of a query tile's list; the lists may be shared by batch entries and heads."""
+        shape = refs[name].shape
+        row = div(q_tile, plan.listed // config.block_q)
+        return refs[name][b if shape[0] > 1 else 0, n if shape[1] > 1 else 0, row, i]
+
+    def tile_at(refs, place, b, n, q_tile):
+        """Number of a K/V tile from its place, which may lie before the first or after the last."""
+        last = refs["list"].shape[-1] - 1
+        return list_entry(refs, "list", b, n, q_tile, lax.clamp(i32(0), place, i32(last)))
 
     def for_each_tile(refs, run):
         """Runs ``run(tile, step) -> step`` over this block's tiles; steps count K/V tiles."""
@@ -476,23 +489,27 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         def one_tile(index, step):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
-            lo, _, _, hi = kv_range(refs, q_tile, b)
+            lo, _, _, hi = kv_range(refs, q_tile, b, n)
             for w in range(compute):
                 rows = pl.ds(q_tile * config.block_q + w * ROWS, ROWS)
                 plgpu.barrier_wait(q_free.at[w])
                 plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, n], q_target.at[w], q_ready.at[w])
 
-            def load(i, step):
-                tokens, slot = pl.ds((hi - 1 - i) * kv, kv), slot_of(step)
+            def load(i, carry):
+                step, *tile = carry
+                following = [tile_at(refs, hi - 2 - i, b, n, q_tile) for _ in tile]
+                tokens = pl.ds((tile[0] if tile else hi - 1 - i) * kv, kv)
+                slot = slot_of(step)
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.copy_gmem_to_smem(
                     refs["k"].at[b, tokens, kv_head], k_smem.at[slot], k_ready.at[slot]
                 )
                 plgpu.barrier_wait(v_free.at[slot])
                 load_v(b, kv_head, tokens, slot)
-                return step + 1
+                return (step + 1, *following)
 
-            return lax.fori_loop(i32(0), hi - lo, load, step)
+            first = [tile_at(refs, hi - 1, b, n, q_tile)] if plan.listed else []
+            return lax.fori_loop(i32(0), hi - lo, load, (step, *first))[0]
 
         for_each_tile(refs, one_tile)
 
@@ -552,7 +569,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
             fixed = limits(refs, b)
-            lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b)
+            lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b, n)
             end = step0 + (hi - lo)
             q_start = q_tile * config.block_q + wg * ROWS
             factor = variant.logit_factor(scale)
@@ -587,8 +604,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return where
 
             def one_step(step, carry, is_masked):
-                outs, total, m = carry
-                slot, tile = slot_of(step), hi - 1 - (step - step0)
+                outs, total, m, *listed = carry
+                slot, place = slot_of(step), hi - 1 - (step - step0)
+                tile = listed[0] if listed else place
+                # A load takes its time: the next tile's number is asked for one step ahead.
+                following = [tile_at(refs, place - 1, b, n, q_tile) for _ in listed]
                 col_scale = column_scales(tile)
                 plgpu.barrier_wait(k_ready.at[slot])
                 with jax.named_scope("scores"):
@@ -613,7 +633,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                             plgpu.barrier_arrive(v_free.at[slot])
                             total = steps.add_sums(total, alpha, new, sums)
                         outs[i] = steps.add_tile(outs[i], new, alpha)
-                return tuple(outs), total, m
+                return (tuple(outs), total, m, *following)
 
             def run(begin, stop, carry, is_masked):
                 step_fn = functools.partial(one_step, is_masked=is_masked)
@@ -623,8 +643,10 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 plgpu.barrier_wait(q_ready.at[wg])
             take_token()
             carry = steps.start()
+            if plan.listed:
+                carry = (*carry, tile_at(refs, hi - 1, b, n, q_tile))
             if plan.needs_mask:  # From the last keys to the first: masked, free of masks, masked.
-                two_sided = plan.bounded[0] or plan.dynamic
+                two_sided = plan.bounded[0] or plan.dynamic or plan.listed
                 right_end = step0 + (hi - mid_hi)
                 left_start = step0 + (hi - mid_lo) if two_sided else end
                 carry = run(step0, right_end, carry, True)
@@ -634,8 +656,10 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             else:
                 carry = run(step0, end, carry, False)
             pass_token()
+            if plan.listed and not plan.raw_q:  # Without a single step nobody said Q was read.
+                pl.when(end == step0)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
             with jax.named_scope("epilogue"):
-                outs, total, m = carry
+                outs, total, m, *_ = carry
                 const = [] if capped else row_const(refs, raw_smem, b, n, q_start, scale)
                 sink = [refs["sinks"][n]] if "sinks" in refs else []
                 factor, lse = steps.finish(total, m, const, sink)
@@ -708,7 +732,8 @@ def launch(plan: Plan, arrays: dict[str, jax.Array], scale: float, out_dtype):
     Args:
         plan: static facts.
         arrays: "q", "k", "v", "order", and where they exist "q_scale", "k_scale", "v_scale",
-            "row_const", "k_mean", "sinks", "bounds", "tiles", "q_ids", "kv_ids".
+            "row_const", "k_mean", "sinks", "bounds", "tiles", "q_ids", "kv_ids"; "list" and
+            "ranges" of listed tiles.
         scale: factor on the logits.
         out_dtype: dtype of the output.
 

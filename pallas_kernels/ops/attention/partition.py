@@ -21,7 +21,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
@@ -53,7 +53,7 @@ def partitioned(forward: Forward) -> Forward:
     """
 
     @functools.wraps(forward)
-    def call(query, key, value, bias, sinks, mask: Mask, spec: AttentionSpec):
+    def call(query, key, value, bias, sinks, mask: Mask | BlockMask, spec: AttentionSpec):
         tree = (query, key, value, bias, sinks, mask)
         leaves, treedef = jax.tree.flatten(tree)
         names = tuple(_dimensions(tree))
@@ -79,8 +79,8 @@ def _dimensions(tree) -> list[tuple[str, ...]]:
         out.append(("n",))
     for path, leaf in jax.tree_util.tree_flatten_with_path(mask)[0]:
         field = path[-1].name.partition("[")[0]
-        if field in ("arrays", "tiles"):
-            out.append(_broadcast(("b", "n", ".", "."), leaf))
+        if field in ("arrays", "tiles", "kv_num_blocks", "kv_indices", "kv_full"):
+            out.append(_broadcast(("b", "n", ".", ".")[: jnp.ndim(leaf)], leaf))
         else:  # segments [B, L], lengths and bounds [B] or []
             out.append(_broadcast(("b", ".")[: jnp.ndim(leaf)], leaf))
     return out
