@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 
+import jax
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 _LETTERS = {"r": "i32", "l": "i64", "f": "f32"}
@@ -102,6 +103,11 @@ def eq(a, b):
 def both(a, b):
     """Conjunction of truth values."""
     return arith.andi(a, b)
+
+
+def either(a, b):
+    """Disjunction of truth values."""
+    return arith.ori(a, b)
 
 
 def select(condition, yes, no):
@@ -194,6 +200,43 @@ def address(ref, offset):
     """Address of byte ``offset`` (i64) of an array in memory."""
     pointer = llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))
     return arith.addi(pointer, offset)
+
+
+# -- control ---------------------------------------------------------------------------------------
+
+
+def loop(count, body, state):
+    """Runs ``state = body(i, state)`` for ``i = 0 … count - 1``.
+
+    Args:
+        count: i32, the same for all threads of the warpgroup.
+        body: of an i32 and a pytree of values.
+        state: pytree of values.
+
+    Returns:
+        The last state.
+    """
+    leaves, tree = jax.tree.flatten(state)
+    op = scf.ForOp(i32(0), count, i32(1), leaves)
+    with ir.InsertionPoint(op.body):
+        new = body(op.induction_variable, jax.tree.unflatten(tree, list(op.inner_iter_args)))
+        scf.YieldOp(jax.tree.leaves(new))
+    return jax.tree.unflatten(tree, list(op.results))
+
+
+def branch(condition, yes, no):
+    """Calls ``yes()`` where the condition holds, else ``no()``; neither returns anything.
+
+    Args:
+        condition: i1, the same for all threads of the warpgroup.
+        yes: makes instructions.
+        no: makes instructions.
+    """
+    op = scf.IfOp(condition, has_else=True)
+    for block, make in ((op.then_block, yes), (op.else_block, no)):
+        with ir.InsertionPoint(block):
+            make()
+            scf.YieldOp([])
 
 
 # -- inline PTX ------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ ARITHMETIC = {
     "ge": np.greater_equal,
     "eq": np.equal,
     "both": np.logical_and,
+    "either": np.logical_or,
     "select": np.where,
     "fadd": lambda a, b: quiet(np.add, a, b),
     "fsub": lambda a, b: quiet(np.subtract, a, b),
@@ -96,6 +97,21 @@ ARITHMETIC = {
 }
 
 
+def loop(count, body, state):
+    assert (count == count[0]).all(), "threads of a block disagree"
+    for i in range(int(count[0])):
+        state = body(np.full(128, i, np.int32), state)
+    return state
+
+
+def branch(condition, yes, no):
+    assert (condition == condition[0]).all(), "threads of a block disagree"
+    (yes if condition[0] else no)()
+
+
+CONTROL = {"loop": loop, "branch": branch}
+
+
 # -- PTX -------------------------------------------------------------------------------------------
 
 FLOATS = {
@@ -106,10 +122,43 @@ FLOATS = {
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
+
+
+def words(x):
+    """16-bit numbers [128, 2] as words."""
+    return np.ascontiguousarray(x).view(np.int32)[:, 0]
+
+
+def halves(word, dtype=np.float16):
+    return np.ascontiguousarray(word).view(np.uint8).reshape(128, 4).view(dtype)
+
+
+def permute(a, b, selector):
+    both = np.concatenate([x.view(np.uint8).reshape(128, 4) for x in (a, b)], 1)
+    picked = [both[:, int(selector[0]) >> 4 * i & 7] for i in range(4)]
+    return np.ascontiguousarray(np.stack(picked, 1)).view(np.int32)[:, 0]
+
+
+def widen8(dtype):
+    def run(pair):
+        codes = np.stack([pair & 255, pair >> 8 & 255], 1).astype(np.uint8).view(dtype)
+        return words(codes.astype(np.float16))
+
+    return run
+
+
 INTS = {
     "cvt.rn.f32.s32": lambda a: a.astype(np.float32),
     "shl.b32": np.left_shift,
+    "shr.u32": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
     "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "xor.b32": np.bitwise_xor,
+    "prmt.b32": permute,
+    "sub.rn.f16x2": lambda a, b: words(halves(a) - halves(b)),
+    "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
+    "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
+    "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],
     "cvt.pack.sat.s8.s32.b32": lambda a, b, c: (
         c << 16 | (np.clip(a, -128, 127) & 255) << 8 | (np.clip(b, -128, 127) & 255)
     ),
@@ -172,6 +221,10 @@ class Machine:
             self.registers[target] = FLOATS[opcode](*(self.read(x, np.float32) for x in sources))
         elif opcode.startswith(("ld.", "st.")):
             self.memory(opcode, operands, active)
+        elif opcode.startswith("mma."):
+            self.mma(opcode, operands)
+        elif opcode == "bar.sync":
+            pass  # all threads run in step
         elif opcode == "mov.b32" and target.startswith("{"):
             word = self.read(sources[0])
             low, high = self.halves(target)
@@ -197,6 +250,27 @@ class Machine:
             self.registers[target] = high.astype(np.int32) << width | low.astype(np.int32)
         else:
             self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
+
+    def mma(self, opcode, operands):
+        """m16n8k16, warp by warp."""
+        dtype = np.float16 if ".f16.f16." in opcode else ml_dtypes.bfloat16
+        d, a, b, c = (self.halves(x) for x in operands)
+        lane = LANES % 32
+        row, col, warp = lane // 4, lane % 4 * 2, LANES // 32
+        left, right = np.zeros((4, 16, 16)), np.zeros((4, 16, 8))
+        total = np.zeros((4, 16, 8), np.float32)
+        for i in range(4):
+            pair = halves(self.read(a[i]), dtype).astype(np.float64)
+            for j in range(2):
+                left[warp, row + i % 2 * 8, col + i // 2 * 8 + j] = pair[:, j]
+                total[warp, row + i // 2 * 8, col + i % 2] = self.read(c[i], np.float32)
+        for i in range(2):
+            pair = halves(self.read(b[i]), dtype).astype(np.float64)
+            for j in range(2):
+                right[warp, col + 8 * i + j, row] = pair[:, j]
+        total = (total + left @ right).astype(np.float32)
+        for i in range(4):
+            self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
 
     def memory(self, opcode, operands, active):
         place = next(x for x in operands if x.startswith("["))
@@ -475,7 +549,7 @@ def dequantized(ops, t, s, ordered=False):
 def installed():
     """Puts the NumPy warpgroup in the place of the GPU's; results must be waited for inside."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in ARITHMETIC.items():
+        for name, function in (ARITHMETIC | CONTROL).items():
             patch.setattr(ptx, name, function)
         patch.setattr(ptx, "asm", asm)
         patch.setattr(quantize, "_call", run_blocks)

@@ -12,13 +12,21 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention import reference, xla
 from pallas_kernels.ops.decode_attention.spec import (
     IMPLEMENTATIONS,
+    UNMEASURED,
     DecodeSpec,
-    default_split,
     unsupported_reason,
 )
 from pallas_kernels.ops.quantize.api import quantize
 
-_RUN = {"xla": xla.attention, "reference": reference.attention}
+
+
+def _mosaic(*args):
+    from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
+
+    return mosaic_sm90.attention(*args)
+
+
+_RUN = {"mosaic": _mosaic, "xla": xla.attention, "reference": reference.attention}
 
 
 def decode_attention(
@@ -87,19 +95,20 @@ def decode_attention(
     spec = _spec(
         query, key, value, table, scale, logits_soft_cap, local_window_size, num_sinks, split
     )
-    name = resolve("decode_attention", implementation, _reasons(spec))
+    name = resolve("decode_attention", implementation, _reasons(spec, implementation))
     batch, heads = spec.batch, spec.num_kv_heads
     length = _length(length, spec)
     if query_positions is None:
         if positions is not None:
             raise ValueError("query_positions is None; with positions they are needed, [B, T]")
         query_positions = jnp.max(length, axis=1)[:, None] - spec.q_len + jnp.arange(spec.q_len)
-    if positions is None:
+    if positions is None and table is not None:
+        raise ValueError("positions is None; a paged cache needs them, [B, P, t]")
+    if positions is None and name != "mosaic":  # the kernel counts slots instead of reading them
         positions = jnp.broadcast_to(jnp.arange(spec.capacity), (batch, heads, spec.capacity))
-        if table is not None:
-            raise ValueError("positions is None; a paged cache needs them, [B, P, t]")
-    stored = (batch, heads, spec.capacity) if table is None else (*key.shape[:3],)
-    _expect("positions", positions, stored)
+    if positions is not None:
+        stored = (batch, heads, spec.capacity) if table is None else (*key.shape[:3],)
+        _expect("positions", positions, stored)
     _expect("query_positions", query_positions, (batch, spec.q_len))
     if key_offset is not None:
         _expect("key_offset", key_offset, (batch, heads, 1, spec.head_dim))
@@ -205,15 +214,18 @@ def explain(*args, **kwargs) -> Explanation:
         kwargs.get("table"),
         *(numbers.get(name) for name in names),
     )
-    return choose("decode_attention", implementation, _reasons(spec))
+    return choose("decode_attention", implementation, _reasons(spec, implementation))
 
 
 register_explainer("decode_attention", explain)
 
 
-def _reasons(spec: DecodeSpec) -> dict[str, str | None]:
+def _reasons(spec: DecodeSpec, implementation: str | None) -> dict[str, str | None]:
     device = current_device()
-    return {name: unsupported_reason(spec, device, name) for name in IMPLEMENTATIONS}
+    reasons = {name: unsupported_reason(spec, device, name) for name in IMPLEMENTATIONS}
+    if implementation is None:
+        reasons["mosaic"] = reasons["mosaic"] or UNMEASURED
+    return reasons
 
 
 def _spec(query, key, value, table, scale, soft_cap, window, num_sinks, split) -> DecodeSpec:
@@ -251,8 +263,7 @@ def _spec(query, key, value, table, scale, soft_cap, window, num_sinks, split) -
         raise ValueError(f"num_sinks={num_sinks}; expected 0 or more positions")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"logits_soft_cap={soft_cap}; expected a positive number or None")
-    split = default_split(capacity, tile) if split is None else split
-    if split < 1 or (tile and split % tile):
+    if split is not None and (split < 1 or (tile and split % tile)):
         raise ValueError(f"split={split}; expected 1 or more tokens, a multiple of the tile {tile}")
     return DecodeSpec(
         batch=batch,
@@ -269,7 +280,22 @@ def _spec(query, key, value, table, scale, soft_cap, window, num_sinks, split) -
         soft_cap=soft_cap,
         window=window,
         num_sinks=num_sinks,
+        plain=_is_plain(key, value),
     )
+
+
+def _is_plain(key, value) -> bool:
+    """Whether both are stored alike and as the field `plain` of `DecodeSpec` says."""
+    if not (isinstance(key, QTensor) and isinstance(value, QTensor)):
+        return not isinstance(key, QTensor) and key.dtype == value.dtype
+    kinds = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (key, value))
+    simple = (
+        key.scale.shape[3] == 1
+        and key.scale.dtype == jnp.float32
+        and not any(key.padding)
+        and (key.packed_axis == -1 or jnp.dtype(key.qvalue.dtype).itemsize == 1)
+    )
+    return kinds[0] == kinds[1] and simple
 
 
 def _length(length, spec: DecodeSpec) -> jax.Array:

@@ -9,6 +9,10 @@ from pallas_kernels._device import Device
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 _SPLIT = 1024  # cached tokens per split by default
+# Why ``implementation=None`` passes over the Hopper kernel. None once it has been measured.
+UNMEASURED: str | None = (
+    "the sm90 decode kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,14 @@ class DecodeSpec:
       dtype: name of the dtype of query and output.
       store: how keys and values are stored: a float dtype, or a format's name.
       scale: factor on the logits.
-      split: cached tokens per split; partial results are merged by their log-sum-exp.
+      split: cached tokens per split, or None to choose; partial results are merged by their
+        log-sum-exp.
       tile: slots per tile of a paged cache; 0 where slots lie in order.
       soft_cap: bound of the logits, ``cap * tanh(x / cap)``, or None.
       window: tokens that a query sees, itself included, or None.
       num_sinks: first positions that a window does not hide.
+      plain: key and value are stored alike, with no scales or one of float32 per slot, and 4-bit
+        codes packed along the head.
     """
 
     batch: int
@@ -41,16 +48,22 @@ class DecodeSpec:
     dtype: str
     store: str
     scale: float
-    split: int
+    split: int | None = None
     tile: int = 0
     soft_cap: float | None = None
     window: int | None = None
     num_sinks: int = 0
+    plain: bool = True
 
     @property
     def groups(self) -> int:
         """G, query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def split_size(self) -> int:
+        """Cached tokens per split."""
+        return self.split or default_split(self.capacity, self.tile)
 
 
 def default_split(capacity: int, tile: int) -> int:
@@ -85,7 +98,6 @@ def unsupported_reason(spec: DecodeSpec, device: Device, implementation: str) ->
     >>> unsupported_reason(spec, Device("cpu", "cpu"), "xla") is None
     True
     """
-    del spec
     if implementation != "mosaic":
         return None
     if device.platform != "gpu":
@@ -94,4 +106,6 @@ def unsupported_reason(spec: DecodeSpec, device: Device, implementation: str) ->
         )
     if device.compute_capability is not None and device.compute_capability[0] != 9:
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
-    return "the Mosaic GPU decode-attention kernel for sm90 is not part of this version"
+    from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
+
+    return mosaic_sm90.unsupported_reason(spec)

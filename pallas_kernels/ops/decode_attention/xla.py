@@ -71,7 +71,7 @@ def attention(
     def one_split(start):
         k, v = (_part(x, table, start, spec) for x in (key, value))
         place = _part(positions, table, start, spec, -1)
-        slots = start + jnp.arange(spec.split)
+        slots = start + jnp.arange(spec.split_size)
         ok = visible(slots, place, query_positions, length, spec)  # [B, K, T, split]
         some = jnp.any(ok, axis=2)[..., None]
         k, v = (jnp.where(some, plain(x), 0.0) for x in (k, v))
@@ -91,7 +91,7 @@ def attention(
         return out, lse[..., 0]
 
     rows = (batch, heads, spec.groups * steps)
-    if spec.capacity <= spec.split:
+    if spec.capacity <= spec.split_size:
         parts = tuple(x[None] for x in one_split(0))
     else:
         longest = jnp.max(length)
@@ -100,7 +100,7 @@ def attention(
             nothing = (jnp.zeros((*rows, spec.head_dim)), jnp.full(rows, -jnp.inf))
             return lax.cond(start < longest, one_split, lambda _: nothing, start)
 
-        parts = lax.map(unless_dead, jnp.arange(0, spec.capacity, spec.split))
+        parts = lax.map(unless_dead, jnp.arange(0, spec.capacity, spec.split_size))
     if sinks is not None:
         extra = jnp.repeat(sinks.astype(jnp.float32).reshape(1, heads, -1), steps, axis=2)
         nothing = jnp.zeros((1, *rows, spec.head_dim))
@@ -117,14 +117,14 @@ def _part(store, table: jax.Array | None, start: jax.Array | int, spec: DecodeSp
     """Slots ``start … start + split - 1`` of every head, as stored, [B, K, split, ...]."""
     if table is None:
         # A last split that is not whole reads zeros; `visible` hides them.
-        pad = -spec.capacity % spec.split
+        pad = -spec.capacity % spec.split_size
 
         def cut(x):
             x = jnp.pad(x, ((0, 0), (0, 0), (0, pad), *((0, 0),) * (x.ndim - 3))) if pad else x
-            return lax.dynamic_slice_in_dim(x, start, spec.split, axis=2)
+            return lax.dynamic_slice_in_dim(x, start, spec.split_size, axis=2)
 
         return jax.tree.map(cut, store)
-    tiles = spec.split // spec.tile
+    tiles = spec.split_size // spec.tile
     pad = -table.shape[2] % tiles
     table = jnp.pad(table, ((0, 0), (0, 0), (0, pad)), constant_values=-1)
     here = lax.dynamic_slice_in_dim(table, start // spec.tile, tiles, axis=2)

@@ -1,0 +1,425 @@
+"""Decode attention: is the sm90 kernel right, and what share of the memory's bandwidth it reaches.
+
+``python -m experiments.benchmarks.decode --output runs/decode --time-budget 150`` checks the kernel
+against the oracle, then times it beside XLA and cuDNN, and writes ``decode.json`` after every case:
+device, versions, command, and one row per case. Bytes are what is stored for the live slots: codes,
+scales, and positions where they are read; queries and outputs are left out. "copy" is the rate of
+an elementwise XLA operation in the same process, bytes read and written.
+
+Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds: a
+kernel that hangs costs one case. ``--dry-run`` lowers every kernel for an abstract H200 instead.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments.benchmarks.attention import first_line, machine
+from pallas_kernels import decode_attention, quantize, testing
+from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
+from pallas_kernels.ops.decode_attention import mosaic_sm90
+from pallas_kernels.ops.decode_attention.spec import DecodeSpec
+
+Case = dict[str, Any]
+STORES = {
+    "bfloat16": lambda x: x.astype(jnp.bfloat16),
+    "float16": lambda x: x.astype(jnp.float16),
+    "int8": lambda x: quantize(x, "int8", axis=-1),
+    "fp8_e4m3": lambda x: quantize(x, "fp8_e4m3", axis=-1),
+    "fp8_e5m2": lambda x: quantize(x, "fp8_e5m2", axis=-1),
+    "int4": lambda x: quantize(x, "int4", axis=-1, asymmetric=True).pack(-1),
+}
+LARGE = {"batch": 16, "heads": 32, "kv_heads": 8, "head_dim": 128, "capacity": 32768}
+
+
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def cases() -> list[Case]:
+    """The core's correctness, the judged times, the other features, and sizes."""
+    small = {"stage": "correct", "store": "bfloat16", "batch": 2, "steps": 1, "heads": 8,
+             "kv_heads": 2, "head_dim": 128, "capacity": 2000}  # fmt: skip
+
+    def right(**change):
+        return {**small, **change}
+
+    def fast(**change):
+        return {"stage": "fast", "store": "bfloat16", **LARGE, **change}
+
+    core = [right(store=s, ragged=True) for s in ("bfloat16", "int8", "fp8_e4m3", "int4")]
+    judged = [
+        {"stage": "fast", "copy": True},
+        *(fast(store=s) for s in ("bfloat16", "int8", "fp8_e4m3")),
+        fast(implementation="cudnn"),
+        *(fast(store=s, layout=w) for s in ("bfloat16", "int8") for w in ("ragged", "even")),
+        *(fast(store=s, layout="kept") for s in ("bfloat16", "int8")),
+        fast(store="int4"),
+        fast(store="int8", positions=True),
+    ]
+    features = [
+        right(head_dim=64, store="int8", ragged=True),
+        right(head_dim=64, ragged=True),
+        right(store="int4", head_dim=64),
+        right(store="float16", dtype="float32", ragged=True),
+        right(store="fp8_e5m2", offset=True),
+        right(window=300, num_sinks=5, soft_cap=20.0, sinks=True, ragged=True),
+        right(steps=3, store="int8"),
+        right(steps=3, positions=True, ragged=True),
+        right(store="fp8_e4m3", positions=True, ragged=True, window=500),
+        right(store="int8", tile=128, positions=True, ragged=True),
+        right(capacity=30000, batch=1, ragged=True),
+        right(capacity=1, heads=7, kv_heads=1),
+    ]
+    sizes = [
+        fast(store=s, config=c)
+        for s, changes in (
+            ("bfloat16", ({"chunk": 512}, {"chunk": 2048}, {"cache": ".L1::no_allocate.L2::256B"})),
+            ("int8", ({"chunk": 512}, {"chunk": 2048}, {"cache": ".L1::no_allocate.L2::256B"})),
+        )
+        for c in changes
+    ]
+    rest = [
+        fast(store="int8", head_dim=64),
+        fast(batch=1, capacity=8192),
+        fast(store="int8", batch=1, capacity=8192),
+        fast(batch=1, capacity=8192, implementation="cudnn"),
+        fast(capacity=4096, implementation="xla"),
+        fast(capacity=4096),
+    ]
+    return [*core, *judged, *features, *sizes, *rest]
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def lengths(case: Case) -> np.ndarray:
+    """Live slots per head.
+
+    "ragged": log-normal with a mean of about half the capacity; "even": the same number of slots
+    in all heads alike; "kept": ragged with a mean of .3 of the capacity, as KVzip leaves heads.
+    """
+    shape, capacity = (case["batch"], case["kv_heads"]), case["capacity"]
+    kind = "ragged" if case.get("ragged") else case.get("layout", "full")
+    rng = np.random.default_rng(0)
+    if case["stage"] == "correct" and kind == "ragged":
+        found = rng.integers(0, capacity + 1, size=shape)
+        found.flat[0] = 0
+        return found
+    if kind == "full":
+        return np.full(shape, capacity)
+    mean = 0.3 if kind == "kept" else 0.5
+    spread = rng.lognormal(sigma=0.6, size=shape)
+    found = np.minimum(spread / spread.mean() * mean, 1.0) * capacity
+    found *= mean * capacity / found.mean()
+    found = np.clip(found, 1, capacity).astype(int)
+    return found if kind != "even" else np.full(shape, int(found.mean()))
+
+
+@functools.lru_cache(2)
+def stores(store: str, shape: tuple[int, ...]):
+    """Key and value with the same numbers in two places."""
+
+    def make(key):
+        return STORES[store](jax.random.normal(key, shape))
+
+    keys = jax.jit(make)(jax.random.key(0))
+    return jax.block_until_ready((keys, jax.tree.map(jnp.copy, keys)))
+
+
+def spec_of(case: Case, store: str) -> DecodeSpec:
+    """Static facts of a case."""
+    return DecodeSpec(
+        case["batch"], case.get("steps", 1), case["capacity"], case["heads"], case["kv_heads"],
+        case["head_dim"], case.get("dtype", "bfloat16"), store, case["head_dim"] ** -0.5,
+    )  # fmt: skip
+
+
+def stored_bytes(case: Case) -> float:
+    """Bytes of the live slots."""
+    bits = {"bfloat16": 16, "float16": 16, "int4": 4}.get(case["store"], 8)
+    per_slot = 2 * case["head_dim"] * bits / 8
+    per_slot += {16: 0, 8: 8, 4: 16}[bits] + 4 * bool(case.get("positions"))
+    return float(lengths(case).sum()) * per_slot
+
+
+# --- one case ------------------------------------------------------------------------------------
+
+
+def run_correct(case: Case) -> dict[str, float]:
+    """Errors against the oracle on the same codes; raises where they are out of bounds."""
+    args, kwargs = correct_call(case)
+    got = jax.jit(functools.partial(decode_attention, implementation="mosaic", **kwargs))
+    out, lse = jax.block_until_ready(got(*args))
+    again = got(*args)
+    oracle = functools.partial(decode_attention, implementation="reference", **kwargs)
+    want, want_lse = jax.jit(oracle)(*args)
+    live = jnp.isfinite(want_lse)
+    result = {
+        **testing.errors(out, want),
+        "worst": float(jnp.abs(out.astype(jnp.float32) - want.astype(jnp.float32)).max()),
+        "lse": float(jnp.abs(jnp.where(live, lse - want_lse, 0)).max()),
+    }
+    failed = [
+        what
+        for what, bad in {
+            "output": not result["worst"] < (2e-3 if case.get("dtype") == "float32" else 3e-2),
+            "log-sum-exp": not result["lse"] < 1e-3,
+            "empty rows": bool((jnp.isneginf(lse) == live).any()),
+            "two runs": not bool((out == again[0]).all() & (lse == again[1]).all()),
+        }.items()
+        if bad
+    ]
+    if failed:
+        raise RuntimeError(f"{', '.join(failed)}: {result}")
+    return result
+
+
+def correct_call(case: Case):
+    """Arrays, in the order of `decode_attention`, and its keyword arguments."""
+    b, t, n, k = (case[name] for name in ("batch", "steps", "heads", "kv_heads"))
+    h, c, tile = case["head_dim"], case["capacity"], case.get("tile")
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    length = lengths(case)
+    options: dict[str, Any] = {}
+    slots = -(-c // tile) * tile if tile else c
+    keys, values = normal(b, k, slots, h), normal(b, k, slots, h) + 1
+    dead = np.arange(slots) >= length[..., None]
+    places = np.broadcast_to(np.arange(slots), (b, k, slots))
+    if case.get("positions"):  # some live slots hold nothing, and no head the same tokens
+        dead = dead | (rng.random((b, k, slots)) < 0.1)
+        places = np.where(dead, -1, places + rng.integers(0, 2, size=(b, k, 1)))
+        options["query_positions"] = jnp.asarray(np.tile(length.max(1)[:, None], (1, t)))
+    elif case.get("ragged"):
+        options["query_positions"] = jnp.full((b, t), c)
+    poison = jnp.asarray(dead)[..., None]
+    keys, values = (jnp.where(poison, jnp.nan, x) for x in (keys, values))
+    keys, values = (STORES[case["store"]](x) for x in (keys, values))
+    places = jnp.asarray(places)
+    if tile:
+        count = slots // tile
+        order = rng.permuted(np.tile(np.arange(k * count), (b, 1)), axis=1)
+        pool = jnp.asarray(np.argsort(order, axis=1))
+
+        def paged(x):
+            x = x.reshape(b, k * count, tile, *x.shape[3:])
+            return jnp.take_along_axis(x, pool.reshape(b, -1, *(1,) * (x.ndim - 2)), axis=1)
+
+        keys, values, places = jax.tree.map(paged, (keys, values, places))
+        options["table"] = jnp.asarray(order.reshape(b, k, count))
+    if case.get("positions"):
+        options["positions"] = places
+    if case.get("offset"):
+        options["key_offset"] = normal(b, k, 1, h)
+    if case.get("sinks"):
+        options["sinks"] = normal(n)
+    names = {"window": "local_window_size", "num_sinks": "num_sinks", "soft_cap": "logits_soft_cap"}
+    options |= {new: case[old] for old, new in names.items() if old in case}
+    query = normal(b, t, n, h).astype(case.get("dtype", "bfloat16"))
+    return (query, keys, values, jnp.asarray(length)), options
+
+
+def run_fast(case: Case) -> dict[str, float]:
+    """Milliseconds and bytes per second."""
+    if case.get("copy"):
+        size = 2**30
+        timing = benchmark(lambda x: x + 1, jnp.ones(size, jnp.bfloat16), repeats=7)
+        return {"ms": timing.median * 1e3, "gbps": gigabytes_per_second(4.0 * size, timing)}
+    function, args = fast_call(case)
+    timing = benchmark(function, *args, repeats=5, warmup=2)
+    moved = stored_bytes(case)
+    return {
+        "ms": timing.median * 1e3,
+        "spread": timing.spread,
+        "gbps": gigabytes_per_second(moved, timing),
+        "compile_s": timing.compile_seconds,
+    }
+
+
+def fast_call(case: Case):
+    """What is timed, and its arrays."""
+    b, n, k, h, c = (case[x] for x in ("batch", "heads", "kv_heads", "head_dim", "capacity"))
+    implementation = case.get("implementation", "mosaic")
+    query = jax.random.normal(jax.random.key(1), (b, 1, n, h)).astype(jnp.bfloat16)
+    if implementation == "cudnn":
+        keys, values = stores("bfloat16", (b, c, k, h))
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return attend, (query, keys, values)
+    keys, values = stores(case["store"], (b, k, c, h))
+    length = jnp.asarray(lengths(case), jnp.int32)
+    last = jnp.max(length, axis=1)[:, None] - 1
+    if implementation == "xla":
+        attend = functools.partial(decode_attention, implementation="xla")
+        return attend, (query, keys, values, length)
+    places = None
+    if case.get("positions"):
+        places = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32), (b, k, c)) + 0
+    spec, config = spec_of(case, case["store"]), mosaic_sm90.Config(**case.get("config", {}))
+
+    def attend(query, keys, values, length, places, last):
+        return mosaic_sm90.attention(
+            query, keys, values, length, places, last, None, None, None, spec, config
+        )
+
+    return attend, (query, keys, values, length, places, last)
+
+
+def lower(case: Case) -> dict[str, str]:
+    """Lowers what a case would run, for an abstract H200."""
+    if case.get("copy") or case.get("implementation", "mosaic") != "mosaic":
+        return {"lowered": "no kernel"}
+    if case["stage"] == "correct":
+        args, kwargs = correct_call(case)
+        call = functools.partial(decode_attention, implementation="mosaic", **kwargs)
+    else:
+        call, args = fast_call({**case, "batch": 1, "capacity": 4096})
+    with abstract_gpu():
+        text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return {"lowered": "yes" if "mosaic_gpu" in text else "no kernel in it"}
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Check and time decode attention."""
+
+    output: Path = Path("runs/decode")
+    """Folder of the results."""
+    time_budget: float = 150.0
+    """No case is started after so many seconds."""
+    limit: float = 40.0
+    """A process that says nothing for so many seconds is ended."""
+    only: str = ""
+    """Cases whose JSON contains this text."""
+    dry_run: bool = False
+    """Lower every kernel instead of running it."""
+    worker: bool = False
+    """Used by the program itself: read cases from standard input, one JSON a line."""
+
+
+def work(dry_run: bool) -> None:
+    """Answers every line of JSON with one."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # What libraries print must not come between the answers.
+    run = {"correct": run_correct, "fast": run_fast}
+    os.write(answer, (json.dumps(machine()) + "\n").encode())
+    for line in sys.stdin:
+        case = json.loads(line)
+        try:
+            result = {"result": lower(case) if dry_run else run[case["stage"]](case)}
+        except Exception as error:  # any failure of a case is its result
+            result = {"failed": f"{type(error).__name__}: {first_line(error)}"}
+        os.write(answer, (json.dumps(result) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _process(options: Options):
+    """A worker and the queue of its answers (None when it ends); killed with its children."""
+    command = [sys.executable, "-m", "experiments.benchmarks.decode", "--worker"]
+    command += ["--dry-run"] * options.dry_run
+    log = (options.output / "worker.log").open("a")
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read():
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        yield process, lines
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def _next(lines, limit: float) -> dict[str, Any]:
+    """One answer; "lost" says that the process is of no more use."""
+    try:
+        line = lines.get(timeout=limit)
+    except queue.Empty:
+        return {"failed": f"nothing for {limit:.0f} s: hung", "lost": True}
+    return {"failed": "the process ended", "lost": True} if line is None else json.loads(line)
+
+
+def main(options: Options) -> None:
+    """Runs the cases in order; a new process takes over after one that hung or crashed."""
+    if options.worker:
+        return work(options.dry_run)
+    console = Console()
+    options.output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + options.time_budget
+    waiting = [case for case in cases() if options.only in json.dumps(case)]
+    command = f"python -m experiments.benchmarks.decode --time-budget {options.time_budget:g}"
+    report: dict[str, Any] = {"command": command, "rows": []}
+    while waiting and time.monotonic() < deadline:
+        with _process(options) as (process, lines):
+            facts = _next(lines, 120.0)
+            if "failed" in facts:
+                sys.exit(f"no worker: {facts['failed']}; see worker.log")
+            report |= facts
+            lost = False
+            while waiting and not lost and time.monotonic() < deadline:
+                case, begun = waiting.pop(0), time.monotonic()
+                process.stdin.write(json.dumps(case) + "\n")
+                process.stdin.flush()
+                answer = _next(lines, min(options.limit, max(10, deadline + 15 - begun)))
+                lost = answer.pop("lost", False)
+                seconds = round(time.monotonic() - begun, 1)
+                report["rows"].append({"case": case, **answer, "seconds": seconds})
+                _add_shares(report["rows"])
+                text = json.dumps(report, indent=1)
+                (options.output / "decode.json").write_text(text + "\n")
+                console.print(_line(report["rows"][-1]), highlight=False, soft_wrap=True)
+    failures = sum("failed" in row for row in report["rows"])
+    console.print(f"{len(report['rows'])} cases, {failures} failed, {len(waiting)} not started")
+    if failures:
+        sys.exit(1)
+    return None
+
+
+def _add_shares(rows: list[dict[str, Any]]) -> None:
+    """Every rate beside that of the copy."""
+    timed = [row for row in rows if "gbps" in row.get("result", {})]
+    copy = [row["result"]["gbps"] for row in timed if row["case"].get("copy")]
+    for row in timed if copy else ():
+        row["result"]["share_of_copy"] = row["result"]["gbps"] / copy[-1]
+
+
+def _line(row: dict[str, Any]) -> str:
+    case = {
+        k: v for k, v in row["case"].items() if k not in ("stage",) and LARGE.get(k, None) != v
+    }
+    said = row.get("failed") or ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["result"].items()
+    )
+    return f"{row['case']['stage']} {row['seconds']} s {case}: {said}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

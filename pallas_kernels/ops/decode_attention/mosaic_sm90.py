@@ -1,0 +1,1022 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention on Hopper: a cache is read once, in its stored width, straight into registers.
+
+The cache of one key/value head is cut into chunks of tokens, a block of four warps each; a chunk
+beyond a head's length ends at once. A warp walks over its share of the chunk:
+
+* ``S = Q K^T`` by ``mma.sync`` m16n8k16. The operand B wants neighbouring channels of a key in a
+  thread, so a thread's 16-byte loads of a key are operands as they stand (8- and 4-bit codes after
+  they are widened to float16, exactly). The rows of A are up to eight (query head, token) pairs
+  that share the key head, and below them what rounding these queries to 16 bits left over.
+* ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two tokens
+  of a channel in a register, which is a byte permutation of two loaded words.
+
+Nothing goes through shared memory until the four warps join their results; a second kernel joins
+the chunks by their maxima and sums. K of the next step is loaded when the scores of this one are
+done, V when the products are, so that one of them is always on its way.
+
+With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
+float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
+
+References: Flash-Decoding (Dao et al., 2023); KIVI (arXiv 2402.02750), section 3; PTX ISA 8.4,
+section 9.7.14 (fragments of mma.m16n8k16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _ptx as ptx
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ops.decode_attention.spec import DecodeSpec
+
+HEAD_DIMS = (64, 128)
+ROWS = 8  # query rows of one block: the columns of the second product
+WARPS = 4
+UNIT = 16  # tokens of one mma
+NO_MAX = -1e30  # finite, so that a difference of two is never NaN
+HEADROOM = 8.0  # P is at most 2^8: what float16 holds below 1 is used for small P
+LOG2E = math.log2(math.e)
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """How codes lie in memory and what they are computed as.
+
+    Args:
+        bits: per code.
+        half: 16-bit type of the products.
+        order: channels of eight codes in the order in which widening yields them.
+    """
+
+    bits: int
+    half: str = "float16"
+    order: tuple[int, ...] = tuple(range(8))
+
+
+STORES = {
+    "bfloat16": Store(16, "bfloat16"),
+    "float16": Store(16),
+    "int8": Store(8),
+    "fp8_e4m3": Store(8),
+    "fp8_e5m2": Store(8),
+    "int4": Store(4, order=(0, 2, 4, 6, 1, 3, 5, 7)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes that change speed only.
+
+    Args:
+        chunk: tokens of a block, a multiple of 4 * 128; None chooses from the shapes.
+        cache: how loads of the cache treat L1 and L2, PTX qualifiers.
+    """
+
+    chunk: int | None = None
+    cache: str = ".L1::no_allocate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of the kernels.
+
+    Args:
+        spec: the call.
+        config: sizes.
+        pool: slots of a batch entry's pool of tiles, or 0 where slots lie in order.
+        positions: every slot has a position; else it is the slot's number.
+        zero_point: codes have zero points.
+        bias: keys have an offset.
+        sinks: heads have a sink logit.
+    """
+
+    spec: DecodeSpec
+    config: Config
+    pool: int = 0
+    positions: bool = False
+    zero_point: bool = False
+    bias: bool = False
+    sinks: bool = False
+
+    @property
+    def store(self) -> Store:
+        """Facts about the format."""
+        return STORES[self.spec.store]
+
+    @property
+    def scaled(self) -> bool:
+        """Slots have scales."""
+        return self.store.bits < 16
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key head."""
+        return self.spec.groups * self.spec.q_len
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of `ROWS`; each reads the cache."""
+        return -(-self.rows // ROWS)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a slot's codes."""
+        return self.spec.head_dim * self.store.bits // 8
+
+    @property
+    def units(self) -> int:
+        """Units of a step: a thread holds up to 32 words of K and as many of V."""
+        return min(256 // self.row_bytes, 4)
+
+    @property
+    def step(self) -> int:
+        """Tokens of a warp's step."""
+        return UNIT * self.units
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a block."""
+        return self.config.chunk or chunk_of(self.spec, self.step)
+
+    @property
+    def splits(self) -> int:
+        """Blocks along the slots."""
+        return -(-self.spec.capacity // self.chunk)
+
+
+def chunk_of(spec: DecodeSpec, step: int) -> int:
+    """Tokens of a block: eight blocks and more for every place on the GPU, as far as they go.
+
+    A place is a third of one of 132 multiprocessors. A chunk is between one step of each warp and
+    2048 tokens.
+
+    >>> spec = DecodeSpec(16, 1, 32768, 32, 8, 128, "bfloat16", "bfloat16", 0.1)
+    >>> chunk_of(spec, 16)
+    1024
+    """
+    least = WARPS * step
+    if spec.split is not None:
+        return -(-spec.split // least) * least
+    total = spec.batch * spec.num_kv_heads * spec.capacity
+    wanted = total / (132 * 3 * 8)
+    chunk = least
+    while chunk * 2 <= wanted and chunk < 2048:
+        chunk *= 2
+    return chunk
+
+
+def unsupported_reason(spec: DecodeSpec) -> str | None:
+    """Why the kernel does not serve a call, or None.
+
+    >>> unsupported_reason(DecodeSpec(1, 1, 64, 2, 1, 16, "float32", "int8", 0.25))
+    'the sm90 decode kernel serves head_dim 64 and 128; got 16'
+    """
+    if spec.head_dim not in HEAD_DIMS:
+        return f"the sm90 decode kernel serves head_dim 64 and 128; got {spec.head_dim}"
+    if spec.store not in STORES:
+        names = ", ".join(STORES)
+        return f"the sm90 decode kernel reads caches stored as {names}; got {spec.store}"
+    if spec.dtype not in ("bfloat16", "float16", "float32"):
+        return f"the sm90 decode kernel takes 16- and 32-bit queries; got {spec.dtype}"
+    if not spec.plain:
+        return (
+            "the sm90 decode kernel takes key and value stored alike, with one float32 scale per "
+            "slot and packed 4-bit codes"
+        )
+    if not spec.capacity:
+        return "the sm90 decode kernel takes caches of at least one slot"
+    if spec.tile % (UNIT * 4):
+        return f"the sm90 decode kernel takes tiles of a multiple of 64 slots; got {spec.tile}"
+    if spec.batch * spec.num_kv_heads > 65535:
+        return (
+            "the sm90 decode kernel takes up to 65535 rows times key heads; got "
+            f"{spec.batch * spec.num_kv_heads}"
+        )
+    return None
+
+
+# -- what one thread does --------------------------------------------------------------------------
+
+
+def _word(value: int):
+    """A constant of 32 bits, given without sign."""
+    return ptx.i32(value - 2**32 if value >= 2**31 else value)
+
+
+def _bytes_at(index, size: int):
+    """Offset in bytes, i64, of an item."""
+    return ptx.mul(ptx.widen(index), ptx.i64(size))
+
+
+def _load(ref, offset, size: int, cache: str = "", outs: str | None = None):
+    """The 4, 8 or 16 bytes at an offset as words."""
+    n = size // 4
+    names = ", ".join(f"${i}" for i in range(n))
+    names = names if n == 1 else f"{{{names}}}"
+    width = "" if n == 1 else f".v{n}"
+    text = f"ld.global.nc{cache}{width}.b32 {names}, [${n}];"
+    return ptx.asm(text, outs or "r" * n, [ptx.address(ref, offset)], effects=True)
+
+
+def _store(ref, offset, values, space: str = "global"):
+    """Stores one, two or four 32-bit values."""
+    n = len(values)
+    names = ", ".join(f"${1 + i}" for i in range(n))
+    text = f"st.{space}.b32 [$0], {names};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{names}}};"
+    ptx.asm(text, "", [ptx.address(ref, offset), *values], effects=True)
+
+
+def _shared(ref, offset, n: int):
+    """Floats of shared memory."""
+    names = ", ".join(f"${i}" for i in range(n))
+    text = f"ld.shared.b32 $0, [${n}];" if n == 1 else f"ld.shared.v{n}.b32 {{{names}}}, [${n}];"
+    return ptx.asm(text, "f" * n, [ptx.address(ref, offset)], effects=True)
+
+
+def _barrier():
+    """Waits for the block's four warps."""
+    ptx.asm("bar.sync 0;", "", [], effects=True)
+
+
+def _from_lane(x, lane):
+    """The value of another lane of the warp."""
+    return ptx.asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "f", [x, lane], effects=True)[0]
+
+
+def _permute(a, b, selector: int):
+    """Four bytes out of eight."""
+    return ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", "r", [a, b])[0]
+
+
+def _mma(acc, a, b, half: str):
+    """``acc + A B`` for A [16, 16] and B [16, 8]."""
+    name = {"bfloat16": "bf16", "float16": "f16"}[half]
+    text = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{$0, $1, $2, $3}}, "
+        "{$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
+    )
+    return ptx.asm(text, "", [*a, *b], tied=acc, effects=True)
+
+
+def _code_bytes(store: str, word):
+    """A word of codes as words of one code per byte, biased to be unsigned if integers."""
+    if store == "int8":
+        return [ptx.asm("xor.b32 $0, $1, $2;", "r", [word, _word(0x80808080)])[0]]
+    if store == "int4":
+        text = (
+            "{ .reg .b32 t; xor.b32 t, $2, $3; and.b32 $0, t, $4;\n"
+            "shr.u32 t, t, 4; and.b32 $1, t, $4; }"
+        )
+        return ptx.asm(text, "rr", [word, _word(0x88888888), _word(0x0F0F0F0F)])
+    return [word]
+
+
+def _widened(store: str, word):
+    """Four codes as two words of two float16."""
+    if store.startswith("fp8"):
+        kind = store.removeprefix("fp8_")
+        text = (
+            f"{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $2;\n"
+            f"cvt.rn.f16x2.{kind}x2 $0, lo; cvt.rn.f16x2.{kind}x2 $1, hi; }}"
+        )
+        return ptx.asm(text, "rr", [word])
+    # The byte is the mantissa of 1024 + code + bias; no rounding anywhere.
+    text = (
+        "{ .reg .b32 lo, hi; prmt.b32 lo, $2, $3, 16704; prmt.b32 hi, $2, $3, 17218;\n"
+        "sub.rn.f16x2 $0, lo, $4; sub.rn.f16x2 $1, hi, $4; }"
+    )
+    offset = _word(0x64806480 if store == "int8" else 0x64086408)  # 1024 + 128, 1024 + 8
+    return ptx.asm(text, "rr", [word, _word(0x64646464), offset])
+
+
+def key_pairs(store: str, words):
+    """Codes of one key as words of two 16-bit numbers, in the order of `Store.order`."""
+    if STORES[store].bits == 16:
+        return words
+    return [pair for word in words for part in _code_bytes(store, word)
+            for pair in _widened(store, part)]  # fmt: skip
+
+
+def value_pairs(store: str, first, second):
+    """Codes of two tokens as words (first's, second's), one per channel, in `Store.order`."""
+    out = []
+    for a, b in zip(first, second, strict=True):
+        if STORES[store].bits == 16:
+            out += [_permute(a, b, 0x5410), _permute(a, b, 0x7632)]
+            continue
+        parts = zip(_code_bytes(store, a), _code_bytes(store, b), strict=True)
+        for x, y in parts:
+            for selector in (0x5140, 0x7362):
+                out += _widened(store, _permute(x, y, selector))
+    return out
+
+
+class _Thread:
+    """Where a thread of the main kernel stands, and what it loads.
+
+    With g = lane // 4 and c = lane % 4: of K it holds, per unit of 16 tokens, a quarter of the
+    channels of tokens 4 (g // 2) + g % 2 + {0, 2}; of V an eighth of those of 4c … 4c + 3, the
+    tokens of its scores.
+    """
+
+    def __init__(self, plan: Plan, refs, axes):
+        self.plan, self.refs = plan, refs
+        spec, i32 = plan.spec, ptx.i32
+        self.row_block, self.split, self.head = axes
+        tid = ptx.thread()
+        self.tid, self.warp = tid, ptx.div(tid, i32(32))
+        lane = ptx.rem(tid, i32(32))
+        self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
+        pair = ptx.add(ptx.mul(ptx.div(self.g, i32(2)), i32(4)), ptx.rem(self.g, i32(2)))
+        self.k_token, self.v_token = pair, ptx.mul(self.c, i32(4))
+        self.k_width = min(16, plan.row_bytes // 4)
+        self.v_width = min(16, plan.row_bytes // 8)
+        limits = _load(refs["limits"], _bytes_at(self.head, 8), 8)
+        self.limit, self.oldest = limits
+        self.last = ptx.sub(self.limit, i32(1))
+        self.first = ptx.mul(self.split, i32(plan.chunk))
+        if plan.pool:
+            entry = ptx.div(self.head, i32(spec.num_kv_heads))
+            self.home = ptx.mul(entry, i32(plan.pool))
+        else:
+            self.home = ptx.mul(self.head, i32(spec.capacity))
+
+    def live(self):
+        """The chunk holds a slot that a query may see."""
+        spec = self.plan.spec
+        end = ptx.add(self.first, ptx.i32(self.plan.chunk))
+        seen = ptx.lt(self.oldest, end)
+        if spec.num_sinks:
+            seen = ptx.either(seen, ptx.lt(self.first, ptx.i32(spec.num_sinks)))
+        return ptx.both(ptx.lt(self.first, self.limit), seen)
+
+    def steps(self):
+        """Steps of every warp."""
+        tokens = ptx.imin(ptx.sub(self.limit, self.first), ptx.i32(self.plan.chunk))
+        per = WARPS * self.plan.step
+        return ptx.div(ptx.add(tokens, ptx.i32(per - 1)), ptx.i32(per))
+
+    def start(self, i):
+        """First slot of a step; warps take turns."""
+        turn = ptx.add(ptx.mul(i, ptx.i32(WARPS)), self.warp)
+        return ptx.add(self.first, ptx.mul(turn, ptx.i32(self.plan.step)))
+
+    def page(self, i):
+        """The tile that a step lies in; -1 for none; 0 where there are no tiles."""
+        spec = self.plan.spec
+        if not self.plan.pool:
+            return ptx.i32(0)
+        tile = ptx.div(ptx.imin(self.start(i), self.last), ptx.i32(spec.tile))
+        row = ptx.mul(self.head, ptx.i32(spec.capacity // spec.tile))
+        return _load(self.refs["table"], _bytes_at(ptx.add(row, tile), 4), 4)[0]
+
+    def row(self, start, page, token):
+        """Index of a slot in memory; beyond the last slot that slot again."""
+        slot = ptx.imin(ptx.add(start, token), self.last)
+        home = self.home
+        if self.plan.pool:
+            tile = ptx.i32(self.plan.spec.tile)
+            begin = ptx.mul(ptx.div(ptx.imin(start, self.last), tile), tile)
+            home = ptx.add(home, ptx.mul(ptx.imax(page, ptx.i32(0)), tile))
+            home = ptx.sub(home, begin)
+        return ptx.add(home, slot)
+
+    def _codes(self, ref, row, place, width, lanes):
+        offset = ptx.add(
+            _bytes_at(row, self.plan.row_bytes), _bytes_at(place, width)
+        )
+        pieces = self.plan.row_bytes // (lanes * width)
+        cache = self.plan.config.cache
+        return [
+            word
+            for i in range(pieces)
+            for word in _load(ref, ptx.add(offset, ptx.i64(i * lanes * width)), width, cache)
+        ]
+
+    def keys(self, i, page):
+        """Words of K, [unit][2]."""
+        start = self.start(i)
+        return [
+            [
+                self._codes(
+                    self.refs["k"],
+                    self.row(start, page, ptx.add(self.k_token, ptx.i32(UNIT * u + 2 * e))),
+                    self.c, self.k_width, 4,
+                )
+                for e in range(2)
+            ]
+            for u in range(self.plan.units)
+        ]  # fmt: skip
+
+    def values(self, i, page):
+        """Words of V, [unit][4]."""
+        start = self.start(i)
+        return [
+            [
+                self._codes(
+                    self.refs["v"],
+                    self.row(start, page, ptx.add(self.v_token, ptx.i32(UNIT * u + t))),
+                    self.g, self.v_width, 8,
+                )
+                for t in range(4)
+            ]
+            for u in range(self.plan.units)
+        ]  # fmt: skip
+
+    def facts(self, i, page):
+        """Scales, zero points and positions of the thread's slots, [unit][4] by name."""
+        plan, start = self.plan, self.start(i)
+        kinds = {}
+        if plan.scaled:
+            kinds |= {"k_scale": "f", "v_scale": "f"}
+        if plan.zero_point:
+            kinds |= {"k_zero": "f", "v_zero": "f"}
+        if plan.positions:
+            kinds["positions"] = "r"
+        out = {name: [] for name in kinds}
+        for u in range(plan.units):
+            token = ptx.add(self.v_token, ptx.i32(UNIT * u))
+            if plan.spec.capacity % 4:
+                rows = [self.row(start, page, ptx.add(token, ptx.i32(t))) for t in range(4)]
+            else:
+                # Slots after the last one of four are read and hidden.
+                rest = ptx.rem(ptx.imin(ptx.add(start, token), self.last), ptx.i32(4))
+                rows = [ptx.sub(self.row(start, page, token), rest)]
+            for name, kind in kinds.items():
+                ref, size = self.refs[name], 16 // len(rows)
+                out[name].append(
+                    [x for row in rows
+                     for x in _load(ref, _bytes_at(row, 4), size, outs=kind * (size // 4))]
+                )  # fmt: skip
+        return out
+
+    def query(self):
+        """Operand A of every product with K: rounded queries and what rounding left."""
+        codes = self.k_width * 8 // self.plan.store.bits  # channels of a piece
+        words = []
+        for part in range(2):
+            row = ptx.add(ptx.mul(self.head, ptx.i32(self.plan.row_blocks)), self.row_block)
+            row = ptx.add(ptx.mul(row, ptx.i32(2)), ptx.i32(part))
+            row = ptx.add(ptx.mul(row, ptx.i32(ROWS)), self.g)
+            offset = ptx.add(
+                _bytes_at(row, 2 * self.plan.spec.head_dim), _bytes_at(self.c, 2 * codes)
+            )
+            words.append([
+                word
+                for piece in range(self.plan.spec.head_dim // (4 * codes))
+                for j in range(0, 2 * codes, 16)
+                for word in _load(
+                    self.refs["q"], ptx.add(offset, ptx.i64(8 * codes * piece + j)), 16
+                )
+            ])  # fmt: skip
+        high, low = words
+        return [
+            [high[2 * s], low[2 * s], high[2 * s + 1], low[2 * s + 1]]
+            for s in range(len(high) // 2)
+        ]
+
+    def row_facts(self):
+        """Factor, bias, sum of the query's channels and position of the thread's row."""
+        row = ptx.add(ptx.mul(self.head, ptx.i32(self.plan.row_blocks)), self.row_block)
+        row = ptx.add(ptx.mul(row, ptx.i32(ROWS)), self.g)
+        return _load(self.refs["rows"], _bytes_at(row, 16), 16, outs="fffr")
+
+    # -- arithmetic --
+
+    def logits(self, keys, query, facts, row):
+        """Scaled and capped logits in units of log 2, [unit][4]."""
+        plan = self.plan
+        factor, bias, total, _ = row
+        out = []
+        for u in range(plan.units):
+            x = [None] * 4
+            for e in range(2):
+                pairs = key_pairs(plan.spec.store, keys[u][e])
+                acc = [ptx.f32(0.0)] * 4
+                for s, a in enumerate(query):
+                    acc = _mma(acc, a, pairs[2 * s : 2 * s + 2], plan.store.half)
+                x[2 * e : 2 * e + 2] = [ptx.fadd(acc[d], acc[d + 2]) for d in range(2)]
+            for t in range(4):
+                if plan.zero_point:
+                    x[t] = ptx.fsub(x[t], ptx.fmul(facts["k_zero"][u][t], total))
+                scale = None
+                if plan.store.half == "float16":
+                    scale = factor
+                if plan.scaled:
+                    scale = ptx.fmul(facts["k_scale"][u][t], factor)
+                if scale is not None:
+                    x[t] = ptx.fmul(x[t], scale)
+                if plan.bias:
+                    x[t] = ptx.fadd(x[t], bias)
+                if plan.spec.soft_cap is not None:
+                    x[t] = _capped(x[t], plan.spec.soft_cap * LOG2E)
+            out.append(x)
+        return out
+
+    def seen(self, i, page, facts, row):
+        """Which of the slots the thread's row sees, [unit][4]."""
+        spec, start, out = self.plan.spec, self.start(i), []
+        for u in range(self.plan.units):
+            out.append([])
+            for t in range(4):
+                slot = ptx.add(start, ptx.add(self.v_token, ptx.i32(UNIT * u + t)))
+                ok, place = ptx.lt(slot, self.limit), slot
+                if self.plan.positions:
+                    place = facts["positions"][u][t]
+                    ok = ptx.both(ok, ptx.ge(place, ptx.i32(0)))
+                if self.plan.pool:
+                    ok = ptx.both(ok, ptx.ge(page, ptx.i32(0)))
+                ok = ptx.both(ok, ptx.ge(row[3], place))
+                if spec.window is not None:
+                    near = ptx.lt(ptx.sub(row[3], place), ptx.i32(spec.window))
+                    if spec.num_sinks:
+                        near = ptx.either(near, ptx.lt(place, ptx.i32(spec.num_sinks)))
+                    ok = ptx.both(ok, near)
+                out[-1].append(ok)
+        return out
+
+    def clean(self, values, seen):
+        """Zeros in the place of floats that no row sees: they may be NaN."""
+        if self.plan.spec.store in ("int8", "int4") or not self.plan.positions:
+            return values
+        bits = ptx.i32(0)
+        for u, part in enumerate(seen):
+            for t, ok in enumerate(part):
+                bits = ptx.add(bits, ptx.mul(ptx.flag(ok), ptx.i32(1 << (4 * u + t))))
+        if self.plan.spec.q_len > 1:
+            for distance in (4, 8, 16):
+                bits = ptx.asm(
+                    "or.b32 $0, $1, $2;", "r", [bits, ptx.shuffle_xor(bits, distance)]
+                )[0]
+        zero = ptx.i32(0)
+        out = []
+        for u, part in enumerate(values):
+            out.append([])
+            for t, words in enumerate(part):
+                bit = ptx.asm("and.b32 $0, $1, $2;", "r", [bits, ptx.i32(1 << (4 * u + t))])[0]
+                hidden = ptx.eq(bit, zero)
+                out[-1].append([ptx.select(hidden, zero, word) for word in words])
+        return out
+
+    def softmax(self, x, seen, facts, state):
+        """P as operand B per unit, factor on old sums, and the new maximum and sums."""
+        plan, none = self.plan, ptx.f32(-math.inf)
+        x = [[ptx.select(o, a, none) for o, a in zip(*p, strict=True)]
+             for p in zip(seen, x, strict=True)]  # fmt: skip
+        tops, scales = x, None
+        if plan.scaled:
+            zero = ptx.f32(0.0)
+            scales = [[ptx.select(o, s, zero) for o, s in zip(*p, strict=True)]
+                      for p in zip(seen, facts["v_scale"], strict=True)]  # fmt: skip
+            tops = [[ptx.fadd(a, ptx.log2(ptx.fmax(s, ptx.f32(1e-30))))
+                     for a, s in zip(*p, strict=True)]
+                    for p in zip(x, scales, strict=True)]  # fmt: skip
+        top = functools.reduce(ptx.fmax, [t for part in tops for t in part])
+        for distance in (1, 2):
+            top = ptx.fmax(top, ptx.shuffle_xor(top, distance))
+        m = ptx.fmax(state["m"], ptx.fsub(top, ptx.f32(HEADROOM)))
+        alpha = ptx.exp2(ptx.fsub(state["m"], m))
+        total = ptx.fmul(state["l"], alpha)
+        shift = ptx.fmul(state["z"], alpha) if plan.zero_point else None
+        operand = []
+        for u in range(plan.units):
+            p = [ptx.exp2(ptx.fsub(a, m)) for a in x[u]]
+            for weight in p:
+                total = ptx.fadd(total, weight)
+            if scales is not None:
+                p = [ptx.fmul(*pair) for pair in zip(p, scales[u], strict=True)]
+            words = [ptx.half_x2(p[t : t + 2], plan.store.half) for t in (0, 2)]
+            if shift is not None:
+                rounded = [w for word in words for w in _halves(word)]
+                zeros = zip(seen[u], facts["v_zero"][u], strict=True)
+                zeros = [ptx.select(ok, z, ptx.f32(0.0)) for ok, z in zeros]
+                for weight, zero in zip(rounded, zeros, strict=True):
+                    shift = ptx.fma(weight, zero, shift)
+            operand.append(words)
+        new = {"m": m, "l": total} | ({"z": shift} if plan.zero_point else {})
+        return operand, alpha, new
+
+    def add_values(self, out, values, operand, alpha):
+        """``alpha out + V^T P^T``."""
+        plan = self.plan
+        lane = ptx.mul(self.c, ptx.i32(8))
+        factors = [_from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
+        out = [[ptx.fmul(x, factors[i % 2]) for i, x in enumerate(tile)] for tile in out]
+        for u in range(plan.units):
+            first, second = (
+                value_pairs(plan.spec.store, values[u][t], values[u][t + 1]) for t in (0, 2)
+            )
+            for j in range(len(out)):
+                a = [*first[2 * j : 2 * j + 2], *second[2 * j : 2 * j + 2]]
+                out[j] = _mma(out[j], a, operand[u], plan.store.half)
+        return out
+
+
+def _capped(x, cap: float):
+    """``cap * tanh(x / cap)``."""
+    power = ptx.exp2(ptx.fmul(x, ptx.f32(2 * LOG2E / cap)))
+    half = ptx.reciprocal(ptx.fadd(power, ptx.f32(1.0)))
+    return ptx.fma(half, ptx.f32(-2 * cap), ptx.f32(cap))
+
+
+def _halves(word):
+    """Two float32 from two float16."""
+    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
+    return ptx.asm(text, "ff", [word])
+
+
+# -- the main kernel -------------------------------------------------------------------------------
+
+
+def _attend(plan: Plan, refs, axes):
+    """What a block does: the partial result of a chunk of one head for up to eight rows."""
+    thread = _Thread(plan, refs, axes)
+
+    def nothing():
+        """A block without a slot has an empty sum."""
+        row = _partial_row(plan, thread, thread.tid)
+        exists = ptx.lt(thread.tid, ptx.i32(ROWS))
+        _store_if(exists, refs["stats"], _bytes_at(row, 8), [ptx.f32(NO_MAX), ptx.f32(0.0)])
+
+    ptx.branch(thread.live(), lambda: _walk(plan, thread), nothing)
+
+
+def _walk(plan: Plan, thread: _Thread):
+    query, row = thread.query(), thread.row_facts()
+    zero, one = ptx.i32(0), ptx.i32(1)
+    page = thread.page(zero)
+    state = {
+        "k": thread.keys(zero, page),
+        "facts": thread.facts(zero, page),
+        "v": thread.values(zero, page),
+        "page": [page, thread.page(one)],
+        "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16)],
+        "sums": {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0)}
+        | ({"z": ptx.f32(0.0)} if plan.zero_point else {}),
+    }
+
+    def step(i, s):
+        now, later = s["page"]
+        x = thread.logits(s["k"], query, s["facts"], row)
+        seen = thread.seen(i, now, s["facts"], row)
+        operand, alpha, sums = thread.softmax(x, seen, s["facts"], s["sums"])
+        soon = ptx.add(i, one)
+        new = {"k": thread.keys(soon, later), "facts": thread.facts(soon, later)}
+        values = thread.clean(s["v"], seen)
+        out = thread.add_values(s["out"], values, operand, alpha)
+        new |= {"v": thread.values(soon, later), "out": out, "sums": sums}
+        return new | {"page": [later, thread.page(ptx.add(soon, one))]}
+
+    state = ptx.loop(thread.steps(), step, state)
+    _join_warps(plan, thread, state["out"], state["sums"])
+
+
+def _partial_row(plan: Plan, thread: _Thread, row):
+    """Index of a row of a block's partial result, [heads, splits, row blocks, 8]."""
+    index = ptx.add(ptx.mul(thread.head, ptx.i32(plan.splits)), thread.split)
+    index = ptx.add(ptx.mul(index, ptx.i32(plan.row_blocks)), thread.row_block)
+    return ptx.add(ptx.mul(index, ptx.i32(ROWS)), row)
+
+
+def _store_if(condition, ref, offset, values):
+    """Stores one, two or four 32-bit values where the condition holds."""
+    n = len(values)
+    names = ", ".join(f"${2 + i}" for i in range(n))
+    names, width = (names, "") if n == 1 else (f"{{{names}}}", f".v{n}")
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global{width}.b32 [$0], {names}; }}"
+    ptx.asm(text, "", [ptx.address(ref, offset), ptx.flag(condition), *values], effects=True)
+
+
+def _join_warps(plan: Plan, thread: _Thread, out, sums):
+    """Adds the four warps' results in shared memory and writes them."""
+    i32, shared = ptx.i32, thread.refs["shared"]
+    head_dim, slot = plan.spec.head_dim, 4 * WARPS * ROWS  # bytes of a number per warp and row
+
+    def place(which, warp, row):
+        index = ptx.add(ptx.mul(warp, i32(ROWS)), row)
+        return ptx.add(_bytes_at(index, 4), ptx.i64(which * slot))
+
+    totals = dict(sums)
+    for name in totals:
+        for distance in (1, 2) if name != "m" else ():
+            totals[name] = ptx.fadd(totals[name], ptx.shuffle_xor(totals[name], distance))
+    # The four lanes of a row store the same number.
+    _store(shared, place(0, thread.warp, thread.g), [totals["m"]], "shared")
+    _barrier()
+    tops = [_shared(shared, place(0, i32(w), thread.g), 1)[0] for w in range(WARPS)]
+    factor = ptx.exp2(ptx.fsub(totals["m"], functools.reduce(ptx.fmax, tops)))
+    for which, name in enumerate(("l", "z"), 1):
+        if name in totals:
+            value = ptx.fmul(totals[name], factor)
+            _store(shared, place(which, thread.warp, thread.g), [value], "shared")
+    lane = ptx.mul(thread.c, i32(8))
+    codes = thread.v_width * 8 // plan.store.bits  # channels of a piece
+    for d in range(2):
+        scale = _from_lane(factor, ptx.add(lane, i32(4 * d)))
+        row = ptx.add(ptx.mul(thread.c, i32(2)), i32(d))
+        row = ptx.add(ptx.mul(thread.warp, i32(ROWS)), row)
+        base = ptx.add(_bytes_at(row, 4 * head_dim), _bytes_at(thread.g, 4 * codes))
+        for channel, four in _in_order(plan, out, codes, d):
+            where = ptx.add(base, ptx.i64(3 * slot + 4 * channel))
+            _store(shared, where, [ptx.fmul(x, scale) for x in four], "shared")
+    _barrier()
+    quads = head_dim // 4
+    for item in range(0, ROWS * quads, 128):
+        index = ptx.add(thread.tid, i32(item))
+        row, channel = ptx.div(index, i32(quads)), ptx.rem(index, i32(quads))
+        total = None
+        for w in range(WARPS):
+            at = ptx.add(ptx.mul(ptx.add(row, i32(w * ROWS)), i32(quads)), channel)
+            four = _shared(shared, ptx.add(_bytes_at(at, 16), ptx.i64(3 * slot)), 4)
+            total = four if total is None else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
+        if "z" in totals:
+            shift = _sum_of_warps(shared, place, 2, row)
+            total = [ptx.fsub(x, shift) for x in total]
+        at = ptx.add(ptx.mul(_partial_row(plan, thread, row), i32(quads)), channel)
+        exists = ptx.lt(ptx.add(ptx.mul(thread.row_block, i32(ROWS)), row), i32(plan.rows))
+        _store_if(exists, thread.refs["partial"], _bytes_at(at, 16), total)
+    row = ptx.rem(thread.tid, i32(ROWS))
+    tops = [_shared(shared, place(0, i32(w), row), 1)[0] for w in range(WARPS)]
+    stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
+    where = _bytes_at(_partial_row(plan, thread, row), 8)
+    _store_if(ptx.lt(thread.tid, i32(ROWS)), thread.refs["stats"], where, stats)
+
+
+def _sum_of_warps(shared, place, which, row):
+    parts = [_shared(shared, place(which, ptx.i32(w), row), 1)[0] for w in range(WARPS)]
+    return functools.reduce(ptx.fadd, parts)
+
+
+def _in_order(plan: Plan, out, codes: int, d: int):
+    """Row 2c + d of the thread's output as (first channel within the head, four numbers)."""
+    order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(codes)]
+    for piece in range(plan.spec.head_dim // (8 * codes)):
+        numbers = {}
+        for i, channel in enumerate(order):
+            tile = out[(piece * codes + i) // 2]
+            numbers[channel] = tile[2 * (i % 2) + d]
+        for first in range(0, codes, 4):
+            yield 8 * codes * piece + first, [numbers[first + j] for j in range(4)]
+
+
+# -- the kernel that joins chunks ------------------------------------------------------------------
+
+_AT_ONCE = 8  # chunks whose loads are in flight together
+
+
+def _join_chunks(plan: Plan, refs, axes):
+    """What a block does: some rows of a head, two channels per thread."""
+    spec, i32 = plan.spec, ptx.i32
+    pairs = spec.head_dim // 2
+    block, head, _ = axes
+    tid = ptx.thread()
+    row = ptx.add(ptx.mul(block, i32(128 // pairs)), ptx.div(tid, i32(pairs)))
+    channel = ptx.rem(tid, i32(pairs))
+    exists = ptx.lt(row, i32(plan.rows))
+    row = ptx.imin(row, i32(plan.rows - 1))
+    limit = _load(refs["limits"], _bytes_at(head, 8), 4)[0]
+    chunks = ptx.div(ptx.add(limit, i32(plan.chunk - 1)), i32(plan.chunk))
+
+    def step(i, s):
+        parts = []
+        for j in range(_AT_ONCE):
+            number = ptx.add(ptx.mul(i, i32(_AT_ONCE)), i32(j))
+            here = ptx.imin(number, ptx.sub(chunks, i32(1)))
+            index = ptx.add(ptx.mul(head, i32(plan.splits)), here)
+            index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
+            stats = _load(refs["stats"], _bytes_at(index, 8), 8, outs="ff")
+            index = ptx.add(ptx.mul(index, i32(pairs)), channel)
+            values = _load(refs["partial"], _bytes_at(index, 8), 8, outs="ff")
+            parts.append((ptx.lt(number, chunks), stats, values))
+        zero, low = ptx.f32(0.0), ptx.f32(NO_MAX)
+        tops = [ptx.select(ok, m, low) for ok, (m, _), _ in parts]
+        m = functools.reduce(ptx.fmax, tops, s["m"])
+        alpha = ptx.exp2(ptx.fsub(s["m"], m))
+        total, out = ptx.fmul(s["l"], alpha), [ptx.fmul(x, alpha) for x in s["out"]]
+        for (ok, (_, part), values), top in zip(parts, tops, strict=True):
+            part = ptx.select(ok, part, zero)
+            factor = ptx.exp2(ptx.fsub(top, m))
+            empty = ptx.feq(part, zero)  # nothing was written for it
+            total = ptx.fma(part, factor, total)
+            out = [ptx.fma(ptx.select(empty, zero, x), factor, y)
+                   for x, y in zip(values, out, strict=True)]  # fmt: skip
+        return {"m": m, "l": total, "out": out}
+
+    state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 2}
+    count = ptx.div(ptx.add(chunks, i32(_AT_ONCE - 1)), i32(_AT_ONCE))
+    state = ptx.loop(count, step, state)
+    _finish(plan, refs, (row, channel, head, exists), state)
+
+
+def _finish(plan: Plan, refs, where, state):
+    """Adds the sink, divides by the sum, and writes output and log-sum-exp."""
+    spec, i32 = plan.spec, ptx.i32
+    row, channel, head, exists = where
+    m, total, out = state["m"], state["l"], state["out"]
+    group, token = ptx.div(row, i32(spec.q_len)), ptx.rem(row, i32(spec.q_len))
+    entry = ptx.div(head, i32(spec.num_kv_heads))
+    name = ptx.rem(head, i32(spec.num_kv_heads))
+    name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
+    if plan.sinks:
+        sink = _load(refs["sinks"], _bytes_at(name, 4), 4, outs="f")[0]
+        sink = ptx.fmul(sink, ptx.f32(LOG2E))
+        top = ptx.fmax(m, sink)
+        alpha = ptx.exp2(ptx.fsub(m, top))
+        total = ptx.fadd(ptx.fmul(total, alpha), ptx.exp2(ptx.fsub(sink, top)))
+        m, out = top, [ptx.fmul(x, alpha) for x in out]
+    empty = ptx.feq(total, ptx.f32(0.0))
+    total = ptx.select(empty, ptx.f32(1.0), total)
+    out = [ptx.fdiv(x, total) for x in out]
+    lse = ptx.fmul(ptx.fadd(m, ptx.log2(total)), ptx.f32(1 / LOG2E))
+    lse = ptx.select(empty, ptx.f32(-math.inf), lse)
+    index = ptx.add(ptx.mul(entry, i32(spec.q_len)), token)
+    index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
+    first = ptx.both(exists, ptx.eq(channel, i32(0)))
+    _store_if(first, refs["lse"], _bytes_at(index, 4), [lse])
+    index = ptx.add(ptx.mul(index, i32(spec.head_dim // 2)), channel)
+    if spec.dtype == "float32":
+        _store_if(exists, refs["out"], _bytes_at(index, 8), out)
+    else:
+        _store_if(exists, refs["out"], _bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)])
+
+
+# -- launch ----------------------------------------------------------------------------------------
+
+
+def _call(body, outs, grid, args, shared=0):
+    """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
+
+    Args:
+        body: of a dictionary of references and three block numbers, i32.
+        outs: results by name.
+        grid: three numbers of blocks, the first running fastest.
+        args: operands by name.
+        shared: float32 numbers of shared memory, named "shared"; 0 for none.
+    """
+    axes = ("x", "y", "z")
+    names = (*args, *outs, *(["shared"] if shared else []))
+
+    def kernel(*refs):
+        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(names), (_SCALAR,) * 3))
+        def run(ctx, refs, numbers):
+            del ctx
+            body(dict(zip(names, refs, strict=True)), [ptx.unpack(a)[0] for a in numbers])
+
+        run(tuple(refs), tuple(lax.axis_index(axis) for axis in axes))
+
+    result = plgpu.kernel(
+        kernel,
+        out_type=list(outs.values()),
+        grid=grid,
+        grid_names=axes,
+        scratch_types=[plgpu.SMEM((shared,), jnp.float32)] if shared else [],
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )(*args.values())
+    return dict(zip(outs, result, strict=True))
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array | QTensor,
+    value: jax.Array | QTensor,
+    length: jax.Array,
+    positions: jax.Array | None,
+    query_positions: jax.Array,
+    table: jax.Array | None,
+    key_offset: jax.Array | None,
+    sinks: jax.Array | None,
+    spec: DecodeSpec,
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the same as `reference.attention` with the sm90 kernels.
+
+    Args:
+      query: [B, T, N, H].
+      key: store [B, K, C, H], or pool [B, P, t, H] with a table; value alike.
+      value: store.
+      length: int32 [B, K].
+      positions: int32 [B, K, C], pool: [B, P, t]; None: slots are numbered by their place.
+      query_positions: int32 [B, T].
+      table: int32 [B, K, M] or None.
+      key_offset: float32 [B, K, 1, H] or None.
+      sinks: float32 [N] or None.
+      spec: static facts.
+      config: sizes; None chooses.
+
+    Returns:
+      Output [B, T, N, H] in the dtype of `query`, log-sum-exp float32 [B, T, N].
+    """
+    plan = Plan(
+        spec,
+        config or Config(),
+        pool=0 if table is None else key.shape[1] * key.shape[2],
+        positions=positions is not None,
+        zero_point=isinstance(key, QTensor) and key.zero_point is not None,
+        bias=key_offset is not None,
+        sinks=sinks is not None,
+    )
+    heads = spec.batch * spec.num_kv_heads
+    args = {"limits": _limits(plan, length, query_positions)}
+    args |= _query_operands(plan, query, query_positions, key_offset)
+    for name, store in (("k", key), ("v", value)):
+        args[name] = store.qvalue if isinstance(store, QTensor) else store
+        if plan.scaled:
+            args[f"{name}_scale"] = store.scale
+        if plan.zero_point:
+            args[f"{name}_zero"] = store.zero_point
+    if plan.positions:
+        args["positions"] = positions.astype(jnp.int32)
+    if plan.pool:
+        args["table"] = table.astype(jnp.int32)
+    rows = (heads, plan.splits, plan.row_blocks * ROWS)
+    partial = _call(
+        functools.partial(_attend, plan),
+        {
+            "partial": jax.ShapeDtypeStruct((*rows, spec.head_dim), jnp.float32),
+            "stats": jax.ShapeDtypeStruct((*rows, 2), jnp.float32),
+        },
+        (plan.row_blocks, plan.splits, heads),
+        args,
+        shared=WARPS * ROWS * (spec.head_dim + 3),
+    )
+    args = {"limits": args["limits"], **partial}
+    if sinks is not None:
+        args["sinks"] = sinks.astype(jnp.float32)
+    shape = (spec.batch, spec.q_len, spec.num_heads)
+    joined = _call(
+        functools.partial(_join_chunks, plan),
+        {
+            "out": jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.dtype(spec.dtype)),
+            "lse": jax.ShapeDtypeStruct(shape, jnp.float32),
+        },
+        (pl.cdiv(plan.rows, 256 // spec.head_dim), heads, 1),
+        args,
+    )
+    return joined["out"], joined["lse"]
+
+
+def _limits(plan: Plan, length, query_positions):
+    """Per head: live slots, and the first slot that a window may show."""
+    spec = plan.spec
+    limit = jnp.clip(length.astype(jnp.int32), 0, spec.capacity)
+    oldest = jnp.zeros_like(limit)
+    if spec.window is not None and not plan.positions:
+        first = jnp.min(jnp.where(query_positions < 0, 2**30, query_positions), axis=1)
+        oldest = oldest + (first.astype(jnp.int32) - (spec.window - 1))[:, None]
+    return jnp.stack([limit, oldest], axis=-1)  # [B, K, 2]
+
+
+def _query_operands(plan: Plan, query, query_positions, key_offset):
+    """Queries as 16-bit numbers and what rounding left, and four facts about every row.
+
+    The rows of a key head are (query head of its group, token), padded to blocks of eight with
+    zeros; scale and log2(e) are part of the numbers. For float16 a row is divided by a power of
+    two that brings its largest number to 1 or less.
+    """
+    spec, store = plan.spec, plan.store
+    rows = plan.row_blocks * ROWS
+    q = query.astype(jnp.float32) * (spec.scale * LOG2E)
+    q = q.reshape(spec.batch, spec.q_len, spec.num_kv_heads, spec.groups, spec.head_dim)
+    q = jnp.moveaxis(q, 1, 3).reshape(spec.batch, spec.num_kv_heads, plan.rows, spec.head_dim)
+    bias = jnp.zeros(q.shape[:3])
+    if key_offset is not None:
+        bias = jnp.einsum(
+            "bkrh,bkih->bkr", q, key_offset.astype(jnp.float32), precision=lax.Precision.HIGHEST
+        )
+    factor = jnp.ones(q.shape[:3])
+    if store.half == "float16":
+        _, exponent = jnp.frexp(jnp.max(jnp.abs(q), axis=-1))
+        factor = jnp.ldexp(1.0, exponent)
+        q = q / factor[..., None]
+    exponent_bits, mantissa_bits = (8, 7) if store.half == "bfloat16" else (5, 10)
+    # A cast there and back could be dropped by the compiler.
+    high = lax.reduce_precision(q, exponent_bits, mantissa_bits)
+    low = lax.reduce_precision(q - high, exponent_bits, mantissa_bits)
+    both = jnp.stack([high, low], axis=2)  # [B, K, 2, R, H]
+    total = jnp.sum(high + low, axis=-1)
+    both = jnp.pad(both, ((0, 0),) * 3 + ((0, rows - plan.rows), (0, 0)))
+    both = both.reshape(*both.shape[:3], plan.row_blocks, ROWS, spec.head_dim).swapaxes(2, 3)
+    order = np.arange(spec.head_dim).reshape(-1, 8)[:, store.order].reshape(-1)
+    both = (both if store.bits > 4 else both[..., order]).astype(store.half)
+    at = jnp.tile(query_positions.astype(jnp.int32), (1, spec.groups))  # rows are (head, token)
+    at = jnp.broadcast_to(at[:, None], q.shape[:3])
+    at = lax.bitcast_convert_type(at, jnp.float32)
+    facts = jnp.stack([factor, bias, total, at], axis=-1)
+    # Padded rows see what the first row sees.
+    facts = jnp.concatenate(
+        [facts, jnp.broadcast_to(facts[:, :, :1], (*facts.shape[:2], rows - plan.rows, 4))], axis=2
+    )
+    return {"q": both, "rows": facts}
