@@ -121,8 +121,11 @@ def fast_cases() -> list[Case]:
     first = [s for want in judged for s in chosen if key(s) == want and s.name[0] == "D"]
     rest = [s for s in chosen if s not in first and s.seq_len > 1024]
     as_case = lambda s: {"stage": "fast", "shape": dataclasses.asdict(s)}  # noqa: E731
-    ceilings = [{"stage": "fast", "ceiling": True}, {"stage": "fast", "quantizers": [4, 16384, 32]},
-                {"stage": "fast", "quantizers": [4, 4096, 32]}]  # fmt: skip
+    ceilings: list[Case] = [{"stage": "fast", "ceiling": True}]
+    ceilings += [
+        {"stage": "fast", "quantizers": size}
+        for size in ([4, 4096, 32], [4, 16384, 32], [4, 4096, 32, 64])
+    ]
     return [*map(as_case, first[:4]), *ceilings, *map(as_case, [*first[4:], *rest])]
 
 
@@ -152,7 +155,12 @@ def sizes_cases() -> list[Case]:
     ]
     return [
         {"stage": "sizes", "shape": [4, t, 32, h], "is_causal": causal, "config": change}
-        for h, t, causal in ((128, 4096, False), (128, 16384, True), (64, 4096, False))
+        for h, t, causal in (
+            (128, 4096, False),
+            (128, 4096, True),
+            (128, 16384, True),
+            (64, 4096, False),
+        )
         for change in changes
     ]
 
