@@ -175,22 +175,6 @@ def thread():
     return rem(utils.thread_idx(), i32(128))
 
 
-def loop(count: int, body, values: list) -> list:
-    """``values = body(i, values)`` for i from 0 to count - 1, as a loop of the program.
-
-    Args:
-        count: iterations; a single one needs no loop.
-        body: takes an i32 and a list, returns a list of as many values.
-        values: what it starts from.
-
-    Returns:
-        The last list.
-    """
-    if count == 1:
-        return body(i32(0), values)
-    return utils.fori(i32(count), values)(body).results
-
-
 def shape(ref) -> list[int]:
     """Shape of an array in memory."""
     return ir.MemRefType(ref.type).shape

@@ -91,9 +91,6 @@ ARITHMETIC = {
     "thread": lambda: LANES.astype(np.int32),
     "shape": np.shape,
     "address": Address,
-    "loop": lambda count, body, values: functools.reduce(
-        lambda values, i: body(np.full(128, i, np.int32), values), range(count), values
-    ),
 }
 
 

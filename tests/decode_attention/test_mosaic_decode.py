@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import warpgroup
 
-from pallas_kernels import decode_attention, explain, quantize
-from pallas_kernels._device import describe
+from pallas_kernels import decode_attention, quantize
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.ops.decode_attention import mosaic_sm90
-from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_reason
 
 STORES = {
     "bfloat16": lambda x: x.astype(jnp.bfloat16),
@@ -84,5 +82,3 @@ SMALL = mosaic_sm90.Config(chunk=512)
 @pytest.mark.parametrize("store", STORES)
 def test_equals_the_oracle_on_the_same_codes(store, h):
     compare(store, h=h, c=600, length=jnp.array([[590]]), dtype="float32")
-
-

@@ -393,9 +393,7 @@ class _Thread:
         return ptx.add(home, slot)
 
     def _codes(self, ref, row, place, width, lanes):
-        offset = ptx.add(
-            _bytes_at(row, self.plan.row_bytes), _bytes_at(place, width)
-        )
+        offset = ptx.add(_bytes_at(row, self.plan.row_bytes), _bytes_at(place, width))
         pieces = self.plan.row_bytes // (lanes * width)
         cache = self.plan.config.cache
         return [
@@ -556,9 +554,9 @@ class _Thread:
                 bits = ptx.add(bits, ptx.mul(ptx.flag(ok), ptx.i32(1 << (4 * u + t))))
         if self.plan.spec.q_len > 1:
             for distance in (4, 8, 16):
-                bits = ptx.asm(
-                    "or.b32 $0, $1, $2;", "r", [bits, ptx.shuffle_xor(bits, distance)]
-                )[0]
+                bits = ptx.asm("or.b32 $0, $1, $2;", "r", [bits, ptx.shuffle_xor(bits, distance)])[
+                    0
+                ]
         zero = ptx.i32(0)
         out = []
         for u, part in enumerate(values):

@@ -442,7 +442,7 @@ def quantize_k(k, lengths, *, smooth=True, scale_block=256, qk="int8"):
                 sums = [ptx.fadd(x, y) for x, y in zip(sums, _floats(word, is_bf16), strict=True)]
             return sums
 
-        sums = ptx.loop(per_block, one_tile, [ptx.f32(0.0)] * 8)
+        sums = ptx.loop(ptx.i32(per_block), one_tile, [ptx.f32(0.0)] * 8)
         sums = [_over_lanes(ptx.fadd, x, lanes.other_tokens) for x in sums]
         _write_partial(partial_ref, partial.shape, axes, sums, lanes)
 
@@ -505,7 +505,7 @@ def quantize_k(k, lengths, *, smooth=True, scale_block=256, qk="int8"):
                 one_group(ptx.add(first_tile(axes), i), turn)
             return carry
 
-        ptx.loop(per_block, one_tile, [])
+        ptx.loop(ptx.i32(per_block), one_tile, [])
 
     phases = [add_tokens, average, encode_tokens] if smooth else [encode_tokens]
     outs = [codes, scales, partial, means] if smooth else [codes, scales]
@@ -553,7 +553,7 @@ def quantize_v(v, lengths):
                 tops = [_abs_max([x], top) for x, top in pairs]
             return tops
 
-        tops = ptx.loop(per_block, one_tile, [ptx.f32(0.0)] * 8)
+        tops = ptx.loop(ptx.i32(per_block), one_tile, [ptx.f32(0.0)] * 8)
         tops = [_over_lanes(ptx.fmax, x, lanes.other_tokens) for x in tops]
         _write_partial(partial_ref, partial.shape, axes, tops, lanes)
 
@@ -599,7 +599,7 @@ def quantize_v(v, lengths):
                 _store(codes_ref, place, packed, there)
             return carry
 
-        ptx.loop(pl.cdiv(tasks, 4), one_task, [])
+        ptx.loop(ptx.i32(pl.cdiv(tasks, 4)), one_task, [])
 
     codes, _, scale, _ = _call(
         [find_largest, find_scales, encode_tokens],
