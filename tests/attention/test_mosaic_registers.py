@@ -184,24 +184,29 @@ def test_codes_and_scales(head_dim, qk):
     check_codes(tokens[:, :150], v / v_scale[:, None], "e4m3")
 
 
-def test_long_sequences_loop_over_tiles():
-    """More tokens than one tile for each block of the cluster; the last tiles do not exist."""
-    q, k, v = inputs(1, 4, 1100, 1, 1, 64)
-    long, short = jnp.array([1100]), jnp.array([1060])
+@pytest.mark.parametrize(
+    ("length", "heads", "head_dim"), [(1100, 1, 64), (40, 18, 64), (40, 5, 256)]
+)
+def test_several_tiles_and_heads(length, heads, head_dim):
+    """More tokens than a tile and a chunk have, more heads than a block of threads."""
+    q, k, v = inputs(1, 4, length, heads, heads, head_dim)
+    short = length - 7
     with warpgroup.installed():
         ops = quantize.quantize_qkv(q, k, v, scale_block=112)
         again = quantize.quantize_qkv(
-            q, k.at[:, 1060:].set(jnp.nan), v.at[:, 1060:].set(jnp.nan),
-            scale_block=112, kv_lengths=short,
+            q, k.at[:, short:].set(jnp.nan), v.at[:, short:].set(jnp.nan),
+            scale_block=112, kv_lengths=jnp.array([short]),
         )  # fmt: skip
         jax.block_until_ready((ops, again))
-    for got, limit in ((ops, long), (again, short)):
-        count = int(limit[0])
-        exact_k, exact_v = (np.asarray(x, np.float32)[:, :count, 0] for x in (k, v))
-        _, got_k, got_v = warpgroup.dequantized(got._replace(row_const=None, k_mean=None), 4, 1100)
-        error = np.asarray(got_k)[:, :count, 0] - (exact_k - exact_k.mean(1, keepdims=True))
+    for got, count in ((ops, length), (again, short)):
+        exact_k, exact_v = (np.asarray(x, np.float32)[:, :count] for x in (k, v))
+        got_q, got_k, got_v = warpgroup.dequantized(
+            got._replace(row_const=None, k_mean=None), 4, length
+        )
+        np.testing.assert_allclose(got_q, np.asarray(q, np.float32), atol=0.03)
+        error = np.asarray(got_k)[:, :count] - (exact_k - exact_k.mean(1, keepdims=True))
         assert np.abs(error).max() <= np.asarray(got.k_scale).max() * 0.51
-        np.testing.assert_allclose(np.asarray(got_v)[:, :count, 0], exact_v, rtol=0.07, atol=0.02)
+        np.testing.assert_allclose(np.asarray(got_v)[:, :count], exact_v, rtol=0.07, atol=0.02)
         assert (np.asarray(got_k)[:, count:] == 0).all()
         assert (np.asarray(got_v)[:, count:] == 0).all()
 

@@ -305,10 +305,8 @@ def run_asm(text, outs, ins, tied):
 # -- launches --------------------------------------------------------------------------------------
 
 
-def run_blocks(phases, outs, grid, args, clustered=False):
-    """The quantisers' launch: every block in turn, one phase after the other."""
-    assert clustered or len(phases) == 1, "only a cluster can wait"
-    assert not clustered or grid[0] <= 8, "larger clusters are not portable"
+def run_blocks(body, outs, grid, args):
+    """The quantisers' launch: every block in turn."""
 
     def run(*arrays):
         # Bytes that no thread writes stay recognisable.
@@ -318,10 +316,9 @@ def run_blocks(phases, outs, grid, args, clustered=False):
             .reshape(o.shape)
             for o in outs
         ]
-        for phase in phases:
-            for index in np.ndindex(*grid):
-                axes = [np.full(128, i, np.int32) for i in index]
-                phase([*map(np.asarray, arrays), *results], axes)
+        for index in np.ndindex(*grid):
+            axes = [np.full(128, i, np.int32) for i in index]
+            body([*map(np.asarray, arrays), *results], axes)
         return results
 
     return jax.pure_callback(run, outs, *args)
