@@ -87,13 +87,16 @@ def cases() -> list[Case]:
         right(capacity=30000, batch=1, ragged=True),
         right(capacity=1, heads=7, kv_heads=1),
     ]
+    wide = {"cache": ".L1::no_allocate.L2::256B"}
     sizes = [
-        fast(store=s, config=c)
-        for s, changes in (
-            ("bfloat16", ({"chunk": 512}, {"chunk": 2048}, {"cache": ".L1::no_allocate.L2::256B"})),
-            ("int8", ({"chunk": 512}, {"chunk": 2048}, {"cache": ".L1::no_allocate.L2::256B"})),
+        fast(store=store, config=config)
+        for store, configs in (
+            ("int8", ({"units": 1}, {"chunk": 512}, {"chunk": 2048}, wide)),
+            ("bfloat16", ({"chunk": 512}, {"chunk": 2048}, wide)),
+            ("fp8_e4m3", ({"units": 1},)),
+            ("int4", ({"units": 1}, {"units": 2})),
         )
-        for c in changes
+        for config in configs
     ]
     rest = [
         fast(store="int8", head_dim=64),
@@ -103,7 +106,7 @@ def cases() -> list[Case]:
         fast(capacity=4096, implementation="xla"),
         fast(capacity=4096),
     ]
-    return [*core, *judged, *features, *sizes, *rest]
+    return [*core, *judged, *sizes[:4], *features, *sizes[4:], *rest]
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -132,7 +135,7 @@ def lengths(case: Case) -> np.ndarray:
     return found if kind != "even" else np.full(shape, int(found.mean()))
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(8)
 def stores(store: str, shape: tuple[int, ...]):
     """Key and value with the same numbers in two places."""
 
@@ -412,9 +415,7 @@ def _add_shares(rows: list[dict[str, Any]]) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    case = {
-        k: v for k, v in row["case"].items() if k not in ("stage",) and LARGE.get(k, None) != v
-    }
+    case = {k: v for k, v in row["case"].items() if k not in ("stage",) and LARGE.get(k, None) != v}
     said = row.get("failed") or ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["result"].items()
     )

@@ -84,5 +84,3 @@ SMALL = mosaic_sm90.Config(chunk=512)
 @pytest.mark.parametrize("store", STORES)
 def test_equals_the_oracle_on_the_same_codes(store, h):
     compare(store, h=h, c=600, length=jnp.array([[590]]), dtype="float32")
-
-

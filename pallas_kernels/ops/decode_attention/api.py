@@ -19,7 +19,6 @@ from pallas_kernels.ops.decode_attention.spec import (
 from pallas_kernels.ops.quantize.api import quantize
 
 
-
 def _mosaic(*args):
     from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
 

@@ -79,11 +79,13 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        chunk: tokens of a block, a multiple of 4 * 128; None chooses from the shapes.
+        chunk: tokens of a block, a multiple of a step of its four warps; None chooses from the shapes.
+        units: units of 16 tokens in a warp's step; None chooses.
         cache: how loads of the cache treat L1 and L2, PTX qualifiers.
     """
 
     chunk: int | None = None
+    units: int | None = None
     cache: str = ".L1::no_allocate"
 
 
@@ -137,7 +139,7 @@ class Plan:
     @property
     def units(self) -> int:
         """Units of a step: a thread holds up to 32 words of K and as many of V."""
-        return min(256 // self.row_bytes, 4)
+        return self.config.units or min(256 // self.row_bytes, 4)
 
     @property
     def step(self) -> int:
@@ -393,9 +395,7 @@ class _Thread:
         return ptx.add(home, slot)
 
     def _codes(self, ref, row, place, width, lanes):
-        offset = ptx.add(
-            _bytes_at(row, self.plan.row_bytes), _bytes_at(place, width)
-        )
+        offset = ptx.add(_bytes_at(row, self.plan.row_bytes), _bytes_at(place, width))
         pieces = self.plan.row_bytes // (lanes * width)
         cache = self.plan.config.cache
         return [
@@ -556,9 +556,9 @@ class _Thread:
                 bits = ptx.add(bits, ptx.mul(ptx.flag(ok), ptx.i32(1 << (4 * u + t))))
         if self.plan.spec.q_len > 1:
             for distance in (4, 8, 16):
-                bits = ptx.asm(
-                    "or.b32 $0, $1, $2;", "r", [bits, ptx.shuffle_xor(bits, distance)]
-                )[0]
+                bits = ptx.asm("or.b32 $0, $1, $2;", "r", [bits, ptx.shuffle_xor(bits, distance)])[
+                    0
+                ]
         zero = ptx.i32(0)
         out = []
         for u, part in enumerate(values):
