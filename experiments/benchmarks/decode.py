@@ -415,7 +415,7 @@ def _add_shares(rows: list[dict[str, Any]]) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    case = {k: v for k, v in row["case"].items() if k not in ("stage",) and LARGE.get(k, None) != v}
+    case = {k: v for k, v in row["case"].items() if k not in ("stage",) and LARGE.get(k) != v}
     said = row.get("failed") or ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["result"].items()
     )

@@ -79,7 +79,7 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        chunk: tokens of a block, a multiple of a step of its four warps; None chooses from the shapes.
+        chunk: tokens of a block, a multiple of a step of its four warps; None chooses.
         units: units of 16 tokens in a warp's step; None chooses.
         cache: how loads of the cache treat L1 and L2, PTX qualifiers.
     """
