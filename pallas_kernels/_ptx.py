@@ -70,6 +70,11 @@ def rem(a, b):
     return arith.remui(a, b)
 
 
+def xor(a, b):
+    """Bitwise exclusive or."""
+    return arith.xori(a, b)
+
+
 def imax(a, b):
     """Larger signed integer."""
     return arith.maxsi(a, b)
@@ -168,6 +173,27 @@ def shuffle_xor(a, distance: int):
 def thread():
     """Number of this thread in its warpgroup, 0 to 127."""
     return rem(utils.thread_idx(), i32(128))
+
+
+def loop(count: int, body, values: list) -> list:
+    """``values = body(i, values)`` for i from 0 to count - 1, as a loop of the program.
+
+    Args:
+        count: iterations; a single one needs no loop.
+        body: takes an i32 and a list, returns a list of as many values.
+        values: what it starts from.
+
+    Returns:
+        The last list.
+    """
+    if count == 1:
+        return body(i32(0), values)
+    return utils.fori(i32(count), values)(body).results
+
+
+def shape(ref) -> list[int]:
+    """Shape of an array in memory."""
+    return ir.MemRefType(ref.type).shape
 
 
 def address(ref, offset):

@@ -1,20 +1,23 @@
-"""Block-sparse attention: time against density, ours beside torch FlexAttention, and the backward.
+"""Block-sparse attention on Hopper: right first, then time against density beside FlexAttention.
 
-``python -m experiments.benchmarks.block_sparse --time-budget 500`` measures every implementation
-that runs here on the same block masks and writes one JSON row for each: milliseconds, TFLOP/s of
-the kept tiles, time relative to density x dense time of the same implementation, and the error
-against float32. It also times the prediction of SpargeAttn, and forward + backward of ``sage_bwd``
-and bfloat16. Implementations that cannot run here are listed with their reason. Rows are written as
-they come, so that a run that is cut off keeps what it has.
+``python -m experiments.benchmarks.block_sparse --output runs/benchmarks --time-budget 300`` works
+through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
+
+* ``correct``: lists of tiles against float32 attention under the same mask, and run to run.
+* ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
+  same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
+  lists; forward + backward of ``sage_bwd`` and bfloat16.
+
+Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds. What
+fails is a row with its reason. ``--dry-run`` lowers the kernels for an abstract H200 anywhere.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,225 +25,380 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.benchmarks.attention import first_line, machine, time_torch
+from experiments.benchmarks import attention as bench
+from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
 from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
-from pallas_kernels.benchmarking import Timing, attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention.sparge import predict
+from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
+from pallas_kernels.ops.attention import reference, sparge
+from pallas_kernels.ops.attention.spec import AttentionSpec
 
-ERRORS = (NotImplementedError, ValueError, RuntimeError)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One attention call: ``B T N H`` queries on ``B S K H`` keys, S = T."""
-
-    batch: int
-    seq_len: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-SHAPES = {
-    "cpu": (Shape(1, 1024, 2, 2, 64),),
-    "gpu": (Shape(1, 16384, 32, 32, 128), Shape(1, 32768, 32, 32, 128)),
-}
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure block-sparse attention and write one JSON file."""
+    """Check and measure block-sparse attention; writes one JSON file."""
 
-    preset: Literal["auto", "cpu", "gpu"] = "auto"
-    """Shapes: ``auto`` takes ``gpu`` where there is one."""
-    output: Path = Path("runs/benchmarks/block_sparse.json")
-    """File to write."""
-    densities: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
-    """Shares of the tiles that are kept; 1 is the dense time of the same implementation."""
-    implementations: tuple[str, ...] = ("mosaic", "xla")
-    """Ours to measure."""
-    repeats: int = 20
-    """Timed runs of each implementation."""
+    output: Path = Path("runs/benchmarks")
+    """Folder of the result."""
     time_budget: float = 500.0
-    """Seconds after which nothing new is started; what was left out is listed."""
+    """No case is started after so many seconds."""
+    limit: float = 60.0
+    """A process that says nothing for so many seconds (four times as many where it measures) is
+    ended."""
+    repeats: int = 10
+    """Timed runs of each implementation."""
+    only: str = ""
+    """Cases whose JSON contains this text."""
+    dry_run: bool = False
+    """Lower the kernels for an abstract H200 instead of running them."""
+    worker: bool = False
+    """Used by the program itself: read cases from standard input, one JSON a line."""
 
 
-def random_mask(shape: Shape, density: float, block_q: int, block_kv: int) -> BlockMask:
-    """Tiles at random, the same number in every row and at least one."""
-    nq, nk = -(-shape.seq_len // block_q), -(-shape.seq_len // block_kv)
-    rng = np.random.default_rng(0)
-    rank = np.argsort(rng.random((shape.num_heads, nq, nk)), axis=-1)
-    kept = jnp.asarray(rank < max(1, round(density * nk)))
-    return BlockMask.from_blocks(
-        kept, shape.seq_len, shape.seq_len, block_q=block_q, block_kv=block_kv
-    )
+def cases() -> list[Case]:
+    """What answers most comes first."""
+    shape = [2, 1000, 777, 4, 2, 128]  # B, T, S, N, K, H
+    base = {"stage": "correct", "shape": shape, "block": [128, 128], "rule": "none"}
+    both = ("sage2", None)
+    found = [{**base, "quant": quant} for quant in both]
+    found += [{**base, "quant": quant, "rule": "causal"} for quant in both]
+    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
+    found += [{**fast, "quant": quant} for quant in both]
+    found += [{**fast, "peer": "flex"}, {**fast, "predict": "topk"}]
+    found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
+    found += [
+        {**base, "quant": quant, "rule": "causal", "shape": [*shape[:5], head_dim], "block": block}
+        for quant, head_dim, block in (
+            ("sage2", 128, [128, 64]), ("sage2", 128, [256, 256]), (None, 64, [128, 64]),
+            (None, 256, [128, 64]), ("sage2", 64, [128, 128]), ("sage1", 128, [128, 128]),
+            ("fp8", 128, [128, 128]),
+        )
+    ]  # fmt: skip
+    long = {**fast, "shape": [1, 32768, 32, 128]}
+    found += [{**long, "quant": quant} for quant in both]
+    found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}]
+    found += [{**fast, "gradient": quant} for quant in (None, "sage_bwd")]
+    return found
 
 
-def _ours(quant, implementation, query, key, value, mask):
-    return dot_product_attention(
-        query, key, value, mask=mask, quant=quant, implementation=implementation
-    )
+def random_tiles(heads: tuple[int, ...], nq: int, nk: int, density: float) -> np.ndarray:
+    """bool [*heads, nq, nk]: tiles at random, the same number in every row and at least one."""
+    rank = np.argsort(np.random.default_rng(0).random((*heads, nq, nk)), axis=-1)
+    return np.argsort(rank, axis=-1) < max(1, round(density * nk))
 
 
-def _gradient(quant, implementation, query, key, value):
-    """Output and gradients, the cotangent being the output itself."""
-
-    def loss(*x):
-        out = dot_product_attention(
-            *x, quant=quant, implementation=implementation
-        ).astype(jnp.float32)  # fmt: skip
-        return 0.5 * (out * out).sum()
-
-    return jax.grad(loss, (0, 1, 2))(query, key, value)
+@cache
+def maker(t: int, s: int, block: tuple[int, int]):
+    """A compiled function from a map of tiles and a token rule to a `BlockMask`."""
+    sizes = {"block_q": block[0], "block_kv": block[1]}
+    return jax.jit(lambda kept, rule: BlockMask.from_blocks(kept, t, s, mask=rule, **sizes))
 
 
-def work(options: Options, shape: Shape) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
-    """Named measurements of one shape, in the order of their worth."""
-    arrays = testing.attention_inputs(
-        "normal", batch=shape.batch, q_len=shape.seq_len, num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-    )  # fmt: skip
-    repeats = options.repeats
-    for density in options.densities:
-        for quant, block_q, block_kv in ((None, 128, 128), ("sage2", 64, 128)):
-            mask = random_mask(shape, density, block_q, block_kv)
-            exact = _exact_rows(*arrays, mask)
-            for name in options.implementations:
-                row = {"what": "forward", "name": f"ours {quant or 'bf16'} {name}"}
-                row |= {"density": density, "block_q": block_q, "block_kv": block_kv}
-                call = partial(_ours, quant, name)
-                yield (
-                    row,
-                    partial(_time_ours, call, (*arrays, mask), exact, shape, density, repeats),
-                )
-            if quant is None:
-                row = {"what": "forward", "name": "torch FlexAttention bf16", "density": density}
-                row |= {"block_q": block_q, "block_kv": block_kv}
-                yield row, partial(_time_flex, arrays, mask, exact, shape, density, repeats)
-    yield (
-        {"what": "prediction", "name": "SpargeAttn topk 0.5"},
-        partial(_time_simple, lambda q, k: predict(q, k, topk=0.5), arrays[:2], repeats),
-    )
-    for quant in (None, "sage_bwd"):
-        for name in options.implementations:
-            row = {"what": "forward + backward", "name": f"ours {quant or 'bf16'} {name}"}
-            yield row, partial(_time_gradient, quant, name, arrays, shape, repeats)
+# --- right ---------------------------------------------------------------------------------------
 
 
-def _exact_rows(query, key, value, mask: BlockMask, count: int = 32):
-    """Float32 attention of some evenly spread rows under the mask."""
-    picked = np.linspace(0, query.shape[1] - 1, count).astype(int)
-    allowed = mask.as_mask().block(jnp.asarray(picked), None, mask.q_len, mask.kv_len)
-    with jax.default_matmul_precision("highest"):
-        rows = (query[:, picked], key, value)
-        wanted = dot_product_attention(
-            *(x.astype(jnp.float32) for x in rows), mask=Mask.from_array(allowed),
-            implementation="xla",
-        )  # fmt: skip
-    return picked, wanted
-
-
-def _numbers(timing: Timing, shape: Shape, share: float) -> dict[str, Any]:
-    flops = share * attention_flops(
-        shape.batch, shape.seq_len, shape.seq_len, shape.num_heads, shape.head_dim
-    )
+def rule_of(case: Case) -> Mask | None:
+    """The token rule of a case."""
+    _, t, s, *_ = case["shape"]
+    ids = [np.minimum(np.arange(x) // 300, 2)[None].repeat(2, 0) for x in (t, s)]
     return {
-        "milliseconds": timing.median * 1e3,
-        "spread": timing.spread,
-        "clock": timing.source,
-        "tflops": teraflops(flops, timing),
-    }
+        "none": lambda: None,
+        "causal": lambda: Mask.causal(s - t + 100),
+        "lengths": lambda: Mask.lengths(jnp.array([600, 200]), jnp.array([700, 0])),
+        "segments": lambda: Mask.segment_ids(*map(jnp.asarray, ids)),
+    }[case["rule"]]()
 
 
-def _time_ours(call, arguments, exact, shape, density, repeats):
-    picked, wanted = exact
-    out = jax.jit(call)(*arguments)
-    error = testing.errors(out[:, picked], wanted)
-    timing = benchmark(call, *arguments, repeats=repeats)
-    return _numbers(timing, shape, density) | error
+def call_of(quant):
+    """The kernel's output and log-sum-exp."""
+
+    def call(query, key, value, mask):
+        return dot_product_attention(
+            query, key, value, mask=mask, quant=quant, implementation="mosaic",
+            return_residual=True,
+        )  # fmt: skip
+
+    return call
 
 
-def _time_simple(call, arguments, repeats):
-    timing = benchmark(call, *arguments, repeats=repeats)
-    return {"milliseconds": timing.median * 1e3, "spread": timing.spread, "clock": timing.source}
+def exact_of(query, key, value, allowed):
+    """Float32 attention over the pairs of a boolean array."""
+    arrays = [x.astype(jnp.float32) for x in (query, key, value)]
+    (b, t, n, h), (_, s, k, _) = query.shape, key.shape
+    spec = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5)
+    with jax.default_matmul_precision("highest"):
+        return reference.attention(*arrays, None, None, Mask.from_array(allowed), spec)
 
 
-def _time_gradient(quant, implementation, arrays, shape, repeats):
-    timing = benchmark(partial(_gradient, quant, implementation), *arrays, repeats=repeats)
-    return _numbers(timing, shape, 3.5)  # a backward counts as 2.5 forwards
-
-
-def _time_flex(arrays, mask: BlockMask, exact, shape: Shape, density: float, repeats: int):
-    """Torch's kernel on the same tiles, timed by CUDA events with a cold L2."""
-    try:
-        import torch
-        from torch.nn.attention.flex_attention import BlockMask as FlexMask
-        from torch.nn.attention.flex_attention import flex_attention
-    except ImportError as error:
-        raise NotImplementedError(str(error)) from error
-    if not torch.cuda.is_available():
-        raise NotImplementedError("torch sees no GPU")
-    to = lambda x: torch.from_numpy(np.asarray(x)).cuda()  # noqa: E731
-    query, key, value = (
-        to(x.astype(jnp.float32)).to(torch.bfloat16).transpose(1, 2).contiguous() for x in arrays
+def run_correct(case: Case) -> dict[str, Any]:
+    """Errors at every density, with a row without tiles; raises where they are out of bounds."""
+    b, t, s, n, k, h = case["shape"]
+    block_q, block_kv = case["block"]
+    rule, make = rule_of(case), maker(t, s, tuple(case["block"]))
+    q, key, v = testing.attention_inputs(
+        "normal", batch=b, q_len=t, kv_len=s, num_heads=n, num_kv_heads=k, head_dim=h
     )
-    # Every listed tile is whole: no partial tiles, and no token rule.
-    none = torch.zeros_like(to(mask.kv_num_blocks))
-    flex_mask = FlexMask.from_kv_blocks(
-        none, torch.zeros_like(to(mask.kv_indices)), to(mask.kv_num_blocks), to(mask.kv_indices),
-        BLOCK_SIZE=(mask.block_q, mask.block_kv),
+    call, exact = jax.jit(call_of(case["quant"])), jax.jit(exact_of)
+    tokens = True if rule is None else np.asarray(jax.jit(lambda: rule.dense(t, s))())
+    found, limit = {}, BOUNDS[case["quant"]]
+    for density in (0.5, 0.25, 0.1):
+        kept = random_tiles((b, n), -(-t // block_q), -(-s // block_kv), density)
+        kept[0, 1, 2] = False
+        mask = make(jnp.asarray(kept), rule)
+        out, lse = jax.block_until_ready(call(q, key, v, mask))
+        again = call(q, key, v, mask)
+        pairs = kept.repeat(block_q, 2).repeat(block_kv, 3)[:, :, :t, :s] & tokens
+        want, want_lse = exact(q, key, v, jnp.asarray(pairs))
+        live = jnp.isfinite(want_lse)
+        error = testing.relative_l1(out, want)
+        off = float(jnp.abs(jnp.where(live, lse - want_lse, 0)).max())
+        failed = {
+            f"relative L1 {error:.4f} above {limit}": not error <= limit,
+            f"log-sum-exp is off by {off:.3f}": not off < 0.3,
+            "empty rows differ": bool((jnp.isneginf(lse) == live).any()),
+            "a row without keys is not zero": bool((jnp.where(live[..., None], 0, out) != 0).any()),
+            "two runs differ": not bool((out == again[0]).all() & (lse == again[1]).all()),
+        }
+        found[f"relative_l1 at {density}"], found["lse"] = error, max(off, found.get("lse", 0))
+        if any(failed.values()):
+            said = "; ".join(what for what, bad in failed.items() if bad)
+            raise RuntimeError(f"density {density}: {said}")
+        found["empty_rows"] = int((~live).sum())
+    return found
+
+
+# --- fast ----------------------------------------------------------------------------------------
+
+
+def kernel_of(length: int, block_kv: int | None):
+    """The kernel on given operands: dense with so many keys per tile, or with a block mask."""
+    from pallas_kernels.ops.attention.mosaic_sm90 import attention_forward
+    from pallas_kernels.ops.attention.mosaic_sm90_plan import heuristic
+    from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
+
+    def call(operands, mask=None):
+        variant = Variant() if operands.k_scale is not None else Variant("half", "half")
+        config = None if block_kv is None else heuristic(variant, 128, block_kv=block_kv)
+        return attention_forward(
+            operands, q_len=length, kv_len=length, scale=128**-0.5, mask=mask, config=config
+        )
+
+    return call
+
+
+def lists_of(length: int, quant):
+    """What is made of a block mask before the kernel starts."""
+    from pallas_kernels.ops.attention import mosaic_sm90_plan as plans
+
+    variant = plans.Variant() if quant else plans.Variant("half", "half")
+
+    def call(mask):
+        _, heads, _ = mask.kv_num_blocks.shape
+        config = plans.heuristic(variant, 128, block_kv=mask.block_kv)
+        plan = plans.Plan(config, variant, 1, length, length, heads, heads, 128, 0, listed=128)
+        return plans.listed_work(mask, plan), plans.listed_tiles(mask, plan)
+
+    return call
+
+
+def operands_of(case: Case, arrays, block_kv: int):
+    """What the kernel reads, made beforehand."""
+    from pallas_kernels.ops.quantize.mosaic_sm90 import AttentionOperands, quantize_qkv
+
+    if case["quant"] is None:
+        return AttentionOperands(*arrays)
+    return jax.block_until_ready(quantize_qkv(*arrays, scale_block=block_kv))
+
+
+def inputs(case: Case):
+    """bfloat16 [B, T, N, H], three times."""
+    batch, length, heads, head_dim = case["shape"]
+    return testing.attention_inputs(
+        "normal", batch=batch, q_len=length, num_heads=heads, head_dim=head_dim
+    )
+
+
+def numbers(case: Case, timing, share: float) -> dict[str, Any]:
+    """One row: time, spread and TFLOP/s of what is computed."""
+    batch, length, heads, head_dim = case["shape"]
+    flops = share * attention_flops(batch, length, length, heads, head_dim)
+    return {"milliseconds": timing.median * 1e3, "spread": timing.spread,
+            "tflops": teraflops(flops, timing)}  # fmt: skip
+
+
+def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
+    """Rows of one shape and one implementation."""
+    if "peer" in case:
+        return {"rows": run_flex(case, repeats)}
+    if "predict" in case:
+        return {"rows": run_predict(case, repeats)}
+    if "gradient" in case:
+        return {"rows": run_gradient(case, repeats)}
+    _, length, heads, _ = case["shape"]
+    block_q, block_kv = case["block"]
+    arrays, rows = inputs(case), []
+    make = maker(length, length, (block_q, block_kv))
+    tiles = {x: random_tiles((heads,), length // block_q, length // block_kv, x) for x in DENSITIES}
+    masks = {x: make(jnp.asarray(kept), None) for x, kept in tiles.items()}
+    operands = operands_of(case, arrays, block_kv)
+    listed = kernel_of(length, None)
+    check = check_rows(jax.jit(listed)(operands, masks[0.25])[0], arrays, tiles[0.25], case)
+    for size in dict.fromkeys((block_kv, 256 if case["quant"] else 128)):
+        timing = benchmark(kernel_of(length, size), operands_of(case, arrays, size),
+                           repeats=repeats)  # fmt: skip
+        rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
+    for density, mask in masks.items():
+        timing = benchmark(listed, operands, mask, repeats=repeats)
+        row = {"name": "listed", "density": density} | numbers(case, timing, density)
+        for dense in rows[: 1 + (case["quant"] is not None)]:
+            over = row["milliseconds"] / (density * dense["milliseconds"])
+            row[f"over density x {dense['name']}"] = over
+        rows.append(row)
+    timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
+    rows.append({"name": "order and ranges of the lists", "milliseconds": timing.median * 1e3})
+    return check | {"rows": rows}
+
+
+def check_rows(out, arrays, kept, case: Case) -> dict[str, Any]:
+    """Errors of 32 evenly spread rows at full size."""
+    block_q, block_kv = case["block"]
+    picked = np.linspace(0, out.shape[1] - 1, 32).astype(int)
+    allowed = kept[:, picked // block_q].repeat(block_kv, -1)[None]
+    q, k, v = arrays
+    want, _ = jax.jit(exact_of)(q[:, picked], k, v, jnp.asarray(allowed))
+    found = testing.errors(out[:, picked], want)
+    if not found["relative_l1"] <= BOUNDS[case["quant"]]:
+        raise RuntimeError(f"wrong at full size: {found}")
+    return found
+
+
+def run_flex(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Torch's kernel on the same tiles, all of them whole: no token rule."""
+    import torch
+    from torch.nn.attention.flex_attention import BlockMask as FlexMask
+    from torch.nn.attention.flex_attention import flex_attention
+
+    _, length, heads, _ = case["shape"]
+    query, key, value = (
+        torch.from_numpy(np.asarray(x.astype(jnp.float32))).to("cuda", torch.bfloat16)
+        .transpose(1, 2).contiguous() for x in inputs(case)
     )  # fmt: skip
-    compiled = torch.compile(flex_attention)
-    run = lambda: compiled(query, key, value, block_mask=flex_mask)  # noqa: E731
-    picked, wanted = exact
-    out = jnp.asarray(run().transpose(1, 2)[:, picked].float().cpu().numpy())
-    timing = time_torch(run, repeats)
-    return _numbers(timing, shape, density) | testing.errors(out, wanted)
+    compiled, rows = torch.compile(flex_attention), []
+    for density in DENSITIES:
+        kept = random_tiles((1, heads), *(length // x for x in case["block"]), density)
+        order = np.argsort(~kept, axis=-1, kind="stable").astype(np.int32)
+        count, order = (torch.from_numpy(x).cuda() for x in (kept.sum(-1, dtype=np.int32), order))
+        none = torch.zeros_like(count), torch.zeros_like(order)
+        mask = FlexMask.from_kv_blocks(*none, count, order, BLOCK_SIZE=tuple(case["block"]))
+        run = partial(compiled, query, key, value, block_mask=mask)
+        timing = bench.time_torch(run, repeats)
+        name = {"name": "torch FlexAttention (bf16)", "density": density}
+        rows.append(name | numbers(case, timing, density))
+    return rows
 
 
-def relative_to_dense(rows: list[dict[str, Any]]) -> None:
-    """Adds time / (density x dense time of the same implementation) to the forward rows."""
-    for row in rows:
-        if row["what"] != "forward" or "milliseconds" not in row:
+def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """SpargeAttn's choice of tiles, and the part of it that turns a map into lists."""
+    _, length, heads, _ = case["shape"]
+    q, k, _ = inputs(case)
+    rows = []
+    for block in (case["block"], [64, 128]):
+        sizes = {"block_q": block[0], "block_kv": block[1]}
+        predict = partial(sparge.predict, topk=0.5, **sizes)
+        kept = jnp.asarray(random_tiles((heads,), *(length // x for x in block), 0.5))
+        for name, call, args in (
+            ("prediction and lists", predict, (q, k)),
+            ("lists from a map", maker(length, length, tuple(block)), (kept, None)),
+        ):
+            timing = benchmark(call, *args, repeats=repeats)
+            ms = {"milliseconds": timing.median * 1e3, "spread": timing.spread}
+            rows.append({"name": f"{name}, {block[0]} x {block[1]}"} | ms)
+    return rows
+
+
+def run_gradient(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Forward + backward without a mask, the cotangent being the output itself."""
+    rows = []
+    for name in ("mosaic", "xla"):
+
+        def loss(q, k, v, name=name):
+            out = dot_product_attention(q, k, v, quant=case["gradient"], implementation=name)
+            return 0.5 * (out.astype(jnp.float32) ** 2).sum()
+
+        try:
+            timing = benchmark(jax.grad(loss, (0, 1, 2)), *inputs(case), repeats=repeats)
+        except NotImplementedError as error:
+            rows.append({"name": f"ours {name}", "reason": bench.first_line(error)})
             continue
-        same = ("name", "block_q", "block_kv", "seq_len", "num_heads", "head_dim")
-        dense = [
-            other["milliseconds"]
-            for other in rows
-            if other.get("density") == 1.0 and "milliseconds" in other
-            and all(other.get(key) == row.get(key) for key in same)
-        ]  # fmt: skip
-        if dense:
-            row["over_ideal"] = row["milliseconds"] / (row["density"] * dense[0])
+        # A backward counts as 2.5 forwards.
+        rows.append({"name": f"ours {name}"} | numbers(case, timing, 3.5))
+    return rows
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def run_case(options: Options, case: Case) -> dict[str, Any]:
+    """Runs one case on this machine's GPU."""
+    found = run_correct(case) if case["stage"] == "correct" else run_fast(case, options.repeats)
+    return found | {"machine": bench.machine()}
+
+
+def lower_case(case: Case) -> dict[str, Any]:
+    """Lowers what a case would run, for an abstract H200."""
+    if "quant" not in case:
+        return {"lowered": "not needed"}
+    shape = case["shape"]
+    b, t, s, n, k, h = shape if len(shape) == 6 else (*shape[:2], *shape[1:3], *shape[2:])
+    arrays = [jax.ShapeDtypeStruct((b, *x, h), jnp.bfloat16) for x in ((t, n), (s, k), (s, k))]
+    rule = rule_of(case) if "rule" in case else None
+    grid = [-(-x // block) for x, block in zip((t, s), case["block"], strict=True)]
+    kept = jax.ShapeDtypeStruct((b, n, *grid), bool)
+    mask = jax.eval_shape(maker(t, s, tuple(case["block"])), kept, rule)
+    with abstract_gpu():
+        traced = jax.jit(call_of(case["quant"])).trace(*arrays, mask)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    if "mosaic_gpu" not in lowered.as_text():
+        raise RuntimeError("no Mosaic kernel in the program")
+    return {"lowered": "yes"}
 
 
 def main(options: Options) -> None:
-    """Measure, print and write after every row."""
-    console, started, rows, left_out = Console(), time.monotonic(), [], []
-    on_gpu = jax.default_backend() == "gpu"
-    preset = ("gpu" if on_gpu else "cpu") if options.preset == "auto" else options.preset
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    for shape in SHAPES[preset]:
-        for row, measure in work(options, shape):
-            row = asdict(shape) | row
-            if time.monotonic() - started > options.time_budget:
-                left_out.append(row)
-                continue
-            try:
-                row |= measure()
-            except ERRORS as error:
-                row["reason"] = first_line(error)
-            rows.append(row)
-            relative_to_dense(rows)
-            shown = f"{row['milliseconds']:.3f} ms" if "milliseconds" in row else row["reason"]
-            console.print(row["seq_len"], row["what"], row["name"], row.get("density", ""), shown)
-            result = {
-                "machine": machine(),
-                "command": f"python -m experiments.benchmarks.block_sparse --preset {preset}",
-                "rows": rows,
-                "left_out": left_out,
-            }
-            options.output.write_text(json.dumps(result, indent=1) + "\n")
+    """Runs the cases in order, prints and writes after each."""
+    if options.worker:
+        return work(lower_case if options.dry_run else partial(run_case, options))
+    console, rows, machine = Console(), [], {}
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"block_sparse{'_dry_run' * options.dry_run}.json"
+    chosen = [case for case in cases() if options.only in json.dumps(case)]
+    deadline = time.monotonic() + options.time_budget
+    for case, result in results(chosen, options, deadline, "block_sparse"):
+        machine = result.get("result", {}).pop("machine", machine)
+        rows.append({"case": case} | result)
+        left_out = chosen[len(rows) :]
+        command = "python -m experiments.benchmarks.block_sparse"
+        found = {"command": command, "machine": machine, "cases": rows}
+        path.write_text(json.dumps(found | {"left_out": left_out}, indent=1) + "\n")
+        console.print(f"{result['seconds']:.1f} s {case}", highlight=False)
+        if "failed" in result:
+            console.print("  FAILED", result["failed"], highlight=False)
+            continue
+        for row in result["result"].get("rows", []):
+            console.print("  ", short(row), highlight=False)
+        console.print("  ", short(result["result"]), highlight=False)
+    console.print(f"{len(rows)} of {len(chosen)} cases, in {path}")
+    return None
+
+
+def short(row: dict[str, Any]) -> str:
+    """Numbers of one line of output."""
+    return ", ".join(
+        f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}"
+        for key, x in row.items()
+        if not isinstance(x, list | dict)
+    )
 
 
 if __name__ == "__main__":

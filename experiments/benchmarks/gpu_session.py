@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,11 @@ def fast_cases() -> list[Case]:
     first = [s for want in judged for s in chosen if key(s) == want and s.name[0] == "D"]
     rest = [s for s in chosen if s not in first and s.seq_len > 1024]
     as_case = lambda s: {"stage": "fast", "shape": dataclasses.asdict(s)}  # noqa: E731
-    ceilings = [{"stage": "fast", "ceiling": True}, {"stage": "fast", "quantizers": [4, 16384, 32]},
-                {"stage": "fast", "quantizers": [4, 4096, 32]}]  # fmt: skip
+    ceilings: list[Case] = [{"stage": "fast", "ceiling": True}]
+    ceilings += [
+        {"stage": "fast", "quantizers": size}
+        for size in ([4, 4096, 32], [4, 16384, 32], [4, 4096, 32, 64])
+    ]
     return [*map(as_case, first[:4]), *ceilings, *map(as_case, [*first[4:], *rest])]
 
 
@@ -140,6 +143,8 @@ def sizes_cases() -> list[Case]:
     """Configurations beside the heuristic's, at the judged shapes."""
     changes: list[dict[str, Any]] = [
         {},
+        {"from bf16": True},
+        {"from bf16": True, "fuse_q": False},
         {"schedule": "none"},
         {"head_group": 4},
         {"head_group": 16},
@@ -150,7 +155,12 @@ def sizes_cases() -> list[Case]:
     ]
     return [
         {"stage": "sizes", "shape": [4, t, 32, h], "is_causal": causal, "config": change}
-        for h, t, causal in ((128, 4096, False), (128, 16384, True), (64, 4096, False))
+        for h, t, causal in (
+            (128, 4096, False),
+            (128, 4096, True),
+            (128, 16384, True),
+            (64, 4096, False),
+        )
         for change in changes
     ]
 
@@ -340,23 +350,40 @@ def run_fast(case: Case) -> dict[str, Any]:
     if "quantizers" in case:
         return run_quantizers(*case["quantizers"])
     shape = bench.Shape(**case["shape"])
-    # What holds all logits, or computes in float32, takes a minute and more on long sequences.
-    slow = ("xla", "emulated") if shape.seq_len > 4096 else ()
+    # What holds all logits, or computes in float32, takes half a minute and more.
+    slow = ("xla", "emulated") if shape.seq_len > 2048 else ()
     return {"rows": bench.measure(shape, 10, slow)}
 
 
 def run_quantizers(batch: int, length: int, heads: int, head_dim: int = 128) -> dict[str, Any]:
-    """GB/s of the fused quantisation beside a copy of as many bytes."""
+    """GB/s of each quantiser beside a copy of as many elements.
+
+    What must be moved counts: 2 bytes read and 1 written per element, though K and V are read
+    twice, the second time from the cache as far as it holds them.
+    """
+    from pallas_kernels.ops.quantize import mosaic_sm90 as quantisers
+
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
-    timing = benchmark(bench.quantized, q, k, v, repeats=10)
-    # Statistics read K and V; three kernels read 2 and write 1 byte per element.
-    moved = float(q.size) * (2 * 2 + 3 * 3)
-    copy = benchmark(lambda x: x + 1, q, repeats=10)
+    lengths = jnp.full((batch,), length, jnp.int32)
+    mean = jax.block_until_ready(quantisers.quantize_k(k, lengths))[2]
+    timings = {
+        "copy": benchmark(lambda x: x + 1, q, repeats=10),
+        "q": benchmark(lambda q, mean: quantisers.quantize_q(q, lengths, mean), q, mean),
+        "k": benchmark(lambda k: quantisers.quantize_k(k, lengths), k),
+        "k without smoothing": benchmark(
+            lambda k: quantisers.quantize_k(k, lengths, smooth=False), k
+        ),
+        "v": benchmark(lambda v: quantisers.quantize_v(v, lengths), v),
+        "all": benchmark(bench.quantized, q, k, v),
+    }
+    size = float(q.size)
+    moved = {name: size * {"copy": 4, "all": 9}.get(name, 3) for name in timings}
+    rates = {name: gigabytes_per_second(moved[name], x) for name, x in timings.items()}
     return {
-        "milliseconds": timing.median * 1e3,
-        "gbps": gigabytes_per_second(moved, timing),
-        "copy_gbps": gigabytes_per_second(4.0 * q.size, copy),
+        **{f"{name} gbps": rate for name, rate in rates.items()},
+        **{f"{name} of copy": rate / rates["copy"] for name, rate in rates.items()},
+        **{f"{name} us": x.median * 1e6 for name, x in timings.items()},
     }
 
 
@@ -368,12 +395,17 @@ def run_sizes(case: Case) -> dict[str, Any]:
     batch, length, heads, head_dim = case["shape"]
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
-    operands = jax.block_until_ready(quantized_for(config, q, k, v))
-
-    def call(operands, query):
-        return bench.kernel(operands, query, case["is_causal"], config)
-
-    timing = benchmark(call, operands, q, repeats=10)
+    if case["config"].get("from bf16"):
+        timing = benchmark(
+            lambda q, k, v: dot_product_attention(
+                q, k, v, is_causal=case["is_causal"], quant="sage2", implementation="mosaic",
+                config=config,
+            ), q, k, v, repeats=10,
+        )  # fmt: skip
+    else:
+        operands = jax.block_until_ready(quantized_for(config, q, k, v))
+        call = lambda operands, q: bench.kernel(operands, q, case["is_causal"], config)  # noqa: E731
+        timing = benchmark(call, operands, q, repeats=10)
     flops = attention_flops(batch, length, length, heads, head_dim, is_causal=case["is_causal"])
     return {"tflops": teraflops(flops, timing), "spread": timing.spread}
 
@@ -383,7 +415,8 @@ def config_of(case: Case):
     from pallas_kernels.ops.attention.mosaic_sm90_plan import heuristic
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    return dataclasses.replace(heuristic(Variant(), case["shape"][-1]), **case["config"])
+    changes = {name: x for name, x in case["config"].items() if name != "from bf16"}
+    return dataclasses.replace(heuristic(Variant(), case["shape"][-1]), **changes)
 
 
 def quantized_for(config, q, k, v):
@@ -443,28 +476,35 @@ class Options:
     """Lower every case for an abstract H200 instead of running it."""
     only: str = ""
     """Cases whose JSON contains this text."""
+    shard: str = "0/1"
+    """``i/n``: only every n-th case from the i-th; for several processes, each with its folder."""
     worker: bool = False
     """Used by the program itself: read cases from standard input, one JSON a line."""
 
 
-def work(dry_run: bool) -> None:
+def work(run: Callable[[Case], dict[str, Any]]) -> None:
     """The other side of `results`: a line of JSON for every line of JSON."""
     answer = os.dup(1)
     os.dup2(2, 1)  # What libraries print must not come between the answers.
     for line in sys.stdin:
         case = json.loads(line)
         try:
-            result = {"result": (lower_case if dry_run else run_case)(case)}
+            result = {"result": run(case)}
         except Exception as error:  # any failure of a case is its result
             result = {"failed": f"{type(error).__name__}: {bench.first_line(error)}"}
         os.write(answer, (json.dumps(result) + "\n").encode())
 
 
-def results(cases: list[Case], options: Options, deadline: float) -> Iterator[tuple[Case, dict]]:
-    """Runs cases in one process, and the rest in a new one after a case that hung or crashed."""
+def results(
+    cases: list[Case], options: Any, deadline: float, program: str = "gpu_session"
+) -> Iterator[tuple[Case, dict]]:
+    """Runs cases in one process, and the rest in a new one after a case that hung or crashed.
+
+    ``options`` has output, limit and dry_run; ``program`` is the benchmark whose ``--worker`` runs.
+    """
     waiting = list(cases)
     while waiting and time.monotonic() < deadline:
-        with _process(options, waiting[0].get("tool")) as (process, lines):
+        with _process(options, program, waiting[0].get("tool")) as (process, lines):
             alive = True
             while alive and waiting and time.monotonic() < deadline:
                 case, start = waiting.pop(0), time.monotonic()
@@ -504,9 +544,9 @@ def _verdict(process, limit: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _process(options: Options, tool: str | None):
+def _process(options: Any, program: str, tool: str | None):
     """A worker and the queue of its answers (None when it ends); killed with its children."""
-    command = [sys.executable, "-m", "experiments.benchmarks.gpu_session", "--worker"]
+    command = [sys.executable, "-m", f"experiments.benchmarks.{program}", "--worker"]
     command += ["--dry-run"] * options.dry_run
     if tool and not options.dry_run:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
@@ -535,7 +575,7 @@ def _process(options: Options, tool: str | None):
 def main(options: Options) -> None:
     """Runs the stages in order."""
     if options.worker:
-        return work(options.dry_run)
+        return work(lower_case if options.dry_run else run_case)
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
@@ -547,7 +587,8 @@ def main(options: Options) -> None:
         path = options.output / f"{stage}{'_dry_run' * options.dry_run}.json"
         kept = json.loads(path.read_text()) if path.exists() else []
         rows = {json.dumps(row["case"], sort_keys=True): row for row in kept}
-        cases = _order(CASES[stage](), rows, options.only)
+        shard, shards = map(int, options.shard.split("/"))
+        cases = _order(CASES[stage]()[shard::shards], rows, options.only)
         for case, result in results(cases, options, deadline):
             rows[json.dumps(case, sort_keys=True)] = {"case": case, **result}
             path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")

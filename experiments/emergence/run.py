@@ -486,9 +486,18 @@ def _layers_in_step(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def analyse_recall(records: Records) -> dict[str, Any]:
-    """Exponents of pairs and vocabulary, sharpness, co-emergence of the two halves."""
-    # One law for one kind of model: the paper's size is reported run by run only.
-    records = [r for r in records if r["tags"].get("model", "paper") == "small"] or records
+    """Exponents of pairs and vocabulary, sharpness, co-emergence of the two halves.
+
+    One law for one kind of model: runs of the paper's size beside small ones have a part of their
+    own, ``paper_size``.
+    """
+    small = [r for r in records if r["tags"].get("model", "paper") == "small"]
+    large = [r for r in records if r not in small]
+    result = _analyse_recall(small or large)
+    return result | ({"paper_size": _analyse_recall(large)} if small and large else {})
+
+
+def _analyse_recall(records: Records) -> dict[str, Any]:
     plain = _selected(records, p=0.0)
     points = _points(plain, ("num_pairs", "vocab_size"))
     features = [n for n in ("vocab_size", "num_pairs") if len({p[n] for p in points}) > 1]

@@ -15,13 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._interpret import gpu_interpret_mode
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_kernel, reference
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import Steps
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, NO_MAX
 from pallas_kernels.ops.attention.spec import AttentionSpec
-from pallas_kernels.ops.quantize.mosaic_sm90 import AttentionOperands
+from pallas_kernels.ops.quantize.mosaic_sm90 import TINY, AttentionOperands
 
 
 def read(ref):
@@ -33,6 +33,14 @@ def read(ref):
 
 class PlainSteps(Steps):
     """A compute warpgroup's steps on whole arrays."""
+
+    def encode_q(self, raw_ref, q_ref, scale_ref, dot_ref, mean, limit):
+        q = read(raw_ref)
+        q = jnp.where(jnp.arange(64)[:, None] < limit, q, 0)
+        top = jnp.maximum(jnp.abs(q).max(1), TINY)
+        q_ref[...] = jnp.round(q * (127 / top)[:, None]).astype(jnp.int8)
+        scale_ref[...] = top * (1 / 127)
+        dot_ref[...] = q @ mean[0][mean[1], mean[2]]
 
     def issue_scores(self, q_ref, k_ref):
         q, k = read(q_ref), read(k_ref)
@@ -78,6 +86,7 @@ class PlainSteps(Steps):
     def finish(self, total, m, const, sink):
         some = total > 0
         lse = m / LOG2E + jnp.log(jnp.where(some, total, 1))
+        lse = lse + const[0] if const else lse
         return [jnp.where(some, 1 / total, 0), jnp.where(some, lse, -jnp.inf)]
 
     def scale_out(self, out, factor, v_scale):
@@ -111,6 +120,20 @@ def byte_operands(rng, t, s, n, h):
     )  # fmt: skip
 
 
+def raw_operands(rng, t, s, n, h):
+    """As `byte_operands`, with Q left to the kernel."""
+    q = jnp.asarray(rng.normal(size=(1, t, n, h)), jnp.bfloat16)
+    mean = jnp.asarray(rng.normal(size=(1, 1, h)), jnp.float32)
+    return byte_operands(rng, t, s, n, h)._replace(q=q, q_scale=None, k_mean=mean)
+
+
+def listed(t, s, mask):
+    """Tiles of 128 x 64 for two heads; one row lists none, one a tile in its middle only."""
+    kept = np.random.default_rng(1).random((1, 2, -(-t // 128), -(-s // 64))) < 0.6
+    kept[0, 0, 1], kept[0, 1, 0] = False, [False, True, False]
+    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=64, mask=mask)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 12),
     reason="the interpreter of jax 0.11 refuses a kernel that ends with an unobserved arrival, "
@@ -121,6 +144,9 @@ def byte_operands(rng, t, s, n, h):
     [
         (half_operands, Mask.causal(20), 150, 170, 64, "hold"),
         (byte_operands, Mask.lengths(None, jnp.array([90])), 130, 150, 192, "none"),
+        (raw_operands, Mask.causal(20), 300, 170, 64, "hold"),
+        (half_operands, listed(300, 170, Mask.causal(20)), 300, 170, 64, "hold"),
+        (raw_operands, listed(200, 192, None), 200, 192, 64, "hold"),
     ],
 )
 def test_control_flow(plain_steps, make, mask, t, s, h, schedule):
@@ -135,6 +161,7 @@ def test_control_flow(plain_steps, make, mask, t, s, h, schedule):
         )(operands)
     spec = AttentionSpec(1, t, s, 2, 1, h, "float32", h**-0.5)
     exact = warpgroup.dequantized(operands, t, s, ordered=True)
-    want, want_lse = reference.attention(*exact, None, None, mask, spec)
+    rule = mask.as_mask() if isinstance(mask, BlockMask) else mask
+    want, want_lse = reference.attention(*exact, None, None, rule, spec)
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=2e-2)
     np.testing.assert_allclose(lse.swapaxes(1, 2), want_lse, atol=1e-4)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
 
@@ -28,7 +28,8 @@ def _run(b, t, s, n, k, h, mask, *, shift=0.0, quant="sage2"):
     exact = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5)
     q, k_, v = (x.astype(jnp.float32) for x in (q, k_, v))
     with jax.default_matmul_precision("highest"):
-        true, true_lse = reference.attention(q, k_, v, None, None, mask, exact)
+        rule = mask.as_mask() if isinstance(mask, BlockMask) else mask
+        true, true_lse = reference.attention(q, k_, v, None, None, rule, exact)
     assert (out == again).all()
     error = jnp.abs(out.astype(jnp.float32) - true).sum() / jnp.abs(true).sum()
     finite = jnp.isfinite(true_lse)
@@ -69,3 +70,15 @@ def test_values_with_a_mean():
 def test_other_formats_and_head_sizes(quant, bound, head_dim):
     """More configurations, each in a process under a time limit: `benchmarks.gpu_session`."""
     assert _run(1, 300, 500, 4, 2, head_dim, Mask.causal(200), quant=quant) < bound
+
+
+@pytest.mark.parametrize(("quant", "bound"), [("sage2", 0.045), (None, 0.006)])
+@pytest.mark.parametrize("rule", [None, Mask.causal(100)])
+@pytest.mark.parametrize("block", [(128, 128), (256, 64)])
+def test_listed_tiles(quant, bound, rule, block):
+    """More shapes, and the times: `benchmarks.block_sparse`."""
+    t, s = 1000, 777
+    kept = jax.random.uniform(jax.random.key(1), (2, 4, -(-t // block[0]), -(-s // block[1]))) < 0.4
+    kept = kept.at[:, 1, 2].set(False)  # rows of queries without keys
+    mask = BlockMask.from_blocks(kept, t, s, block_q=block[0], block_kv=block[1], mask=rule)
+    assert _run(2, t, s, 4, 2, 128, mask, quant=quant) < bound

@@ -14,7 +14,7 @@ from ptx_program import spilled_bytes
 from pallas_kernels import _ptx as ptx
 from pallas_kernels import dot_product_attention, explain
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.masks import FULL, Mask
+from pallas_kernels.masks import FULL, BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_plan
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, heuristic
 from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
@@ -46,6 +46,13 @@ def _lower_kernel(spec, mask, config=None):
     return _lower(run, *_arrays(spec), mask)
 
 
+def _blocks(heads, t, s, block_q, block_kv, mask=None, batch=1):
+    """Half of the tiles, and a row without any."""
+    kept = np.random.default_rng(0).random((batch, heads, -(-t // block_q), -(-s // block_kv)))
+    kept = jnp.asarray(kept < 0.5).at[:, :, 1].set(False)
+    return BlockMask.from_blocks(kept, t, s, block_q=block_q, block_kv=block_kv, mask=mask)
+
+
 SEGMENTS = Mask.segment_ids(jnp.zeros((1, 256), jnp.int32), jnp.zeros((1, 512), jnp.int32))
 # One case for every feature; `experiments.benchmarks.gpu_session --dry-run` lowers all pairs.
 CASES = [
@@ -58,6 +65,9 @@ CASES = [
     ({"quant": None, "h": 256}, Mask(), None),
     ({"quant": QUANTS["sage1"], "h": 96}, Mask.causal(), None),
     ({"quant": QUANTS["fp8"], "h": 64}, Mask(), None),
+    ({}, _blocks(4, 256, 512, 128, 128), None),
+    ({"quant": None, "t": 700, "s": 777}, _blocks(1, 700, 777, 256, 64, Mask.causal()), None),
+    ({}, _blocks(4, 256, 512, 128, 256, SEGMENTS & Mask.window(9, 9)), None),
     ({}, Mask(), Config(block_kv=128, num_stages=4, qk_split=1, schedule="none")),
     (
         {"h": 64},
@@ -133,7 +143,11 @@ def test_named_it_runs_and_unnamed_it_does_not():
         (AttentionSpec(1, 8, 8, 1, 1, 64, "bfloat16", -1.0), "scale must be positive; got -1.0"),
         (_spec(has_bias=True), "does not take a bias"),
         (_spec(mask_kinds=("array",)), "does not take mask arrays"),
-        (_spec(mask_kinds=("tiles",)), "does not take block masks"),
+        (_spec(mask_kinds=("tiles",)), "only as one BlockMask, not inside a Mask"),
+        (_spec(mask_kinds=("tiles", "tiles"), tiles=(128, 128)), "only as one BlockMask"),
+        (_spec(mask_kinds=("tiles",), tiles=(96, 128)), "block_q a multiple of 128 .* 96 x 128"),
+        (_spec(mask_kinds=("tiles",), tiles=(128, 96)), "64, 128 or 256; got 128 x 96"),
+        (_spec(h=160, quant=None, tiles=(128, 128)), "head_dim 192 exceed .* block_kv=64"),
         (_spec(mask_kinds=("segments", "several segments")), "more than one pair"),
         (_spec(quantized_key=True), "QTensor keys or values need 'xla'"),
         (_spec(quant=QUANTS["sage2_int4"]), "no int4 product"),
@@ -149,7 +163,7 @@ def test_named_it_runs_and_unnamed_it_does_not():
     ],
 )
 def test_reasons(spec, reason):
-    assert reason in mosaic_sm90.unsupported_reason(spec)
+    assert re.search(reason, mosaic_sm90.unsupported_reason(spec))
     with pytest.raises(NotImplementedError):
         mosaic_sm90.attention(None, None, None, None, None, Mask(), spec)
 
@@ -244,6 +258,36 @@ def test_unmasked_tiles_are_really_free_of_masks(bounds):
             assert 0 <= lo <= mid_lo <= mid_hi <= hi <= 4 and lo < hi
             assert tile[:, mid_lo:mid_hi].all()
             assert not tile[:, :lo].any() and not tile[:, hi:].any()
+
+
+def test_listed_tiles():
+    """Unmasked places of the lists hold whole tiles, and the work is dealt out once and evenly."""
+    block_kv = 64
+    mask = Mask.causal(300) & Mask.window(400, None, 300)
+    blocks = _blocks(3, 1000, 1500, 256, block_kv, mask)
+    config = Config(block_kv=block_kv, num_stages=2, num_sms=5, qk_split=1)
+    plan = Plan(config, Variant(), 2, 1000, 1500, 3, 3, 128, block_kv, listed=256)
+    assert not mosaic_sm90._tiles_reason(_spec(mask_kinds=("tiles",), tiles=(256, block_kv)))
+    ranges = np.asarray(mosaic_sm90_plan.listed_tiles(blocks, plan))
+    allowed = np.zeros((3, 1024, -(-1500 // block_kv) * block_kv), bool)
+    allowed[:, :1000, :1500] = mask.dense(1000, 1500)[0, 0]
+    allowed[:, 1000:] = True  # rows that are not stored
+    whole = allowed.reshape(3, 4, 256, -1, block_kv).all((2, 4))
+    for n, i in np.ndindex(3, 4):
+        lo, mid_lo, mid_hi, hi = ranges[0, n, i]
+        assert 0 == lo <= mid_lo <= mid_hi <= hi == blocks.kv_num_blocks[0, n, i]
+        assert whole[n, i, blocks.kv_indices[0, n, i, mid_lo:mid_hi]].all()
+        full = whole[n, i, blocks.kv_indices[0, n, i, :hi]]
+        assert mid_hi - mid_lo >= min(full.sum(), 1)
+
+    work = np.asarray(mosaic_sm90_plan.listed_work(blocks, plan))
+    tiles = [row[1 : 1 + row[0]] for row in work]
+    assert sorted(np.concatenate(tiles)) == list(range(plan.total))
+    place = [plan.tile_of(int(i)) for row in tiles for i in row]
+    assert sorted(place) == sorted((q, b, n) for b in range(2) for n in range(3) for q in range(8))
+    count = {(q, n): int(blocks.kv_num_blocks[0, n, q // 2]) for q in range(8) for n in range(3)}
+    cost = [sum(count[q, n] for q, _, n in map(plan.tile_of, map(int, row))) for row in tiles]
+    assert max(cost) <= np.mean(cost) + max(count.values())  # the bound of any greedy schedule
 
 
 def test_packed_sequences_visit_only_their_own_tiles():

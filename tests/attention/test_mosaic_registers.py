@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import warpgroup
 
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
@@ -46,8 +46,9 @@ def compare(mask, quant="sage2", *, b=1, t=70, s=150, n=1, k=1, h=64, dtype="bfl
         (out, lse), operands = jax.block_until_ready(jax.jit(run)(q, key, v))
     exact = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5, soft_cap=spec.soft_cap)
     arrays = warpgroup.dequantized(operands, t, s)
+    rule = mask.as_mask() if isinstance(mask, BlockMask) else mask
     want, want_lse = jax.jit(
-        lambda q, k, v: reference.attention(q, k, v, None, sinks, mask, exact)
+        lambda q, k, v: reference.attention(q, k, v, None, sinks, rule, exact)
     )(*arrays)
     out, lse, want_lse = (np.asarray(x, np.float64) for x in (out, lse, want_lse))
     want = np.asarray(want, np.float64)[..., :h]
@@ -97,6 +98,47 @@ def test_masks_and_head_sizes(mask, kwargs):
     compare(mask, **kwargs)
 
 
+def blocks(t, s, heads, mask=None, block_kv=64, batch=1):
+    """Two tiles of keys in three, at random; the last row of tiles of the first head has none."""
+    kept = np.random.default_rng(3).random((batch, heads, -(-t // 128), -(-s // block_kv))) < 0.6
+    kept[0, 0, -1] = False
+    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=block_kv, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("quant", "mask", "kwargs"),
+    [
+        ("sage2", blocks(300, 260, 2), dict(t=300, s=260, n=2)),
+        (None, blocks(200, 400, 1, Mask.causal(190)), dict(t=200, s=400, n=2)),
+        (
+            "sage2",
+            blocks(150, 390, 1, Mask.lengths(None, jnp.array([300, 0])), 128, batch=2),
+            dict(b=2, t=150, s=390, sinks=jnp.zeros(1)),
+        ),
+    ],
+)
+def test_listed_tiles(quant, mask, kwargs):
+    compare(mask, quant, **kwargs)
+
+
+def test_later_tokens_do_not_leak():
+    """Not a bit of a query's output depends on tokens after it, whatever tiles are listed."""
+    q, key, v = inputs(1, 256, 256, 1, 1, 64)
+    spec = AttentionSpec(1, 256, 256, 1, 1, 64, "bfloat16", 0.125)
+    mask = blocks(256, 256, 1, Mask.causal())
+    last = jnp.arange(256)[:, None, None] > 170
+
+    def run(key, v):
+        return mosaic_sm90.forward(q, key, v, None, None, mask, spec)
+
+    with warpgroup.installed():
+        call = jax.jit(run)
+        before = jax.block_until_ready(call(key, v))
+        after = jax.block_until_ready(call(jnp.where(last, 9, key), jnp.where(last, jnp.nan, v)))
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(x)[:, :171], np.asarray(y)[:, :171])
+
+
 # -- quantisers ------------------------------------------------------------------------------------
 
 
@@ -140,6 +182,28 @@ def test_codes_and_scales(head_dim, qk):
     tokens = stored[..., order].reshape(2, 1, head_dim, 256).transpose(0, 3, 1, 2)
     assert (tokens[:, 150:] == 0).all() and (tokens[..., 5] == 0).all()
     check_codes(tokens[:, :150], v / v_scale[:, None], "e4m3")
+
+
+def test_long_sequences_loop_over_tiles():
+    """More tokens than one tile for each block of the cluster; the last tiles do not exist."""
+    q, k, v = inputs(1, 4, 1100, 1, 1, 64)
+    long, short = jnp.array([1100]), jnp.array([1060])
+    with warpgroup.installed():
+        ops = quantize.quantize_qkv(q, k, v, scale_block=112)
+        again = quantize.quantize_qkv(
+            q, k.at[:, 1060:].set(jnp.nan), v.at[:, 1060:].set(jnp.nan),
+            scale_block=112, kv_lengths=short,
+        )  # fmt: skip
+        jax.block_until_ready((ops, again))
+    for got, limit in ((ops, long), (again, short)):
+        count = int(limit[0])
+        exact_k, exact_v = (np.asarray(x, np.float32)[:, :count, 0] for x in (k, v))
+        _, got_k, got_v = warpgroup.dequantized(got._replace(row_const=None, k_mean=None), 4, 1100)
+        error = np.asarray(got_k)[:, :count, 0] - (exact_k - exact_k.mean(1, keepdims=True))
+        assert np.abs(error).max() <= np.asarray(got.k_scale).max() * 0.51
+        np.testing.assert_allclose(np.asarray(got_v)[:, :count, 0], exact_v, rtol=0.07, atol=0.02)
+        assert (np.asarray(got_k)[:, count:] == 0).all()
+        assert (np.asarray(got_v)[:, count:] == 0).all()
 
 
 def check_codes(codes, exact, fmt):

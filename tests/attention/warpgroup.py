@@ -21,7 +21,6 @@ import pytest
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.ops.attention import mosaic_sm90
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
-from pallas_kernels.ops.attention.mosaic_sm90_plan import work_table
 from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
 
 LANES = np.arange(128)
@@ -69,6 +68,7 @@ ARITHMETIC = {
     "mul": np.multiply,
     "div": np.floor_divide,
     "rem": np.remainder,
+    "xor": np.bitwise_xor,
     "imax": np.maximum,
     "imin": np.minimum,
     "lt": np.less,
@@ -89,7 +89,11 @@ ARITHMETIC = {
     "flag": lambda a: a.astype(np.int32),
     "shuffle_xor": lambda a, distance: a[LANES ^ distance],
     "thread": lambda: LANES.astype(np.int32),
+    "shape": np.shape,
     "address": Address,
+    "loop": lambda count, body, values: functools.reduce(
+        lambda values, i: body(np.full(128, i, np.int32), values), range(count), values
+    ),
 }
 
 
@@ -304,8 +308,10 @@ def run_asm(text, outs, ins, tied):
 # -- launches --------------------------------------------------------------------------------------
 
 
-def run_blocks(body, outs, grid, args):
-    """The quantisers' launch: every block in turn."""
+def run_blocks(phases, outs, grid, args, clustered=False):
+    """The quantisers' launch: every block in turn, one phase after the other."""
+    assert clustered or len(phases) == 1, "only a cluster can wait"
+    assert not clustered or grid[0] <= 8, "larger clusters are not portable"
 
     def run(*arrays):
         # Bytes that no thread writes stay recognisable.
@@ -315,9 +321,10 @@ def run_blocks(body, outs, grid, args):
             .reshape(o.shape)
             for o in outs
         ]
-        for index in np.ndindex(*grid):
-            axes = [np.full(128, i, np.int32) for i in index]
-            body([*map(np.asarray, arrays), *results], axes)
+        for phase in phases:
+            for index in np.ndindex(*grid):
+                axes = [np.full(128, i, np.int32) for i in index]
+                phase([*map(np.asarray, arrays), *results], axes)
         return results
 
     return jax.pure_callback(run, outs, *args)
@@ -387,7 +394,7 @@ def run_tiles(plan, scale, arrays):
     x = {name: np.asarray(a) for name, a in arrays.items()}
     shape = (plan.batch, plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim)
     out, lse = np.full(shape, np.nan, np.float32), np.full(shape[:3], np.nan, np.float32)
-    for row in work_table(plan):
+    for row in x["order"]:
         for index in row[1 : 1 + row[0]]:
             q_tile, b, n = plan.tile_of(int(index))
             for group in range(plan.config.num_compute):
@@ -407,6 +414,25 @@ def window(array, start, size, axis):
     return np.pad(array.astype(np.float64), pad)
 
 
+def encode_q(plan, x, q, b, head, limit):
+    """Codes, scales and products of 64 rows, through a swizzled buffer as in shared memory."""
+    width, half = plan.head_dim, jnp.dtype(plan.variant.half)
+    swizzle = next(size for size in (128, 64, 32) if width % size == 0)
+    codes = np.zeros(64 * width, np.int8 if plan.variant.qk == "int8" else E4M3)
+    scales, dots = np.zeros((2, 64), np.float32)
+    mean = (x["k_mean"], ptx.i32(b), ptx.i32(head)) if "k_mean" in x else None
+    quantize.encode_q_tile(
+        q.astype(half), codes, scales, dots, mean, ptx.i32(limit),
+        dtype=half, qk=plan.variant.qk, swizzle=swizzle,
+    )  # fmt: skip
+    tiles = codes.reshape(8, width // swizzle, 8, swizzle // 16, 16)
+    line = np.arange(8)[:, None] * swizzle // 128  # the 128-byte line that a row is in
+    chunk = np.arange(swizzle // 16) ^ line % (swizzle // 16)
+    tiles = np.take_along_axis(tiles, chunk[None, None, :, :, None], 3)
+    rows = tiles.transpose(0, 2, 1, 3, 4).reshape(64, width)
+    return rows.astype(np.float64), scales, dots if mean else None
+
+
 def one_group(plan, x, scale, q_tile, q_start, b, n):
     """One compute warpgroup's walk over the keys of 64 queries."""
     config, variant = plan.config, plan.variant
@@ -414,25 +440,36 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
     factor = np.float32(variant.logit_factor(scale))
     rows = lambda name: x[name][b, n, q_start : q_start + 64]  # noqa: E731
     q = window(x["q"][b, :, n], q_start, 64, 0)
-    row_scale = per_row(rows("q_scale") * factor if "q_scale" in x else np.full(64, factor))
-    shift = ()
-    if variant.soft_cap is not None:
-        shift = per_row(rows("row_const") * factor if "row_const" in x else np.zeros(64))
     limits = (
         x["bounds"][b] if plan.dynamic else (plan.q_len, plan.kv_len, plan.min_diff, plan.max_diff)
     )
+    scales = rows("q_scale") if "q_scale" in x else np.ones(64, np.float32)
+    const = rows("row_const") if "row_const" in x else None
+    if plan.raw_q:
+        q, scales, const = encode_q(plan, x, q, b, head, int(limits[0]) - q_start)
+    row_scale = per_row(scales * factor)
+    shift = ()
+    if variant.soft_cap is not None:
+        shift = per_row(const * factor if const is not None else np.zeros(64))
     fields = dict(zip(("q_len", "kv_len", "min_diff", "max_diff"), limits, strict=True))
     for name, present in zip(("min_diff", "max_diff"), plan.bounded, strict=True):
         fields[name] = fields[name] if present else None
     fields = {name: None if v is None else ptx.i32(v) for name, v in fields.items()}
-    lo, mid_lo, mid_hi, hi = x["tiles"][b, q_tile] if plan.dynamic else plan.kv_tiles(q_tile)
+    if plan.listed:
+        row = q_tile // (plan.listed // config.block_q)
+        lo, mid_lo, mid_hi, hi = x["ranges"][b % len(x["ranges"]), n % x["ranges"].shape[1], row]
+        tiles = x["list"][b % len(x["list"]), n % x["list"].shape[1], row]
+    else:
+        lo, mid_lo, mid_hi, hi = x["tiles"][b, q_tile] if plan.dynamic else plan.kv_tiles(q_tile)
+        tiles = np.arange(hi)
     out = [ptx.f32(0)] * (plan.head_dim // 2)
     total, m = [ptx.f32(0)] * 2, [ptx.f32(tile_math.NO_MAX)] * 2
-    for tile in reversed(range(lo, hi)):
+    for place in reversed(range(lo, hi)):
+        tile = int(tiles[place])
         k = window(x["k"][b, :, head], tile * kv, kv, 0)
         score_type = np.int32 if variant.qk == "int8" else np.float32
         scores = accumulator((q @ k.T).astype(score_type))
-        masked = plan.needs_mask and not mid_lo <= tile < mid_hi
+        masked = plan.needs_mask and not mid_lo <= place < mid_hi
         if masked:
             ids = {}
             if plan.segmented:
@@ -466,9 +503,7 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
         new = accumulator((operand @ v).astype(np.float32))
         total = tile_math.add_sums(variant, total, alpha, new, plan.head_dim, sums)
         out = tile_math.add_tile(out, new, alpha)
-    const = (
-        per_row(rows("row_const") * np.float32(scale)) if "row_const" in x and not shift else None
-    )
+    const = per_row(const * np.float32(scale)) if const is not None and not shift else None
     sink = ptx.f32(x["sinks"][n]) if "sinks" in x else None
     factor, lse = tile_math.finish(variant, total, m, const, sink)
     channel = per_column(x["v_scale"][b, head]) if "v_scale" in x else ()
@@ -482,8 +517,21 @@ def dequantized(ops, t, s, ordered=False):
     ``ordered`` takes the tokens of V as they lie, without undoing their permutation.
     """
     q, k, v = (np.asarray(x, np.float32) for x in ops[:3])
+    const = ops.row_const
+    if ops.k_scale is not None and ops.q_scale is None:  # as the kernel does it itself
+        q = q[:, :t]
+        is_int = ops.k.dtype == jnp.int8
+        top, largest = np.abs(q).max(-1, keepdims=True), np.float32(127 if is_int else 448)
+        top = np.maximum(top, np.float32(quantize.TINY))
+        if ops.k_mean is not None:
+            mean = np.repeat(ops.k_mean, q.shape[2] // k.shape[2], 1)
+            const = np.einsum("btnh,bnh->bnt", np.nan_to_num(q), mean)
+        scaled = q * (largest / top)  # a division by the scale would round ties otherwise
+        codes = np.rint(scaled) if is_int else scaled.astype(E4M3).astype(np.float32)
+        q = codes * (top * (1 / largest))
     if ops.q_scale is not None:
         q = q[:, :t] * np.asarray(ops.q_scale)[:, :, :t].swapaxes(1, 2)[..., None]
+    if ops.k_scale is not None:
         scale = np.asarray(ops.k_scale)  # [B, K, blocks, 8]
         wide = np.tile(scale, k.shape[1] // scale.shape[2] // 8).reshape(*scale.shape[:2], -1)
         k = (k * wide.swapaxes(1, 2)[..., None])[:, :s]
@@ -491,8 +539,8 @@ def dequantized(ops, t, s, ordered=False):
         order = np.arange(16) if ordered else np.argsort(quantize.V_ORDER)
         v = v.reshape(*v.shape[:3], -1, 16)[..., order].reshape(v.shape)
         v = (v * np.asarray(ops.v_scale)[..., None]).transpose(0, 3, 1, 2)[:, :s]
-    if ops.row_const is not None:  # one more channel adds it to every logit of a row
-        const = np.asarray(ops.row_const)[:, :, :t].swapaxes(1, 2)[..., None]
+    if const is not None:  # one more channel adds it to every logit of a row
+        const = np.asarray(const)[:, :, :t].swapaxes(1, 2)[..., None]
         q, k = np.concatenate([q, const], -1), np.concatenate([k, np.ones_like(k[..., :1])], -1)
     return [jnp.asarray(x) for x in (q, k, v)]
 

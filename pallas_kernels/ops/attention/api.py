@@ -140,13 +140,13 @@ def _run(query, key, value, bias, sinks, rules, *, spec, name, block_kv):
             sizes = {"block_q": spec.quant.block_q, "block_kv": spec.quant.block_kv}
             rules = BlockMask.from_mask(rules, spec.q_len, spec.kv_len, **sizes)
         return sparse.attention(query, key, value, sinks, rules, spec)[:2]
-    rules = rules.as_mask() if isinstance(rules, BlockMask) else rules
-    if name == "reference":
-        return reference.attention(query, key, value, bias, sinks, rules, spec)
     if name == "mosaic":
         from pallas_kernels.ops.attention import mosaic_sm90  # needs Mosaic: not at import time
 
         return mosaic_sm90.attention(query, key, value, bias, sinks, rules, spec, block_kv)
+    rules = rules.as_mask() if isinstance(rules, BlockMask) else rules
+    if name == "reference":
+        return reference.attention(query, key, value, bias, sinks, rules, spec)
     return xla.attention(query, key, value, bias, sinks, rules, spec, block_kv)
 
 
@@ -457,7 +457,7 @@ def _segments(ids, b, t, s):
 def _kinds(mask: Mask | BlockMask) -> tuple[str, ...]:
     if isinstance(mask, BlockMask):
         inside = () if mask.mask is None else _kinds(mask.mask)
-        return (*inside, *(() if "tiles" in inside else ("tiles",)))
+        return (*inside, "tiles")
     present = {
         "min_diff": mask.min_diff is not None,
         "max_diff": mask.max_diff is not None,

@@ -16,15 +16,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels._device import current_device
-from pallas_kernels.masks import Mask
-from pallas_kernels.ops.attention import xla
+from pallas_kernels.masks import BlockMask, Mask
+from pallas_kernels.ops.attention import sparse, xla
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import launch
 from pallas_kernels.ops.attention.mosaic_sm90_plan import (
+    SMEM_LIMIT,
     Config,
     Plan,
     bounds,
     dynamic_tiles,
     heuristic,
+    listed_tiles,
+    listed_work,
     work_table,
 )
 from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
@@ -40,7 +43,7 @@ def attention_forward(
     q_len: int,
     kv_len: int,
     scale: float,
-    mask: Mask | None = None,
+    mask: Mask | BlockMask | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     out_dtype=jnp.bfloat16,
@@ -49,11 +52,13 @@ def attention_forward(
     """Attention on operands as the kernel reads them.
 
     Args:
-        operands: from `quantize_qkv`, or 16-bit arrays without scales.
+        operands: from `quantize_qkv`, or 16-bit arrays without scales. Q may stay 16-bit beside an
+            8-bit K: the kernel then quantises it.
         q_len: T.
         kv_len: S.
         scale: positive factor on the logits.
-        mask: bounds, lengths and at most one pair of segment ids.
+        mask: bounds, lengths and at most one pair of segment ids; or a `BlockMask` with such a
+            token rule, of which only listed tiles are visited.
         soft_cap: bound of the logits, or None.
         sinks: float32 [N], or None.
         out_dtype: bfloat16 or float16.
@@ -65,24 +70,36 @@ def attention_forward(
 
     Raises:
         ValueError: the scales of K do not cover whole tiles.
-        NotImplementedError: shared memory does not suffice.
+        NotImplementedError: shared memory does not suffice, or the tiles of the `BlockMask` are not
+            whole tiles of the kernel.
     """
-    mask = Mask() if mask is None else mask
+    blocks = mask if isinstance(mask, BlockMask) else None
+    mask = _token_rule(mask)
     formats = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.float8_e4m3fn): "e4m3"}
-    qk, pv = (formats.get(x.dtype, "half") for x in (operands.q, operands.v))
+    qk, pv = (formats.get(x.dtype, "half") for x in (operands.k, operands.v))
     variant = Variant(qk, pv, str(jnp.dtype(out_dtype)), soft_cap)
-    config = config or heuristic(variant, operands.q.shape[-1], bool(mask.segments))
-    plan = _plan(operands, config, variant, mask, q_len, kv_len)
+    block_kv = None if blocks is None else blocks.block_kv
+    config = config or heuristic(variant, operands.q.shape[-1], bool(mask.segments), block_kv)
+    raw_q = qk != "half" and operands.q.dtype != operands.k.dtype
+    config = dataclasses.replace(config, fuse_q=raw_q)
+    plan = _plan(operands, config, variant, mask, q_len, kv_len, blocks)
     arrays = {"q": _whole(operands.q), "k": _whole(operands.k)}
     arrays["v"] = _whole(operands.v) if pv == "half" else operands.v
-    arrays["order"] = jnp.asarray(work_table(plan))
-    for name in ("q_scale", "k_scale", "v_scale", "row_const"):
+    if blocks is None:
+        arrays["order"] = jnp.asarray(work_table(plan))
+    else:
+        arrays["order"] = listed_work(blocks, plan)
+        arrays |= {"list": blocks.kv_indices, "ranges": listed_tiles(blocks, plan)}
+    names = ("q_scale", "k_scale", "v_scale", "row_const", *(("k_mean",) * raw_q))
+    for name in names:
         if getattr(operands, name) is not None:
             arrays[name] = getattr(operands, name)
     if sinks is not None:
         arrays["sinks"] = sinks.astype(jnp.float32)
     if plan.dynamic:
-        arrays |= {"bounds": bounds(mask, plan), "tiles": dynamic_tiles(mask, plan)}
+        arrays["bounds"] = bounds(mask, plan)
+    if plan.dynamic and blocks is None:
+        arrays["tiles"] = dynamic_tiles(mask, plan)
     if plan.segmented:
         pads = (plan.q_tiles * config.block_q, pl.cdiv(kv_len, config.block_kv) * config.block_kv)
         for name, ids, size in zip(("q_ids", "kv_ids"), mask.segments[0], pads, strict=True):
@@ -98,8 +115,21 @@ def _whole(x):
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
-def _plan(operands, config, variant, mask: Mask, q_len: int, kv_len: int) -> Plan:
+def _token_rule(mask: Mask | BlockMask | None) -> Mask:
+    """The rule for single pairs; what a block mask lists comes apart from it."""
+    rule = mask.mask if isinstance(mask, BlockMask) else mask
+    return Mask() if rule is None else rule
+
+
+def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> Plan:
     """Static facts of a launch."""
+    if blocks is not None and (
+        blocks.block_q % config.block_q or blocks.block_kv != config.block_kv
+    ):
+        raise NotImplementedError(
+            f"a tile of {blocks.block_q} x {blocks.block_kv} must be one or several of the "
+            f"kernel's below each other, {config.block_q} x {config.block_kv}"
+        )
     batch, _, num_heads, head_dim = operands.q.shape
     keys, num_kv_heads = operands.k.shape[1:3]
     scale_block = config.block_kv
@@ -118,17 +148,17 @@ def _plan(operands, config, variant, mask: Mask, q_len: int, kv_len: int) -> Pla
     dynamic |= any(x is not None and y is None for x, y in zip(limits, static, strict=True))
     return Plan(
         config, variant, batch, q_len, kv_len, num_heads, num_kv_heads, head_dim, scale_block,
-        *static, bounded, dynamic, bool(mask.segments),
+        *static, bounded, dynamic, bool(mask.segments), config.fuse_q,
+        0 if blocks is None else blocks.block_q,
     )  # fmt: skip
 
 
 # -- the implementation that the dispatcher calls --------------------------------------------------
 
 
-_MASKS = ("min_diff", "max_diff", "query lengths", "key lengths", "segments")
+_MASKS = ("min_diff", "max_diff", "query lengths", "key lengths", "segments", "tiles")
 _REFUSED = {
     "array": "mask arrays; use Mask rules (causal, window, lengths, segment ids)",
-    "tiles": "block masks",
     "several segments": "more than one pair of segment_ids",
 }
 
@@ -155,7 +185,35 @@ def unsupported_reason(spec: AttentionSpec) -> str | None:
             return f"the sm90 kernel does not take {_REFUSED.get(kind, f'{kind} masks')}"
     if spec.quantized_key or spec.quantized_value:
         return "the sm90 kernel quantises K and V itself; QTensor keys or values need 'xla'"
-    return None if spec.quant is None else _quant_reason(spec.quant, spec.dtype)
+    reason = None if spec.quant is None else _quant_reason(spec.quant, spec.dtype)
+    return reason or _tiles_reason(spec)
+
+
+def _tiles_reason(spec: AttentionSpec) -> str | None:
+    """The same for the tiles of a block mask."""
+    kinds = spec.mask_kinds
+    if kinds.count("tiles") > (spec.tiles is not None):
+        return "the sm90 kernel takes a map of tiles only as one BlockMask, not inside a Mask"
+    if spec.tiles is None:
+        return None
+    block_q, block_kv = spec.tiles
+    if block_q % 128 or block_kv not in (64, 128, 256):
+        return (
+            "the sm90 kernel takes a BlockMask with block_q a multiple of 128 and block_kv 64, 128 "
+            f"or 256; got {block_q} x {block_kv}"
+        )
+    variant, head_dim = variant_of(spec), _padded(spec.head_dim)
+    if heuristic(variant, head_dim, block_kv=block_kv).smem_bytes(head_dim, variant) > SMEM_LIMIT:
+        return (
+            f"two tiles of {block_kv} keys at head_dim {head_dim} exceed the shared memory of "
+            f"sm90; make the BlockMask with block_kv={block_kv // 2}"
+        )
+    return None
+
+
+def _padded(head_dim: int) -> int:
+    """The head size of the kernel that serves ``head_dim``."""
+    return next(size for size in HEAD_DIMS if size >= head_dim)
 
 
 def _quant_reason(quant, dtype: str) -> str | None:
@@ -187,11 +245,11 @@ def attention(
     value: jax.Array,
     bias: jax.Array | None,
     sinks: jax.Array | None,
-    mask: Mask,
+    mask: Mask | BlockMask,
     spec: AttentionSpec,
     config: Config | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the same as `xla.attention`.
+    """Computes the same as `xla.attention`, or as `sparse.attention` with a `BlockMask`.
 
     Scales are at least as fine as the variant asks: Q has one per row, K eight per tile of keys (by
     key index modulo 8), V one per channel. The gradient is that of unquantised attention. Under
@@ -204,7 +262,9 @@ def attention(
         value: [B, S, K, H].
         bias: None.
         sinks: [N] or None.
-        mask: bounds, lengths and at most one pair of segment ids.
+        mask: bounds, lengths and at most one pair of segment ids; or a `BlockMask` with such a
+            token rule. Quantising takes the mean of K and the scales of V over keys in no tile too,
+            which must therefore be finite.
         spec: static facts.
         config: tiles and schedule, or only the keys per tile; None is `heuristic`.
 
@@ -232,6 +292,11 @@ def _attention_fwd(query, key, value, bias, sinks, mask, spec, config):
 
 def _attention_bwd(spec, config, saved, cotangents):
     del config
+    query, key, value, _, sinks, mask, out, lse = saved
+    if isinstance(mask, BlockMask):
+        saved = (query, key, value, sinks, mask, out, lse)
+        *grads, d_sinks, _, _ = sparse._backward(spec, saved, cotangents)
+        return *grads, None, d_sinks, None
     return xla._flash_bwd(spec, xla._heuristic_block_kv(spec), saved, cotangents)
 
 
@@ -244,21 +309,22 @@ def _forward_of(config: Config | int | None):
     return partitioned(functools.partial(forward, config=config))
 
 
-def forward(query, key, value, bias, sinks, mask: Mask, spec: AttentionSpec, config=None):
+def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=None):
     """Quantises if asked, and runs the kernel on this device's arrays.
 
     Args and returns as `attention`, without a gradient.
     """
     del bias
-    head_dim = next(size for size in HEAD_DIMS if size >= spec.head_dim)
-    quant, segmented = spec.quant, bool(mask.segments)
+    head_dim = _padded(spec.head_dim)
+    rules, quant = _token_rule(mask), spec.quant
     if not isinstance(config, Config):
-        config = heuristic(variant_of(spec), head_dim, segmented, config)
+        block_kv = mask.block_kv if isinstance(mask, BlockMask) else config
+        config = heuristic(variant_of(spec), head_dim, bool(rules.segments), block_kv)
         num_sms = current_device().num_sms or config.num_sms
         config = dataclasses.replace(config, num_sms=num_sms)
-    rules = mask
+    lengths = {"q_lengths": rules.q_lengths, "kv_lengths": rules.kv_lengths}
     if quant is not None:  # The quantisers leave out what lies beyond the lengths themselves.
-        rules = dataclasses.replace(mask, q_lengths=None, kv_lengths=None)
+        rules = dataclasses.replace(rules, q_lengths=None, kv_lengths=None)
     arrays = clean(query, key, value, rules, spec)
     pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
     q, k, v = (jnp.pad(x, pad) if pad[3][1] else x for x in arrays)
@@ -267,7 +333,7 @@ def forward(query, key, value, bias, sinks, mask: Mask, spec: AttentionSpec, con
         operands = quantize_qkv(
             q, k, v, scale_block=config.block_kv, smooth_k=quant.smooth_k,
             qk="int8" if quant.qk == "int8" else "e4m3", pv=variant_of(spec).pv,
-            q_lengths=mask.q_lengths, kv_lengths=mask.kv_lengths,
+            leave_q=config.fuse_q, **lengths,
         )  # fmt: skip
     out, lse = attention_forward(
         operands, q_len=spec.q_len, kv_len=spec.kv_len, scale=spec.scale, mask=mask,

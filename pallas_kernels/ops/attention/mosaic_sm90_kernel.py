@@ -21,6 +21,7 @@ Where the speed comes from:
 * The row maximum is taken on the raw integers: a three-input maximum serves two scores. Conversion
   to float, scaling, exp2 and conversion to e4m3 are PTX for four scores at a time.
 * Row sums come out of the tensor core; the factor 448 sits in the exponent.
+* Q is quantised by the warpgroup that owns its rows, while the other one multiplies.
 * A token lets one warpgroup multiply (values of one tile, scores of the next) while the other
   computes its softmax.
 * A persistent grid hides one query tile's epilogue and the next one's first loads. A table made at
@@ -53,6 +54,7 @@ from pallas_kernels import _ptx as ptx
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
 from pallas_kernels.ops.attention.mosaic_sm90_plan import PART, SMEM_LIMIT, Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import NO_MAX, ROWS, Position
+from pallas_kernels.ops.quantize.mosaic_sm90 import encode_q_tile
 
 V_SWIZZLE = 128  # bytes, of 8-bit V
 _ACC = plgpu.Layout._WGMMA_ACC_32BIT
@@ -221,6 +223,31 @@ class Steps:
         self.p_type = _shape((ROWS, kv), self.pv_dtype, layout)
         self.row_type = _shape((ROWS,), jnp.float32, _ROW)
         self.out_types = [_shape((ROWS, self.part), jnp.float32, _ACC)] * self.parts
+
+    def encode_q(self, raw_ref, q_ref, scale_ref, dot_ref, mean, limit):
+        """Rows of Q as 8-bit codes in shared memory, with their scales and ``q · mean(K)``.
+
+        Args:
+            raw_ref: 16-bit rows.
+            q_ref: their codes.
+            scale_ref: a scale per row.
+            dot_ref: a product per row.
+            mean: reference and its first two indices, or an empty list.
+            limit: number of rows that exist.
+        """
+        inputs = [(raw_ref, ()), (q_ref, self.k_transforms), (scale_ref, ()), (dot_ref, ())]
+        inputs += [(limit, _SCALAR)]
+        inputs += [(mean[0], ()), *((x, _SCALAR) for x in mean[1:])] if mean else []
+
+        def body(raw, codes, scales, dots, limit, *mean):
+            encode_q_tile(
+                raw, codes, scales, dots, (mean[0], mean[1][0], mean[2][0]) if mean else None,
+                limit[0], dtype=jnp.dtype(self.variant.half), qk=self.variant.qk,
+                swizzle=self.k_transforms[1].swizzle, rows=ROWS,
+            )  # fmt: skip
+            return []
+
+        _inline(body, inputs)
 
     def issue_scores(self, q_ref, k_ref):
         """Starts Q K^T; with ``qk_split`` 2 as two products of half the keys each."""
@@ -418,10 +445,23 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 del fields[name]
         return {name: jnp.asarray(x, i32) for name, x in fields.items()}
 
-    def kv_range(refs, q_tile, b):
+    def kv_range(refs, q_tile, b, n):
+        if plan.listed:
+            return [list_entry(refs, "ranges", b, n, q_tile, i) for i in range(4)]
         if plan.dynamic:
             return [refs["tiles"][b, q_tile, i] for i in range(4)]
         return [jnp.asarray(x, i32) for x in plan.kv_tiles(q_tile)]
+
+    def list_entry(refs, name, b, n, q_tile, i):
+        """Entry i of a query tile's list; the lists may be shared by batch entries and heads."""
+        shape = refs[name].shape
+        row = div(q_tile, plan.listed // config.block_q)
+        return refs[name][b if shape[0] > 1 else 0, n if shape[1] > 1 else 0, row, i]
+
+    def tile_at(refs, place, b, n, q_tile):
+        """Number of a K/V tile from its place, which may lie before the first or after the last."""
+        last = refs["list"].shape[-1] - 1
+        return list_entry(refs, "list", b, n, q_tile, lax.clamp(i32(0), place, i32(last)))
 
     def for_each_tile(refs, run):
         """Runs ``run(tile, step) -> step`` over this block's tiles; steps count K/V tiles."""
@@ -434,8 +474,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         return lax.rem(step, i32(stages))
 
     def memory_group(refs, smem, ready, free):
-        q_smem, k_smem, v_smem, _, _ = smem
+        q_smem, k_smem, v_smem, *_, raw_smem = smem
         (q_ready, k_ready, v_ready), (q_free, k_free, v_free) = ready, free
+        q_target = raw_smem[0] if plan.raw_q else q_smem
 
         def load_v(b, head, tokens, slot):
             if variant.pv == "half":
@@ -448,23 +489,27 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         def one_tile(index, step):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
-            lo, _, _, hi = kv_range(refs, q_tile, b)
+            lo, _, _, hi = kv_range(refs, q_tile, b, n)
             for w in range(compute):
                 rows = pl.ds(q_tile * config.block_q + w * ROWS, ROWS)
                 plgpu.barrier_wait(q_free.at[w])
-                plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, n], q_smem.at[w], q_ready.at[w])
+                plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, n], q_target.at[w], q_ready.at[w])
 
-            def load(i, step):
-                tokens, slot = pl.ds((hi - 1 - i) * kv, kv), slot_of(step)
+            def load(i, carry):
+                step, *tile = carry
+                following = [tile_at(refs, hi - 2 - i, b, n, q_tile) for _ in tile]
+                tokens = pl.ds((tile[0] if tile else hi - 1 - i) * kv, kv)
+                slot = slot_of(step)
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.copy_gmem_to_smem(
                     refs["k"].at[b, tokens, kv_head], k_smem.at[slot], k_ready.at[slot]
                 )
                 plgpu.barrier_wait(v_free.at[slot])
                 load_v(b, kv_head, tokens, slot)
-                return step + 1
+                return (step + 1, *following)
 
-            return lax.fori_loop(i32(0), hi - lo, load, step)
+            first = [tile_at(refs, hi - 1, b, n, q_tile)] if plan.listed else []
+            return lax.fori_loop(i32(0), hi - lo, load, (step, *first))[0]
 
         for_each_tile(refs, one_tile)
 
@@ -476,7 +521,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         return [plgpu.load(rows, layout=_ROW, optimized=False) * jnp.float32(factor)]
 
     def compute_group(wg, refs, smem, ready, free, turn):
-        q_smem, k_smem, v_smem, o_smem, lse_smem = smem
+        q_smem, k_smem, v_smem, o_smem, lse_smem, raw_smem = smem
         (q_ready, k_ready, v_ready), (q_free, k_free, v_free) = ready, free
         hold = config.schedule == "hold"
 
@@ -487,6 +532,22 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         def pass_token():
             if hold:
                 plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, i32(compute))])
+
+        def smem_rows(ref, factor):
+            rows = plgpu.load(ref.at[wg], layout=_ROW, optimized=False)
+            return [rows * jnp.float32(factor)]
+
+        def row_const(refs, raw_smem, b, n, start, factor):
+            """What smoothing took from each row's logits, as `load_rows`."""
+            if "k_mean" in refs:
+                return smem_rows(raw_smem[2], factor)
+            return load_rows(refs, "row_const", b, n, start, factor)
+
+        def encode_q(refs, smem, q_start, b, kv_head, q_len):
+            plgpu.barrier_wait(q_ready.at[wg])
+            raw, scales, dots = (x.at[wg] for x in smem[-1])
+            mean = [refs["k_mean"], b, kv_head] if "k_mean" in refs else []
+            steps.encode_q(raw, q_smem.at[wg], scales, dots, mean, q_len - q_start)
 
         def load_columns(name, b, start, size):
             return plgpu.load(refs[name].at[b, pl.ds(start, size)], layout=_COL, optimized=False)
@@ -508,14 +569,21 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
             fixed = limits(refs, b)
-            lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b)
+            lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b, n)
             end = step0 + (hi - lo)
             q_start = q_tile * config.block_q + wg * ROWS
             factor = variant.logit_factor(scale)
-            row_scale = load_rows(refs, "q_scale", b, n, q_start, factor)
-            row_scale = row_scale or [plgpu.layout_cast(jnp.full((ROWS,), factor), _ROW)]
             capped = variant.soft_cap is not None
-            shift = load_rows(refs, "row_const", b, n, q_start, factor) if capped else []
+            if plan.raw_q:
+                encode_q(refs, smem, q_start, b, kv_head, fixed["q_len"])
+                # Codes are written, and the rows read: the next tile's may be loaded.
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(q_free.at[wg])
+                row_scale = smem_rows(raw_smem[1], factor)
+            else:
+                row_scale = load_rows(refs, "q_scale", b, n, q_start, factor)
+            row_scale = row_scale or [plgpu.layout_cast(jnp.full((ROWS,), factor), _ROW)]
+            shift = row_const(refs, raw_smem, b, n, q_start, factor) if capped else []
             if capped and not shift:
                 shift = [plgpu.layout_cast(jnp.zeros((ROWS,)), _ROW)]
             if plan.segmented:
@@ -536,8 +604,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return where
 
             def one_step(step, carry, is_masked):
-                outs, total, m = carry
-                slot, tile = slot_of(step), hi - 1 - (step - step0)
+                outs, total, m, *listed = carry
+                slot, place = slot_of(step), hi - 1 - (step - step0)
+                tile = listed[0] if listed else place
+                # A load takes its time: the next tile's number is asked for one step ahead.
+                following = [tile_at(refs, place - 1, b, n, q_tile) for _ in listed]
                 col_scale = column_scales(tile)
                 plgpu.barrier_wait(k_ready.at[slot])
                 with jax.named_scope("scores"):
@@ -545,8 +616,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                     scores = steps.wait_scores(scores)
                 pass_token()
                 plgpu.barrier_arrive(k_free.at[slot])
-                # After a tile's last scores, the next tile's Q may be loaded.
-                pl.when(step == end - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+                if not plan.raw_q:  # After a tile's last scores, the next tile's Q may be loaded.
+                    pl.when(step == end - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 with jax.named_scope("softmax"):
                     where = position(tile) if is_masked else {}
                     p, m, alpha, *sums = steps.softmax(
@@ -562,17 +633,20 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                             plgpu.barrier_arrive(v_free.at[slot])
                             total = steps.add_sums(total, alpha, new, sums)
                         outs[i] = steps.add_tile(outs[i], new, alpha)
-                return tuple(outs), total, m
+                return (tuple(outs), total, m, *following)
 
             def run(begin, stop, carry, is_masked):
                 step_fn = functools.partial(one_step, is_masked=is_masked)
                 return lax.fori_loop(begin, stop, step_fn, carry)
 
-            plgpu.barrier_wait(q_ready.at[wg])
+            if not plan.raw_q:
+                plgpu.barrier_wait(q_ready.at[wg])
             take_token()
             carry = steps.start()
+            if plan.listed:
+                carry = (*carry, tile_at(refs, hi - 1, b, n, q_tile))
             if plan.needs_mask:  # From the last keys to the first: masked, free of masks, masked.
-                two_sided = plan.bounded[0] or plan.dynamic
+                two_sided = plan.bounded[0] or plan.dynamic or plan.listed
                 right_end = step0 + (hi - mid_hi)
                 left_start = step0 + (hi - mid_lo) if two_sided else end
                 carry = run(step0, right_end, carry, True)
@@ -582,9 +656,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             else:
                 carry = run(step0, end, carry, False)
             pass_token()
+            if plan.listed and not plan.raw_q:  # Without a single step nobody said Q was read.
+                pl.when(end == step0)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
             with jax.named_scope("epilogue"):
-                outs, total, m = carry
-                const = [] if capped else load_rows(refs, "row_const", b, n, q_start, scale)
+                outs, total, m, *_ = carry
+                const = [] if capped else row_const(refs, raw_smem, b, n, q_start, scale)
                 sink = [refs["sinks"][n]] if "sinks" in refs else []
                 factor, lse = steps.finish(total, m, const, sink)
                 rows = pl.ds(q_start, ROWS)
@@ -624,6 +700,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             ),
             plgpu.SMEM(rows, jnp.float32),
         ]
+        raw = [plgpu.SMEM((*rows, head_dim), jnp.dtype(variant.half))]
+        raw += [plgpu.SMEM(rows, jnp.float32)] * 2  # scales, and products with the mean key
+        smem.append(raw * plan.raw_q)
         ready = [plgpu.Barrier(num_barriers=count) for count in (compute, stages, stages)]
         free = [plgpu.Barrier(num_barriers=compute)]
         free += [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in range(2)]
@@ -653,7 +732,8 @@ def launch(plan: Plan, arrays: dict[str, jax.Array], scale: float, out_dtype):
     Args:
         plan: static facts.
         arrays: "q", "k", "v", "order", and where they exist "q_scale", "k_scale", "v_scale",
-            "row_const", "sinks", "bounds", "tiles", "q_ids", "kv_ids".
+            "row_const", "k_mean", "sinks", "bounds", "tiles", "q_ids", "kv_ids"; "list" and
+            "ranges" of listed tiles.
         scale: factor on the logits.
         out_dtype: dtype of the output.
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.masks import EMPTY, FULL, Mask
+from pallas_kernels.masks import EMPTY, FULL, BlockMask, Mask
 from pallas_kernels.ops.attention.mosaic_sm90_tile import ROWS, Variant
 
 TILE_OVERHEAD = 0.7  # start and end of a query tile, in K/V tiles
@@ -43,6 +43,8 @@ class Config:
         registers: registers per thread of a compute warpgroup.
         memory_registers: registers per thread of the memory warpgroup.
         num_sms: blocks of a persistent grid.
+        fuse_q: quantise Q in the kernel, which saves writing and reading its codes. The 16-bit rows
+            of the next query tile wait in shared memory.
 
     Raises:
         ValueError: sizes that the instruction or the register file cannot take.
@@ -61,6 +63,7 @@ class Config:
     registers: int = 232
     memory_registers: int = 40
     num_sms: int = 132
+    fuse_q: bool = True
 
     def __post_init__(self):
         if self.block_kv not in (64, 128, 256):
@@ -112,14 +115,16 @@ class Config:
         Returns:
             Bytes, barriers not counted.
 
-        >>> Config().smem_bytes(128)
+        >>> Config(fuse_q=False).smem_bytes(128)
         184832
         """
         variant = variant or Variant()
         v_rows = head_dim + variant.ones
         stage = self.block_kv * (head_dim * variant.qk_bytes + v_rows * variant.pv_bytes)
-        rows = self.block_q * (head_dim * variant.qk_bytes + PART[head_dim] * 2 + 4)
-        return self.num_stages * stage + rows
+        row = head_dim * variant.qk_bytes + PART[head_dim] * 2 + 4
+        if self.fuse_q and variant.qk != "half":
+            row += head_dim * 2 + 8
+        return self.num_stages * stage + self.block_q * row
 
 
 def heuristic(
@@ -143,9 +148,11 @@ def heuristic(
         block_kv = 256 if variant.pv == "e4m3" and not segmented and head_dim <= 128 else 128
         if variant.pv == "half" and head_dim > 128:
             block_kv = 64
+    split = 1 if block_kv == 64 else 2
     sizes = [
-        Config(block_kv=block_kv, num_stages=stages, qk_split=1 if block_kv == 64 else 2)
+        Config(block_kv=block_kv, num_stages=stages, qk_split=split, fuse_q=fuse)
         for stages in (4, 3, 2)
+        for fuse in ((False,) if variant.qk == "half" else (True, False))
     ]
     fits = [size for size in sizes if size.smem_bytes(head_dim, variant) <= SMEM_LIMIT]
     return (fits or sizes[-1:])[0]
@@ -190,6 +197,9 @@ class Plan:
         bounded: whether there is a lower and an upper bound, known now or not.
         dynamic: lengths, bounds and the tiles to visit come as arrays.
         segmented: segment ids come as arrays.
+        raw_q: Q is 16-bit and becomes 8-bit in the kernel.
+        listed: query rows of one row of a `BlockMask`, whose lists of tiles come as arrays, or 0
+            where tiles follow from the rules.
     """
 
     config: Config
@@ -206,6 +216,8 @@ class Plan:
     bounded: tuple[bool, bool] = (False, False)
     dynamic: bool = False
     segmented: bool = False
+    raw_q: bool = False
+    listed: int = 0
 
     @property
     def q_tiles(self) -> int:
@@ -237,10 +249,11 @@ class Plan:
 
         Within a group of heads the longest tiles come first under a causal mask. Else all tiles
         cost the same, and those of one head, which share K and V in the L2 cache, are neighbours.
+        The same holds for listed tiles, which `listed_work` orders.
         """
         tiles, group = self.q_tiles, self.group
         outer, inner = div(index, tiles * group), _rem(index, tiles * group)
-        if self.max_diff is None:
+        if self.max_diff is None or self.listed:
             q_tile, head = _rem(inner, tiles), outer * group + div(inner, tiles)
         else:
             q_tile, head = tiles - 1 - div(inner, group), outer * group + _rem(inner, group)
@@ -309,6 +322,43 @@ def dynamic_tiles(mask: Mask, plan: Plan) -> jax.Array:
     mid_hi = jnp.where(stops.any(-1), stops.argmax(-1), count)
     table = jnp.stack([lo, mid_lo, mid_hi, hi], axis=-1).astype(jnp.int32)
     return jnp.broadcast_to(table, (plan.batch, *table.shape[1:]))
+
+
+def listed_tiles(blocks: BlockMask, plan: Plan) -> jax.Array:
+    """`dynamic_tiles` as places in the lists of a block mask: int32 [B or 1, N or 1, rows, 4].
+
+    lo is 0 and hi the number of listed tiles, which may be 0.
+    """
+    count = blocks.kv_num_blocks
+    place = jnp.arange(blocks.kv_indices.shape[-1])
+    listed = place < count[..., None]
+    # A tile that sticks out of the array holds padded keys, which only a mask keeps out.
+    whole = (blocks.kv_indices + 1) * blocks.block_kv <= plan.kv_len
+    full = listed & blocks.kv_full & whole
+    mid_lo = jnp.where(full.any(-1), full.argmax(-1), count)
+    stops = ~full & (place >= mid_lo[..., None])
+    mid_hi = jnp.where(stops.any(-1), stops.argmax(-1), count)
+    table = [jnp.zeros_like(count), mid_lo, jnp.minimum(mid_hi, count), count]
+    return jnp.stack(table, axis=-1).astype(jnp.int32)
+
+
+def listed_work(blocks: BlockMask, plan: Plan) -> jax.Array:
+    """`work_table` for listed tiles, made on the device.
+
+    Within a group of heads the longest lists come first, and those of equal length stay in order.
+    They are dealt out to and fro over the blocks, so that each gets its share of long and short.
+    """
+    per_row = plan.listed // plan.config.block_q
+    count = jnp.repeat(blocks.kv_num_blocks, per_row, axis=-1)[..., : plan.q_tiles]
+    count = jnp.broadcast_to(count, (plan.batch, plan.num_heads, plan.q_tiles))
+    count = count.reshape(-1, plan.group * plan.q_tiles)
+    first = jnp.arange(0, plan.total, count.shape[1])[:, None]
+    tiles = (jnp.argsort(-count, axis=-1) + first).ravel().astype(jnp.int32)
+    rounds = pl.cdiv(plan.total, plan.num_blocks)
+    tiles = jnp.pad(tiles, (0, rounds * plan.num_blocks - plan.total), constant_values=-1)
+    tiles = tiles.reshape(rounds, plan.num_blocks)
+    tiles = jnp.where(jnp.arange(rounds)[:, None] % 2 == 1, tiles[:, ::-1], tiles).T
+    return jnp.concatenate([(tiles >= 0).sum(1, keepdims=True, dtype=jnp.int32), tiles], axis=1)
 
 
 def bounds(mask: Mask, plan: Plan) -> jax.Array:

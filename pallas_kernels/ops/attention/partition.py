@@ -21,7 +21,6 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.masks import Mask
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
@@ -48,6 +47,7 @@ def partitioned(forward: Forward, dimensions: Callable | None = None) -> Forward
     Returns:
       A callable with the signature and meaning of `forward`.
 
+    >>> from pallas_kernels.masks import Mask
     >>> from pallas_kernels.ops.attention import reference
     >>> spec = AttentionSpec(1, 2, 2, 1, 1, 4, "float32", 0.5)
     >>> x = jnp.ones((1, 2, 1, 4))
@@ -82,8 +82,8 @@ def _dimensions(tree) -> list[tuple[str, ...]]:
         out.append(("n",))
     for path, leaf in jax.tree_util.tree_flatten_with_path(mask)[0]:
         field = path[-1].name.partition("[")[0]
-        if field in ("arrays", "tiles"):
-            out.append(_broadcast(("b", "n", ".", "."), leaf))
+        if field in ("arrays", "tiles", "kv_num_blocks", "kv_indices", "kv_full"):
+            out.append(_broadcast(("b", "n", ".", ".")[: jnp.ndim(leaf)], leaf))
         else:  # segments [B, L], lengths and bounds [B] or []
             out.append(_broadcast(("b", ".")[: jnp.ndim(leaf)], leaf))
     return out

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation of attention operands on Hopper: two passes over K and V, one over Q.
+"""Quantisation of attention operands on Hopper: Q, K and V are read from memory once each.
 
 `quantize_qkv` turns 16-bit ``Q [B, T, N, H]``, ``K, V [B, S, K, H]`` into what the 8-bit attention
 kernel reads: Q with a scale per row, ``K - mean(K)`` with eight scales per block of keys, FP8 V
-transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound:
+transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound: a kernel each for Q, K
+and V reads 2 and writes 1 byte per element.
 
-* statistics: K and V are read once, giving partial sums of K and partial maxima of V,
-* one kernel each for Q, K and V reads 2 and writes 1 byte per element. That of Q also gives
-  ``q · mean(K)``, what smoothing takes from each row of logits.
+K needs its mean over all tokens before it can be quantised, and V its largest magnitudes. A cluster
+of up to eight blocks of threads shares a head: each reads its tokens for the statistics, they meet
+at the cluster's barrier, and each reads its tokens again, up to some 4K of them from the L2 cache.
+The kernel of Q also gives ``q · mean(K)``, what smoothing takes from each row of logits.
 
 Every thread owns 8 neighbouring channels (one 16-byte load). Threads, tokens and channels are laid
 out so that every maximum stays within a warp: no shared memory is used. Tokens beyond a sequence's
@@ -37,6 +39,7 @@ TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale a
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 _SCALAR = plgpu.Layout.WG_SPLAT(())
+_CLUSTER_BARRIER = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
 # Within 16 tokens V is stored in this order; position 4t+{0,1} holds token 2t+{0,1} and position
 # 4t+{2,3} token 8+2t+{0,1}. Then registers of the score tile are an 8-bit operand as they stand.
 V_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
@@ -55,6 +58,8 @@ class AttentionOperands(NamedTuple):
         k_scale: float32 [B, K, Sp / scale_block, 8], by token index modulo 8.
         v_scale: float32 [B, K, H].
         row_const: float32 [B, N, Tp + 192], ``q · mean(K)``, or None without smoothing.
+        k_mean: float32 [B, K, H], or None without smoothing. Where Q is left 16-bit beside an 8-bit
+            K, the attention kernel quantises it, and takes ``q · mean(K)`` with this.
     """
 
     q: jax.Array
@@ -64,6 +69,7 @@ class AttentionOperands(NamedTuple):
     k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
     row_const: jax.Array | None = None
+    k_mean: jax.Array | None = None
 
 
 # -- what one thread does --------------------------------------------------------------------------
@@ -85,12 +91,12 @@ def _element(shape, index, itemsize: int):
     return _offset(list(zip(index, strides, strict=True)), itemsize)
 
 
-def _load8(ref, offset, ok):
+def _load8(ref, offset, ok, space="global.L1::no_allocate"):
     """Eight 16-bit values as four words; zeros where ``ok`` is false."""
     text = (
         "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
-        "@p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }"
+        f"@p ld.{space}.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
     )
     return ptx.asm(text, "rrrr", [ptx.address(ref, offset), ptx.flag(ok)], effects=True)
 
@@ -109,11 +115,11 @@ def _load_limit(ref, b):
     return ptx.asm("ld.global.b32 $0, [$1];", "r", [where], effects=True)[0]
 
 
-def _store(ref, offset, values, ok=None):
+def _store(ref, offset, values, ok=None, space="global"):
     """Stores 32-bit values (1, 2 or 4 of them) where ``ok``."""
     n = len(values)
     body = ", ".join(f"${1 + i}" for i in range(n))
-    body = f"st.global.b32 [$0], {body};" if n == 1 else f"st.global.v{n}.b32 [$0], {{{body}}};"
+    body = f"st.{space}.b32 [$0], {body};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{body}}};"
     ins = [ptx.address(ref, offset), *values]
     if ok is not None:
         ins.append(ptx.flag(ok))
@@ -182,77 +188,84 @@ class _Lanes:
         return warp, ptx.div(lane, ptx.i32(self.count)), channel, exists
 
 
-def _call(body, outs, grid, args):
-    """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid."""
+def _call(phases, outs, grid, args, clustered=False):
+    """Runs ``phase(refs, axes)`` for each phase in blocks of 128 threads over a 3-D grid.
+
+    Args:
+        phases: functions; what one has written, the later ones may read. Several of them need
+            ``clustered``, and share within a cluster only.
+        outs: shapes and dtypes of the results.
+        grid: sizes of the axes x, y and z.
+        args: arrays.
+        clustered: the blocks along x are a cluster.
+    """
     names = ("x", "y", "z")
     count = len(args) + len(outs)
+    split = {"grid": grid, "grid_names": names}
+    if clustered:
+        split = {"grid": grid[1:], "grid_names": names[1:]}
+        split |= {"cluster": grid[:1], "cluster_names": names[:1]}
 
     def kernel(*refs):
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * count, (_SCALAR,) * 3))
         def run(ctx, refs, axes):
             del ctx
-            body(refs, [ptx.unpack(a)[0] for a in axes])
+            axes = [ptx.unpack(a)[0] for a in axes]
+            for i, phase in enumerate(phases):
+                if i:
+                    ptx.asm(_CLUSTER_BARRIER, "", [], effects=True)
+                phase(refs, axes)
 
         run(tuple(refs), tuple(lax.axis_index(name) for name in names))
 
     return plgpu.kernel(
         kernel,
         out_type=outs,
-        grid=grid,
-        grid_names=names,
+        **split,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )(*args)
 
 
-# -- kernels ---------------------------------------------------------------------------------------
+def _cluster(pieces: int) -> tuple[int, int]:
+    """(blocks of threads per head, pieces for each of them); the last may have fewer."""
+    blocks = min(8, 1 << (pieces.bit_length() - 1))
+    return blocks, pl.cdiv(pieces, blocks)
 
 
-def kv_statistics(k, v, lengths, *, chunk=256):
-    """Mean of K over tokens and largest magnitude of V per channel, in one pass over both.
+def _write_partial(ref, shape, axes, values, lanes: _Lanes):
+    """Writes this warp's statistics: 8 channels from the lanes with the warp's first token."""
+    block, head, b = axes
+    warp, local, channel, exists = lanes.place()
+    slot = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
+    offset = _element(shape, (b, head, slot, channel), 4)
+    first = ptx.both(exists, ptx.eq(local, ptx.i32(0)))
+    _store(ref, offset, values[:4], first)
+    _store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
-    Args:
-        k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        v: like ``k``.
-        lengths: int32 [B], valid tokens.
-        chunk: tokens per block of threads.
 
-    Returns:
-        mean float32 [B, K, H], amax float32 [B, K, H].
+def _reduce_partial(ref, shape, axes, combine, finish):
+    """Combines the partial statistics of a head's warps; ``finish(channel, value, exists)``.
+
+    Every block of the cluster does this for itself: it costs less than another barrier.
     """
-    batch, s_len, heads, head_dim = k.shape
-    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
-    chunks = pl.cdiv(s_len, chunk)
-    partial = jax.ShapeDtypeStruct((batch, heads, chunks * 4, head_dim), jnp.float32)
+    _, head, b = axes
+    slots, head_dim = shape[2:]
+    for start in range(0, head_dim, 128):
+        channel = ptx.add(ptx.thread(), ptx.i32(start))
+        exists = ptx.lt(channel, ptx.i32(head_dim))
+        inside = ptx.select(exists, channel, ptx.i32(0))
+        total = None
+        for slot in range(slots):
+            where = ptx.address(ref, _element(shape, (b, head, ptx.i32(slot), inside), 4))
+            # Other multiprocessors wrote it: read from the cache they share.
+            new = ptx.asm("ld.global.cg.f32 $0, [$1];", "f", [where], effects=True)[0]
+            total = new if total is None else combine(total, new)
+        finish(channel, total, exists)
 
-    def body(refs, axes):
-        k_ref, v_ref, length_ref, sum_ref, max_ref = refs
-        piece, head, b = axes
-        limit = _load_limit(length_ref, b)
-        warp, local, channel, exists = lanes.place()
-        token = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
-        token = ptx.add(token, ptx.mul(piece, ptx.i32(chunk)))
-        sums, tops = [ptx.f32(0.0)] * 8, [ptx.f32(0.0)] * 8
-        for step in range(0, chunk, lanes.per_pass):
-            row = ptx.add(token, ptx.i32(step))
-            ok = ptx.both(exists, ptx.lt(row, limit))
-            offset = _element(k.shape, (b, row, head, channel), 2)
-            for i, x in enumerate(_floats(_load8(k_ref, offset, ok), is_bf16)):
-                sums[i] = ptx.fadd(sums[i], x)
-            for i, x in enumerate(_floats(_load8(v_ref, offset, ok), is_bf16)):
-                tops[i] = _abs_max([x], tops[i])
-        sums = [_over_lanes(ptx.fadd, x, lanes.other_tokens) for x in sums]
-        tops = [_over_lanes(ptx.fmax, x, lanes.other_tokens) for x in tops]
-        slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
-        offset = _element(partial.shape, (b, head, slot, channel), 4)
-        first = ptx.both(exists, ptx.eq(local, ptx.i32(0)))
-        for ref, values in ((sum_ref, sums), (max_ref, tops)):
-            _store(ref, offset, values[:4], first)
-            _store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
-    sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
-    return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
@@ -275,7 +288,6 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
     codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), _DTYPES[qk])
     rows_type = jax.ShapeDtypeStruct((batch, heads, padded + ROW_TAIL), jnp.float32)
     groups = 1 if mean is None else heads // mean.shape[1]
-    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
 
     def body(refs, axes):
         q_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs[: 5 - (mean is None)]
@@ -301,44 +313,108 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
             kv_head = ptx.div(head, ptx.i32(groups))
             shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, kv_head, inside), 4))
         for row, word in zip(rows, words, strict=True):
-            x = _floats(word, is_bf16)
-            top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.same_token), ptx.f32(TINY))
-            factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-            scaled = [ptx.fmul(value, factor) for value in x]
+            row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
             place = _element(codes.shape, (b, row, head, channel), 1)
-            _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+            _store(codes_ref, place, row_codes, exists)
             place = _element(rows_type.shape, (b, head, row), 4)
-            _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
-            if shift is not None:
-                dot = ptx.f32(0.0)
-                for value, m in zip(x, shift, strict=True):
-                    dot = ptx.fma(value, m, dot)
-                _store(refs[-1], place, [_over_lanes(ptx.fadd, dot, lanes.same_token)], first)
+            _store(scale_ref, place, [scale], first)
+            if dot is not None:
+                _store(refs[-1], place, [dot], first)
 
     args = (q, lengths) if mean is None else (q, lengths, mean)
     outs = [codes, rows_type] if mean is None else [codes, rows_type, rows_type]
-    result = _call(body, outs, (padded // block, heads, batch), args)
+    result = _call([body], outs, (padded // block, heads, batch), args)
     return result if mean is not None else [*result, None]
 
 
-def quantize_k(k, mean, lengths, *, scale_block=256, qk="int8"):
+def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift):
+    """Two words of codes, the row's scale, and its product with ``shift`` or None."""
+    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
+    x = _floats(word, is_bf16)
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.same_token), ptx.f32(TINY))
+    factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+    scaled = [ptx.fmul(value, factor) for value in x]
+    dot = None
+    if shift is not None:
+        dot = ptx.f32(0.0)
+        for value, m in zip(x, shift, strict=True):
+            dot = ptx.fma(value, m, dot)
+        dot = _over_lanes(ptx.fadd, dot, lanes.same_token)
+    scale = ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))
+    return [encode(scaled[:4]), encode(scaled[4:])], scale, dot
+
+
+def encode_q_tile(raw, codes, scales, dots, mean, limit, *, dtype, qk, swizzle, rows=64):
+    """One warpgroup's rows of Q in shared memory: codes and scales, as `quantize_q` makes them.
+
+    Args:
+        raw: reference to 16-bit [rows, H].
+        codes: reference to 8-bit [rows / 8, H / swizzle, 8, swizzle], swizzled.
+        scales: reference to float32 [rows].
+        dots: reference to float32 [rows] for ``q · mean``.
+        mean: reference to float32 [B, K, H] and registers of the first two indices, or None.
+        limit: register: later rows give zeros and may hold anything.
+        dtype: of Q.
+        qk: "int8" or "e4m3".
+        swizzle: bytes of a swizzled row of ``codes``.
+        rows: rows.
+    """
+    head_dim = ptx.shape(raw)[1]
+    lanes, is_bf16 = _Lanes(head_dim), dtype == jnp.bfloat16
+    warp, local, channel, exists = lanes.place()
+    first = ptx.eq(channel, ptx.i32(0))
+    start = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
+    shift = None
+    if mean is not None:
+        ref, b, head = mean
+        inside = ptx.select(exists, channel, ptx.i32(0))
+        shift = _load_f32x8(ref, _element(ptx.shape(ref), (b, head, inside), 4))
+    for step in range(0, rows, lanes.per_pass):
+        row = ptx.add(start, ptx.i32(step))
+        ok = ptx.both(exists, ptx.lt(row, limit))
+        word = _load8(raw, _element((rows, head_dim), (row, channel), 2), ok, "shared")
+        row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
+        place = ptx.widen(_swizzled(row, channel, head_dim, swizzle))
+        _store(codes, place, row_codes, exists, "shared")
+        place = _element((rows,), (row,), 4)
+        _store(scales, place, [scale], first, "shared")
+        if dot is not None:
+            _store(dots, place, [dot], first, "shared")
+
+
+def _swizzled(row, column, width: int, swizzle: int):
+    """Byte of an 8-bit [rows, width] operand that is tiled (8, swizzle) and swizzled."""
+    tile = ptx.mul(ptx.div(row, ptx.i32(8)), ptx.i32(width // swizzle))
+    tile = ptx.add(tile, ptx.div(column, ptx.i32(swizzle)))
+    line = ptx.add(ptx.mul(tile, ptx.i32(8)), ptx.rem(row, ptx.i32(8)))
+    offset = ptx.add(ptx.mul(line, ptx.i32(swizzle)), ptx.rem(column, ptx.i32(swizzle)))
+    # The hardware exchanges 16-byte chunks by the number of the 128-byte line they are in.
+    turn = ptx.rem(ptx.div(offset, ptx.i32(128)), ptx.i32(swizzle // 16))
+    return ptx.xor(offset, ptx.mul(turn, ptx.i32(16)))
+
+
+def quantize_k(k, lengths, *, smooth=True, scale_block=256, qk="int8"):
     """Codes of ``K - mean`` and eight scales per block of keys, by token index modulo 8.
 
     Args:
         k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        mean: float32 [B, K, H].
         lengths: int32 [B], valid tokens; later ones give zeros.
+        smooth: subtract the mean over tokens.
         scale_block: tokens per block; a multiple of 16.
         qk: "int8" or "e4m3".
 
     Returns:
-        Codes [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
+        Codes [B, Sp, K, H] with Sp = S rounded up to the block, scales float32
+        [B, K, Sp / block, 8], and the mean, float32 [B, K, H], or None without smoothing.
     """
     batch, s_len, heads, head_dim = k.shape
     lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
-    blocks = pl.cdiv(s_len, scale_block)
-    codes = jax.ShapeDtypeStruct((batch, blocks * scale_block, heads, head_dim), _DTYPES[qk])
-    scales = jax.ShapeDtypeStruct((batch, heads, blocks, 8), jnp.float32)
+    tiles = pl.cdiv(s_len, scale_block)
+    blocks, per_block = _cluster(tiles)
+    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
+    scales = jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)
+    partial = jax.ShapeDtypeStruct((batch, heads, blocks * 4, head_dim), jnp.float32)
+    means = jax.ShapeDtypeStruct((batch, heads, blocks, head_dim), jnp.float32)
     encode = _int8x4 if qk == "int8" else ptx.e4m3x4
     # A warp takes two residues modulo 8, one per half of its lanes; where a token fills the warp,
     # one after the other. So a thread always sees the same residue.
@@ -346,19 +422,60 @@ def quantize_k(k, mean, lengths, *, scale_block=256, qk="int8"):
     stride = 16 if lanes.per_warp == 4 else 8
     same_group = [*lanes.same_token, *([16] if lanes.per_warp == 4 else [])]
 
-    def body(refs, axes):
-        k_ref, mean_ref, length_ref, codes_ref, scale_ref = refs
-        tile, head, b = axes
+    def first_tile(axes):
+        return ptx.mul(axes[0], ptx.i32(per_block))
+
+    def add_tokens(refs, axes):
+        k_ref, length_ref, *_, partial_ref, _ = refs
+        _, head, b = axes
         limit = _load_limit(length_ref, b)
         warp, local, channel, exists = lanes.place()
-        inside = ptx.select(exists, channel, ptx.i32(0))
-        shift = _load_f32x8(mean_ref, _element(mean.shape, (b, head, inside), 4))
+        inside = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
+
+        def one_tile(i, sums):
+            tile = ptx.add(first_tile(axes), i)
+            token = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), inside)
+            for step in range(0, scale_block, lanes.per_pass):
+                row = ptx.add(token, ptx.i32(step))
+                ok = ptx.both(exists, ptx.lt(row, limit))
+                word = _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
+                sums = [ptx.fadd(x, y) for x, y in zip(sums, _floats(word, is_bf16), strict=True)]
+            return sums
+
+        sums = ptx.loop(per_block, one_tile, [ptx.f32(0.0)] * 8)
+        sums = [_over_lanes(ptx.fadd, x, lanes.other_tokens) for x in sums]
+        _write_partial(partial_ref, partial.shape, axes, sums, lanes)
+
+    def average(refs, axes):
+        *_, length_ref, _, _, partial_ref, mean_ref = refs
+        block, head, b = axes
+        count = ptx.to_float(ptx.imax(_load_limit(length_ref, b), ptx.i32(1)))
+
+        def finish(channel, total, exists):
+            place = _element(means.shape, (b, head, block, channel), 4)
+            _store(mean_ref, place, [ptx.fdiv(total, count)], exists)
+
+        _reduce_partial(partial_ref, partial.shape, axes, ptx.fadd, finish)
+
+    def encode_tokens(refs, axes):
+        k_ref, length_ref, codes_ref, scale_ref, *rest = refs
+        block, head, b = axes
+        limit = _load_limit(length_ref, b)
+        warp, local, channel, exists = lanes.place()
+        shift = None
+        if smooth:
+            inside = ptx.select(exists, channel, ptx.i32(0))
+            shift = _load_f32x8(rest[-1], _element(means.shape, (b, head, block, inside), 4))
 
         def smoothed(word, ok):
-            values = [ptx.fsub(x, m) for x, m in zip(_floats(word, is_bf16), shift, strict=True)]
+            values = _floats(word, is_bf16)
+            if shift is None:  # tokens that are not there were loaded as zeros
+                return values
+            values = [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
             return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
 
-        for turn in turns:
+        def one_group(tile, turn):
+            there = ptx.lt(tile, ptx.i32(tiles))
             residue = ptx.rem(local, ptx.i32(2)) if turn is None else ptx.i32(turn)
             group = ptx.add(ptx.mul(warp, ptx.i32(2)), residue)
             token = ptx.add(group, ptx.mul(ptx.div(local, ptx.i32(2)), ptx.i32(8)))
@@ -377,64 +494,127 @@ def quantize_k(k, mean, lengths, *, scale_block=256, qk="int8"):
             for row, word, ok in zip(rows, words, valid, strict=True):
                 scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
                 place = _element(codes.shape, (b, row, head, channel), 1)
-                _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+                words8 = [encode(scaled[:4]), encode(scaled[4:])]
+                _store(codes_ref, place, words8, ptx.both(exists, there))
             place = _element(scales.shape, (b, head, tile, group), 4)
-            first = ptx.eq(channel, ptx.i32(0))
+            first = ptx.both(ptx.eq(channel, ptx.i32(0)), there)
             _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
-    return _call(body, [codes, scales], (blocks, heads, batch), (k, mean, lengths))
+        def one_tile(i, carry):
+            for turn in turns:
+                one_group(ptx.add(first_tile(axes), i), turn)
+            return carry
+
+        ptx.loop(per_block, one_tile, [])
+
+    phases = [add_tokens, average, encode_tokens] if smooth else [encode_tokens]
+    outs = [codes, scales, partial, means] if smooth else [codes, scales]
+    grid = (blocks, heads, batch)
+    result = _call(phases, outs, grid, (k, lengths), clustered=smooth)
+    return result[0], result[1], (result[3][:, :, 0] if smooth else None)
 
 
-def quantize_v(v, factor, lengths):
-    """FP8 codes of ``V * factor``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
+def quantize_v(v, lengths):
+    """FP8 codes of V, transposed to [B, K, H, Sv] and permuted within 16 tokens.
 
     Args:
         v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        factor: float32 [B, K, H], 448 over the channel's largest magnitude.
         lengths: int32 [B], valid tokens; later ones give zeros.
 
     Returns:
-        e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
+        e4m3 [B, K, H, Sv], Sv = S rounded up to 128, and the scale of each channel, its largest
+        magnitude over 448, float32 [B, K, H].
     """
     batch, s_len, heads, head_dim = v.shape
-    is_bf16 = v.dtype == jnp.bfloat16
-    padded = pl.cdiv(s_len, SEQ_PAD) * SEQ_PAD
+    lanes, is_bf16 = _Lanes(head_dim), v.dtype == jnp.bfloat16
+    tiles = pl.cdiv(s_len, SEQ_PAD)
+    blocks, per_block = _cluster(tiles)
     columns = head_dim // 32  # one warp: 128 tokens x 32 channels
-    tasks = (padded // 128) * columns
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float8_e4m3fn)
+    tasks = per_block * columns
+    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.float8_e4m3fn)
+    partial = jax.ShapeDtypeStruct((batch, heads, blocks * 4, head_dim), jnp.float32)
+    per_channel = jax.ShapeDtypeStruct((batch, heads, blocks, head_dim), jnp.float32)
 
-    def body(refs, axes):
-        v_ref, factor_ref, length_ref, codes_ref = refs
+    def find_largest(refs, axes):
+        v_ref, length_ref, _, partial_ref, *_ = refs
+        block, head, b = axes
+        limit = _load_limit(length_ref, b)
+        warp, local, channel, exists = lanes.place()
+        token = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
+        token = ptx.add(token, ptx.mul(block, ptx.i32(per_block * SEQ_PAD)))
+
+        def one_tile(i, tops):
+            start = ptx.add(token, ptx.mul(i, ptx.i32(SEQ_PAD)))
+            for step in range(0, SEQ_PAD, lanes.per_pass):
+                row = ptx.add(start, ptx.i32(step))
+                ok = ptx.both(exists, ptx.lt(row, limit))
+                word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
+                pairs = zip(_floats(word, is_bf16), tops, strict=True)
+                tops = [_abs_max([x], top) for x, top in pairs]
+            return tops
+
+        tops = ptx.loop(per_block, one_tile, [ptx.f32(0.0)] * 8)
+        tops = [_over_lanes(ptx.fmax, x, lanes.other_tokens) for x in tops]
+        _write_partial(partial_ref, partial.shape, axes, tops, lanes)
+
+    def find_scales(refs, axes):
+        *_, partial_ref, scale_ref, factor_ref = refs
+        block, head, b = axes
+
+        def finish(channel, top, exists):
+            place = _element(per_channel.shape, (b, head, block, channel), 4)
+            scale = ptx.fdiv(ptx.fmax(top, ptx.f32(TINY)), ptx.f32(LARGEST["e4m3"]))
+            _store(scale_ref, place, [scale], exists)
+            _store(factor_ref, place, [ptx.fdiv(ptx.f32(1.0), scale)], exists)
+
+        _reduce_partial(partial_ref, partial.shape, axes, ptx.fmax, finish)
+
+    def encode_tokens(refs, axes):
+        v_ref, length_ref, codes_ref, *_, factor_ref = refs
         block, head, b = axes
         limit = _load_limit(length_ref, b)
         tid = ptx.thread()
         warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
-        task = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
-        is_task = ptx.lt(task, ptx.i32(tasks))
-        channel = ptx.mul(ptx.rem(task, ptx.i32(columns)), ptx.i32(32))
-        channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
-        token = ptx.mul(ptx.div(task, ptx.i32(columns)), ptx.i32(128))
-        token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
-        scale = _load_f32x8(factor_ref, _element(factor.shape, (b, head, channel), 4))
-        tokens = []  # [16][8]
-        for i in range(16):
-            row = ptx.add(token, ptx.i32(i))
-            ok = ptx.both(is_task, ptx.lt(row, limit))
-            word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
-            tokens.append(_floats(word, is_bf16))
-        for c in range(8):
-            ordered = [ptx.fmul(tokens[t][c], scale[c]) for t in V_ORDER]
-            packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
-            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-            _store(codes_ref, place, packed, is_task)
 
-    return _call(body, [out], (pl.cdiv(tasks, 4), heads, batch), (v, factor, lengths))[0]
+        def one_task(i, carry):
+            task = ptx.add(ptx.mul(i, ptx.i32(4)), warp)
+            tile = ptx.add(ptx.mul(block, ptx.i32(per_block)), ptx.div(task, ptx.i32(columns)))
+            there = ptx.both(ptx.lt(task, ptx.i32(tasks)), ptx.lt(tile, ptx.i32(tiles)))
+            channel = ptx.mul(ptx.rem(task, ptx.i32(columns)), ptx.i32(32))
+            channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
+            token = ptx.mul(tile, ptx.i32(SEQ_PAD))
+            token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+            place = _element(per_channel.shape, (b, head, block, channel), 4)
+            factor = _load_f32x8(factor_ref, place)
+            tokens = []  # [16][8]
+            for j in range(16):
+                row = ptx.add(token, ptx.i32(j))
+                ok = ptx.both(there, ptx.lt(row, limit))
+                word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
+                tokens.append(_floats(word, is_bf16))
+            for c in range(8):
+                ordered = [ptx.fmul(tokens[t][c], factor[c]) for t in V_ORDER]
+                packed = [ptx.e4m3x4(ordered[4 * j : 4 * j + 4]) for j in range(4)]
+                place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
+                _store(codes_ref, place, packed, there)
+            return carry
+
+        ptx.loop(pl.cdiv(tasks, 4), one_task, [])
+
+    codes, _, scale, _ = _call(
+        [find_largest, find_scales, encode_tokens],
+        [out, partial, per_channel, per_channel],
+        (blocks, heads, batch),
+        (v, lengths),
+        clustered=True,
+    )
+    return codes, scale[:, :, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv"))
+@functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv", "leave_q"))
 def quantize_qkv(
     q, k, v, *, scale_block=256, smooth_k=True, qk="int8", pv="e4m3", q_lengths=None,
-    kv_lengths=None,
+    kv_lengths=None, leave_q=False,
 ) -> AttentionOperands:  # fmt: skip
     """Quantises Q, K and V for `attention_forward`.
 
@@ -448,6 +628,7 @@ def quantize_qkv(
         pv: "e4m3", or "half" to leave V as it is.
         q_lengths: int32 [B], valid queries, or None for all.
         kv_lengths: int32 [B], valid keys, or None for all.
+        leave_q: leave Q to the attention kernel.
 
     Returns:
         `AttentionOperands`.
@@ -463,18 +644,15 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    mean, top = kv_statistics(k, v, kv_limit)
-    if not smooth_k:
-        mean = jnp.zeros_like(mean)
-    q8, q_scale, row_const = quantize_q(q, q_limit, mean if smooth_k else None, qk=qk)
-    k8, k_scale = quantize_k(k, mean, kv_limit, scale_block=scale_block, qk=qk)
-    v_scale = None
+    k8, k_scale, mean = quantize_k(k, kv_limit, smooth=smooth_k, scale_block=scale_block, qk=qk)
+    q_scale = row_const = v_scale = None
+    if not leave_q:
+        q, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
     if pv == "e4m3":
-        v_scale = jnp.maximum(top, TINY) / 448.0
-        v = quantize_v(v, 1.0 / v_scale, kv_limit)
+        v, v_scale = quantize_v(v, kv_limit)
     elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
         v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
-    return AttentionOperands(q8, k8, v, q_scale, k_scale, v_scale, row_const)
+    return AttentionOperands(q, k8, v, q_scale, k_scale, v_scale, row_const, mean)
 
 
 def _check(name, x):
