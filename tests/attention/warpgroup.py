@@ -91,13 +91,11 @@ ARITHMETIC = {
     "thread": lambda: LANES.astype(np.int32),
     "shape": np.shape,
     "address": Address,
-    "loop": lambda count, body, values: functools.reduce(
-        lambda values, i: body(np.full(128, i, np.int32), values), range(count), values
-    ),
 }
 
 
 def loop(count, body, state):
+    count = np.broadcast_to(count, 128)
     assert (count == count[0]).all(), "threads of a block disagree"
     for i in range(int(count[0])):
         state = body(np.full(128, i, np.int32), state)

@@ -100,7 +100,8 @@ def decode_attention(
     is read in its stored width: no dequantised copy of more than one split exists. Partial results
     of the splits, and of several caches with :func:`merge_attention`, join by their log-sum-exp.
     "xla" and "reference" are differentiable by jax; the gradient of "mosaic" is that of "xla".
-    With inputs sharded over batch or heads each device computes its own, tiles of a pool stay whole.
+    With inputs sharded over batch or heads each device computes its own; tiles of a pool stay
+    whole over heads.
 
     Args:
       query: [B, T, N, H], floating.
