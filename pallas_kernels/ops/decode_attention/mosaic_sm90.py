@@ -30,7 +30,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -344,24 +343,32 @@ class _Thread:
         self.k_token, self.v_token = pair, ptx.mul(self.c, i32(4))
         self.k_width = min(16, plan.row_bytes // 4)
         self.v_width = min(16, plan.row_bytes // 8)
-        limits = _load(refs["limits"], _bytes_at(self.head, 8), 8)
-        self.limit, self.oldest = limits
+        self.batch = ptx.div(self.head, i32(spec.num_kv_heads))
+        self.limit = _live_slots(plan, refs, self.head)
         self.last = ptx.sub(self.limit, i32(1))
         self.first = ptx.mul(self.split, i32(plan.chunk))
         if plan.pool:
-            entry = ptx.div(self.head, i32(spec.num_kv_heads))
-            self.home = ptx.mul(entry, i32(plan.pool))
+            self.home = ptx.mul(self.batch, i32(plan.pool))
         else:
             self.home = ptx.mul(self.head, i32(spec.capacity))
 
     def live(self):
         """The chunk holds a slot that a query may see."""
         spec = self.plan.spec
-        end = ptx.add(self.first, ptx.i32(self.plan.chunk))
-        seen = ptx.lt(self.oldest, end)
+        live = ptx.lt(self.first, self.limit)
+        if spec.window is None or self.plan.positions:
+            return live
+        oldest = functools.reduce(ptx.imin, [self._position(ptx.i32(t)) for t in range(spec.q_len)])
+        oldest = ptx.sub(oldest, ptx.i32(spec.window - 1))
+        seen = ptx.lt(oldest, ptx.add(self.first, ptx.i32(self.plan.chunk)))
         if spec.num_sinks:
             seen = ptx.either(seen, ptx.lt(self.first, ptx.i32(spec.num_sinks)))
-        return ptx.both(ptx.lt(self.first, self.limit), seen)
+        return ptx.both(live, seen)
+
+    def _position(self, token):
+        """Logical position of a query; negative for none."""
+        index = ptx.add(ptx.mul(self.batch, ptx.i32(self.plan.spec.q_len)), token)
+        return _load(self.refs["query_positions"], _bytes_at(index, 4), 4)[0]
 
     def steps(self):
         """Steps of every warp."""
@@ -462,35 +469,66 @@ class _Thread:
         return out
 
     def query(self):
-        """Operand A of every product with K: rounded queries and what rounding left."""
-        codes = self.k_width * 8 // self.plan.store.bits  # channels of a piece
-        words = []
-        for part in range(2):
-            row = ptx.add(ptx.mul(self.head, ptx.i32(self.plan.row_blocks)), self.row_block)
-            row = ptx.add(ptx.mul(row, ptx.i32(2)), ptx.i32(part))
-            row = ptx.add(ptx.mul(row, ptx.i32(ROWS)), self.g)
-            offset = ptx.add(
-                _bytes_at(row, 2 * self.plan.spec.head_dim), _bytes_at(self.c, 2 * codes)
-            )
-            words.append([
-                word
-                for piece in range(self.plan.spec.head_dim // (4 * codes))
-                for j in range(0, 2 * codes, 16)
-                for word in _load(
-                    self.refs["q"], ptx.add(offset, ptx.i64(8 * codes * piece + j)), 16
-                )
-            ])  # fmt: skip
-        high, low = words
-        return [
+        """Operand A of every product with K, and facts about the thread's row.
+
+        A row's queries times scale and log2(e) are rounded to 16 bits; eight rows below hold what
+        rounding left. For float16 a row is divided by the power of two above its largest number.
+
+        Returns:
+            Words [product][4], and the row's factor, bias, sum over channels and position; its
+            rows beyond the last one repeat that one.
+        """
+        plan, spec, i32 = self.plan, self.plan.spec, ptx.i32
+        row = ptx.add(ptx.mul(self.row_block, i32(ROWS)), self.g)
+        row = ptx.imin(row, i32(plan.rows - 1))
+        group, token = ptx.div(row, i32(spec.q_len)), ptx.rem(row, i32(spec.q_len))
+        index = ptx.add(ptx.mul(self.batch, i32(spec.q_len)), token)
+        name = ptx.rem(self.head, i32(spec.num_kv_heads))
+        name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
+        index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
+        x = self._channels(self.refs["query"], index, spec.dtype)
+        x = [ptx.fmul(value, ptx.f32(spec.scale * LOG2E)) for value in x]
+        bias = factor = total = None
+        if plan.bias:
+            offset = self._channels(self.refs["offset"], self.head, "float32")
+            bias = self._over_row(ptx.fadd, [ptx.fmul(*p) for p in zip(x, offset, strict=True)])
+        if plan.store.half == "float16":
+            factor, inverse = _power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+            x = [ptx.fmul(value, inverse) for value in x]
+        if plan.zero_point:
+            total = self._over_row(ptx.fadd, x)
+        order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
+        pairs = [[x[i] for i in order[j : j + 2]] for j in range(0, len(x), 2)]
+        high = [ptx.half_x2(pair, plan.store.half) for pair in pairs]
+        rest = [[ptx.fsub(*p) for p in zip(pair, _halves(word, plan.store.half), strict=True)]
+                for pair, word in zip(pairs, high, strict=True)]  # fmt: skip
+        low = [ptx.half_x2(pair, plan.store.half) for pair in rest]
+        words = [
             [high[2 * s], low[2 * s], high[2 * s + 1], low[2 * s + 1]]
             for s in range(len(high) // 2)
         ]
+        return words, (factor, bias, total, self._position(token))
 
-    def row_facts(self):
-        """Factor, bias, sum of the query's channels and position of the thread's row."""
-        row = ptx.add(ptx.mul(self.head, ptx.i32(self.plan.row_blocks)), self.row_block)
-        row = ptx.add(ptx.mul(row, ptx.i32(ROWS)), self.g)
-        return _load(self.refs["rows"], _bytes_at(row, 16), 16, outs="fffr")
+    def _channels(self, ref, row, dtype: str):
+        """The thread's channels of a row of [..., H] as float32, in the order of a key's codes."""
+        codes, size = self.k_width * 8 // self.plan.store.bits, jnp.dtype(dtype).itemsize
+        offset = ptx.add(
+            _bytes_at(row, size * self.plan.spec.head_dim), _bytes_at(self.c, size * codes)
+        )
+        out = []
+        for piece in range(self.plan.spec.head_dim // (4 * codes)):
+            for j in range(0, size * codes, 16):
+                where = ptx.add(offset, ptx.i64(4 * size * codes * piece + j))
+                words = _load(ref, where, 16, outs="ffff" if size == 4 else "rrrr")
+                out += words if size == 4 else [x for w in words for x in _halves(w, dtype)]
+        return out
+
+    def _over_row(self, combine, values):
+        """Combines the numbers of the four threads of a row."""
+        x = functools.reduce(combine, values)
+        for distance in (1, 2):
+            x = combine(x, ptx.shuffle_xor(x, distance))
+        return x
 
     # -- arithmetic --
 
@@ -598,7 +636,7 @@ class _Thread:
                 p = [ptx.fmul(*pair) for pair in zip(p, scales[u], strict=True)]
             words = [ptx.half_x2(p[t : t + 2], plan.store.half) for t in (0, 2)]
             if shift is not None:
-                rounded = [w for word in words for w in _halves(word)]
+                rounded = [w for word in words for w in _halves(word, plan.store.half)]
                 zeros = zip(seen[u], facts["v_zero"][u], strict=True)
                 zeros = [ptx.select(ok, z, ptx.f32(0.0)) for ok, z in zeros]
                 for weight, zero in zip(rounded, zeros, strict=True):
@@ -630,10 +668,31 @@ def _capped(x, cap: float):
     return ptx.fma(half, ptx.f32(-2 * cap), ptx.f32(cap))
 
 
-def _halves(word):
-    """Two float32 from two float16."""
-    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
+def _halves(word, half: str):
+    """Two float32 from two 16-bit numbers."""
+    if half == "bfloat16":
+        text = (
+            "{ .reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, -65536;\n"
+            "mov.b32 $0, lo; mov.b32 $1, hi; }"
+        )
+    else:
+        text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
     return ptx.asm(text, "ff", [word])
+
+
+def _power_above(x):
+    """The power of two above a number (within 2^±124), and its inverse."""
+    bits = ptx.asm("{ .reg .b32 t; mov.b32 t, $1; shr.u32 $0, t, 23; }", "r", [x])[0]
+    bits = ptx.imin(ptx.imax(bits, ptx.i32(2)), ptx.i32(250))
+    exponents = ptx.add(bits, ptx.i32(1)), ptx.sub(ptx.i32(253), bits)
+    text = "{ .reg .b32 t; shl.b32 t, $1, 23; mov.b32 $0, t; }"
+    return [ptx.asm(text, "f", [e])[0] for e in exponents]
+
+
+def _live_slots(plan: Plan, refs, head):
+    """Live slots of a head."""
+    length = _load(refs["length"], _bytes_at(head, 4), 4)[0]
+    return ptx.imax(ptx.imin(length, ptx.i32(plan.spec.capacity)), ptx.i32(0))
 
 
 # -- the main kernel -------------------------------------------------------------------------------
@@ -653,7 +712,6 @@ def _attend(plan: Plan, refs, axes):
 
 
 def _walk(plan: Plan, thread: _Thread):
-    query, row = thread.query(), thread.row_facts()
     zero, one = ptx.i32(0), ptx.i32(1)
     page = thread.page(zero)
     state = {
@@ -665,6 +723,7 @@ def _walk(plan: Plan, thread: _Thread):
         "sums": {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0)}
         | ({"z": ptx.f32(0.0)} if plan.zero_point else {}),
     }
+    query, row = thread.query()
 
     def step(i, s):
         now, later = s["page"]
@@ -785,7 +844,7 @@ def _join_chunks(plan: Plan, refs, axes):
     channel = ptx.rem(tid, i32(pairs))
     exists = ptx.lt(row, i32(plan.rows))
     row = ptx.imin(row, i32(plan.rows - 1))
-    limit = _load(refs["limits"], _bytes_at(head, 8), 4)[0]
+    limit = _live_slots(plan, refs, head)
     chunks = ptx.div(ptx.add(limit, i32(plan.chunk - 1)), i32(plan.chunk))
 
     def step(i, s):
@@ -929,8 +988,13 @@ def attention(
         sinks=sinks is not None,
     )
     heads = spec.batch * spec.num_kv_heads
-    args = {"limits": _limits(plan, length, query_positions)}
-    args |= _query_operands(plan, query, query_positions, key_offset)
+    args = {
+        "length": length.astype(jnp.int32),
+        "query": query,
+        "query_positions": query_positions.astype(jnp.int32),
+    }
+    if key_offset is not None:
+        args["offset"] = key_offset.astype(jnp.float32)
     for name, store in (("k", key), ("v", value)):
         args[name] = store.qvalue if isinstance(store, QTensor) else store
         if plan.scaled:
@@ -952,7 +1016,7 @@ def attention(
         args,
         shared=WARPS * ROWS * (spec.head_dim + 3),
     )
-    args = {"limits": args["limits"], **partial}
+    args = {"length": args["length"], **partial}
     if sinks is not None:
         args["sinks"] = sinks.astype(jnp.float32)
     shape = (spec.batch, spec.q_len, spec.num_heads)
@@ -966,57 +1030,3 @@ def attention(
         args,
     )
     return joined["out"], joined["lse"]
-
-
-def _limits(plan: Plan, length, query_positions):
-    """Per head: live slots, and the first slot that a window may show."""
-    spec = plan.spec
-    limit = jnp.clip(length.astype(jnp.int32), 0, spec.capacity)
-    oldest = jnp.zeros_like(limit)
-    if spec.window is not None and not plan.positions:
-        first = jnp.min(jnp.where(query_positions < 0, 2**30, query_positions), axis=1)
-        oldest = oldest + (first.astype(jnp.int32) - (spec.window - 1))[:, None]
-    return jnp.stack([limit, oldest], axis=-1)  # [B, K, 2]
-
-
-def _query_operands(plan: Plan, query, query_positions, key_offset):
-    """Queries as 16-bit numbers and what rounding left, and four facts about every row.
-
-    The rows of a key head are (query head of its group, token), padded to blocks of eight with
-    zeros; scale and log2(e) are part of the numbers. For float16 a row is divided by a power of
-    two that brings its largest number to 1 or less.
-    """
-    spec, store = plan.spec, plan.store
-    rows = plan.row_blocks * ROWS
-    q = query.astype(jnp.float32) * (spec.scale * LOG2E)
-    q = q.reshape(spec.batch, spec.q_len, spec.num_kv_heads, spec.groups, spec.head_dim)
-    q = jnp.moveaxis(q, 1, 3).reshape(spec.batch, spec.num_kv_heads, plan.rows, spec.head_dim)
-    bias = jnp.zeros(q.shape[:3])
-    if key_offset is not None:
-        bias = jnp.einsum(
-            "bkrh,bkih->bkr", q, key_offset.astype(jnp.float32), precision=lax.Precision.HIGHEST
-        )
-    factor = jnp.ones(q.shape[:3])
-    if store.half == "float16":
-        _, exponent = jnp.frexp(jnp.max(jnp.abs(q), axis=-1))
-        factor = jnp.ldexp(1.0, exponent)
-        q = q / factor[..., None]
-    exponent_bits, mantissa_bits = (8, 7) if store.half == "bfloat16" else (5, 10)
-    # A cast there and back could be dropped by the compiler.
-    high = lax.reduce_precision(q, exponent_bits, mantissa_bits)
-    low = lax.reduce_precision(q - high, exponent_bits, mantissa_bits)
-    both = jnp.stack([high, low], axis=2)  # [B, K, 2, R, H]
-    total = jnp.sum(high + low, axis=-1)
-    both = jnp.pad(both, ((0, 0),) * 3 + ((0, rows - plan.rows), (0, 0)))
-    both = both.reshape(*both.shape[:3], plan.row_blocks, ROWS, spec.head_dim).swapaxes(2, 3)
-    order = np.arange(spec.head_dim).reshape(-1, 8)[:, store.order].reshape(-1)
-    both = (both if store.bits > 4 else both[..., order]).astype(store.half)
-    at = jnp.tile(query_positions.astype(jnp.int32), (1, spec.groups))  # rows are (head, token)
-    at = jnp.broadcast_to(at[:, None], q.shape[:3])
-    at = lax.bitcast_convert_type(at, jnp.float32)
-    facts = jnp.stack([factor, bias, total, at], axis=-1)
-    # Padded rows see what the first row sees.
-    facts = jnp.concatenate(
-        [facts, jnp.broadcast_to(facts[:, :, :1], (*facts.shape[:2], rows - plan.rows, 4))], axis=2
-    )
-    return {"q": both, "rows": facts}
