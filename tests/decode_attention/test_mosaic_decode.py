@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sm90 decode kernels without a GPU: NumPy runs their threads, and they lower for CUDA."""
 
-import functools
 import re
 
 import jax
@@ -65,9 +64,10 @@ def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=150, length=None, 
         )  # fmt: skip
 
     call = jax.jit(run, static_argnames="implementation")
+    config = mosaic_sm90.Config(**config or {"blocks": 2})
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
         patch.setattr(mosaic_sm90, "_call", run_blocks)
-        patch.setattr(mosaic_sm90, "Config", functools.partial(mosaic_sm90.Config, **config or {}))
+        patch.setattr(mosaic_sm90, "Config", lambda: config)
         out, lse = jax.tree.map(np.asarray, call(q, keys, values, "mosaic"))
     want, want_lse = jax.tree.map(np.asarray, call(q, keys, values, "reference"))
     assert out.shape == want.shape and out.dtype == want.dtype and lse.shape == want_lse.shape
@@ -92,14 +92,14 @@ def test_equals_the_oracle_on_the_same_codes(store, h):
 
 def test_chunks_join_and_empty_heads_give_zeros():
     length, at = jnp.array([[150, 0]]), jnp.array([[149]])
-    compare(k=2, length=length, at=at, config={"chunk": 64}, sinks=True)
+    compare(k=2, length=length, at=at, config={"blocks": 5}, sinks=True)
     compare(n=14, k=2, c=1, length=length)  # a group of seven, one slot
 
 
 @pytest.mark.parametrize("num_sinks", [0, 3])
 def test_window_and_cap(num_sinks):
     options = {"local_window_size": 20, "num_sinks": num_sinks, "logits_soft_cap": 2.0}
-    compare(length=jnp.array([[140]]), at=jnp.array([[139]]), config={"chunk": 64}, **options)
+    compare(length=jnp.array([[140]]), at=jnp.array([[139]]), config={"blocks": 5}, **options)
 
 
 @pytest.mark.parametrize("store", ["bfloat16", "fp8_e4m3"])
