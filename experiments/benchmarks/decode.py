@@ -71,7 +71,7 @@ def cases() -> list[Case]:
         *(fast(store=s, layout=w) for s in ("bfloat16", "int8") for w in ("ragged", "even")),
         *(fast(store=s, layout="kept") for s in ("bfloat16", "int8")),
         fast(store="int4"),
-        fast(store="int8", positions=True),
+        *(fast(store=s, positions=True) for s in ("bfloat16", "int8")),
     ]
     features = [
         right(head_dim=64, store="int8", ragged=True),
@@ -87,16 +87,17 @@ def cases() -> list[Case]:
         right(capacity=30000, batch=1, ragged=True),
         right(capacity=1, heads=7, kv_heads=1),
     ]
-    wide = {"cache": ".L1::no_allocate.L2::256B"}
     sizes = [
         fast(store=store, config=config)
-        for store, configs in (
-            ("int8", ({"units": 1}, {"chunk": 512}, {"chunk": 2048}, wide)),
-            ("bfloat16", ({"chunk": 512}, {"chunk": 2048}, wide)),
-            ("fp8_e4m3", ({"units": 1},)),
-            ("int4", ({"units": 1}, {"units": 2})),
-        )
-        for config in configs
+        for config in ({"blocks": 792}, {"blocks": 1584})
+        for store in ("bfloat16", "int8", "fp8_e4m3")
+    ]
+    sizes += [
+        fast(store="bfloat16", positions=True, config={"blocks": 792}),
+        fast(store="int8", config={"units": 2, "blocks": 528}),
+        fast(store="int4", config={"units": 2, "blocks": 528}),
+        fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
+        fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
     ]
     rest = [
         fast(store="int8", head_dim=64),
@@ -106,7 +107,7 @@ def cases() -> list[Case]:
         fast(capacity=4096, implementation="xla"),
         fast(capacity=4096),
     ]
-    return [*core, *judged, *sizes[:4], *features, *sizes[4:], *rest]
+    return [*core, *judged, *sizes, *features, *rest]
 
 
 # --- inputs --------------------------------------------------------------------------------------

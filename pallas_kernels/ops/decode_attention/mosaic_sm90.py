@@ -14,8 +14,8 @@ its part:
   of a channel in a register, which is a byte permutation of two loaded words.
 
 Nothing goes through shared memory until the four warps join their results; a second kernel joins
-the blocks' parts by their maxima and sums. K of the next step is loaded when the scores of this one
-are done, V when the products are, so that one of them is always on its way.
+the blocks' parts by their maxima and sums. K of the next step is loaded when the scores of this
+one are done, V when the products are, so that one of them is always on its way.
 
 With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
 float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
@@ -143,7 +143,7 @@ class Plan:
     @property
     def units(self) -> int:
         """Units of a step. More would cost registers, of which three blocks share what there is."""
-        return self.config.units or (2 if self.row_bytes < 128 else 1)
+        return self.config.units or 128 // self.spec.head_dim
 
     @property
     def step(self) -> int:
