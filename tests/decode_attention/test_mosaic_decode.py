@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sm90 decode kernels without a GPU: NumPy runs their threads, and they lower for CUDA."""
 
+import functools
 import re
 
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import warpgroup
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import decode_attention, explain, quantize
 from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.ops.decode_attention import mosaic_sm90
+from pallas_kernels.ops.decode_attention import api, mosaic_sm90, xla
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_reason
 
 STORES = {
@@ -136,7 +139,7 @@ def test_scales_of_any_size(value):
         patch.setattr(mosaic_sm90, "_call", run_blocks)
         run = jax.jit(lambda *x: decode_attention(*x, implementation="mosaic")[0])
         out = np.asarray(run(q, *stored))
-    want = decode_attention(q, *stored, implementation="reference")[0]
+    want = jax.jit(lambda *x: decode_attention(*x, implementation="reference")[0])(q, *stored)
     np.testing.assert_allclose(out / value, want / value, atol=1e-3)
 
 
@@ -199,3 +202,69 @@ def test_key_and_value_must_be_stored_alike():
     with abstract_gpu():
         said = explain("decode_attention", q, k, _shapes("bfloat16", 128)[1])
     assert "stored alike" in said.rejected["mosaic"]
+
+
+# -- around the kernel: something that the compiler cannot look into -------------------------------
+
+
+@pytest.fixture
+def opaque(monkeypatch):
+    """XLA's implementation in the place of the kernel; it sees what the spec says."""
+
+    def stand_in(query, key, value, length, positions, *rest):
+        spec = rest[-1]
+        assert query.shape == (spec.batch, spec.q_len, spec.num_heads, spec.head_dim)
+        assert length.shape == (spec.batch, spec.num_kv_heads)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(spec.capacity), (*length.shape, spec.capacity))
+        return xla.attention(query, key, value, length, positions, *rest)
+
+    monkeypatch.setattr(mosaic_sm90, "attention", stand_in)
+    monkeypatch.setattr(api, "resolve", lambda op, name, reasons: name or "mosaic")
+
+
+def _arrays(store, b=4, k=4, n=8, c=24, h=64):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    keys, values = (STORES[store](normal(b, k, c, h)) for _ in range(2))
+    return normal(b, 1, n, h), keys, values, jnp.asarray(rng.integers(1, c, size=(b, k)))
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("store", ["bfloat16", "int4"])
+def test_devices_keep_to_their_heads(opaque, store):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("b", "h"), axis_types=auto, devices=jax.devices()[:8])
+    q, keys, values, length = _arrays(store)
+
+    def put(x, *spec):
+        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*spec))), x)
+
+    at = jnp.full((4, 1), 23)
+    args = put(q, "b", None, "h"), put(keys, "b", "h"), put(values, "b", "h"), put(length, "b", "h")
+    run = jax.jit(lambda *x: decode_attention(*x, query_positions=at))
+    text = run.lower(*args).compile().as_text()
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
+    got, want = run(*args), run(q, keys, values, length)
+    assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, P("b", None, "h")), 4)
+    for mine, its in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_folds_and_the_gradient_is_that_of_xla(opaque):
+    q, keys, values, length = _arrays("float16", b=2)
+    at = jnp.full((2, 1), 23)
+
+    def run(q, keys, values, name="mosaic"):
+        call = functools.partial(decode_attention, query_positions=at, implementation=name)
+        return call(q, keys, values, length)[0]
+
+    @jax.jit
+    def everything(q, keys, values):
+        many = jax.vmap(run, (0, None, None))(jnp.stack([q, 2 * q]), keys, values)[1]
+        loss = lambda name: lambda *x: (run(*x, name) ** 2).sum()  # noqa: E731
+        grads = [jax.grad(loss(name), (0, 1, 2))(q, keys, values) for name in ("mosaic", "xla")]
+        return (many, *grads[0]), (run(2 * q, keys, values, "xla"), *grads[1])
+
+    for mine, its in zip(*everything(q, keys, values), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-3)
