@@ -193,13 +193,18 @@ def loop(count, body, state):
     """Runs ``state = body(i, state)`` for ``i = 0 … count - 1``.
 
     Args:
-        count: i32, the same for all threads of the warpgroup.
+        count: int, or i32 that is the same for all threads of the warpgroup; a single iteration
+            needs no loop.
         body: of an i32 and a pytree of values.
         state: pytree of values.
 
     Returns:
         The last state.
     """
+    if isinstance(count, int):
+        if count == 1:
+            return body(i32(0), state)
+        count = i32(count)
     leaves, tree = jax.tree.flatten(state)
     op = scf.ForOp(i32(0), count, i32(1), leaves)
     with ir.InsertionPoint(op.body):

@@ -71,7 +71,7 @@ def cases() -> list[Case]:
         *(fast(store=s, layout=w) for s in ("bfloat16", "int8") for w in ("ragged", "even")),
         *(fast(store=s, layout="kept") for s in ("bfloat16", "int8")),
         fast(store="int4"),
-        fast(store="int8", positions=True),
+        *(fast(store=s, positions=True) for s in ("bfloat16", "int8")),
     ]
     features = [
         right(head_dim=64, store="int8", ragged=True),
@@ -88,12 +88,16 @@ def cases() -> list[Case]:
         right(capacity=1, heads=7, kv_heads=1),
     ]
     sizes = [
-        fast(store=s, config=c)
-        for s, changes in (
-            ("bfloat16", ({"chunk": 512}, {"chunk": 2048}, {"cache": ".L1::no_allocate.L2::256B"})),
-            ("int8", ({"chunk": 512}, {"chunk": 2048}, {"cache": ".L1::no_allocate.L2::256B"})),
-        )
-        for c in changes
+        fast(store=store, config=config)
+        for config in ({"blocks": 792}, {"blocks": 1584})
+        for store in ("bfloat16", "int8", "fp8_e4m3")
+    ]
+    sizes += [
+        fast(store="bfloat16", positions=True, config={"blocks": 792}),
+        fast(store="int8", config={"units": 2, "blocks": 528}),
+        fast(store="int4", config={"units": 2, "blocks": 528}),
+        fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
+        fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
     ]
     rest = [
         fast(store="int8", head_dim=64),
@@ -103,7 +107,7 @@ def cases() -> list[Case]:
         fast(capacity=4096, implementation="xla"),
         fast(capacity=4096),
     ]
-    return [*core, *judged, *features, *sizes, *rest]
+    return [*core, *judged, *sizes, *features, *rest]
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ def lengths(case: Case) -> np.ndarray:
     return found if kind != "even" else np.full(shape, int(found.mean()))
 
 
-@functools.lru_cache(2)
+@functools.lru_cache(8)
 def stores(store: str, shape: tuple[int, ...]):
     """Key and value with the same numbers in two places."""
 

@@ -95,6 +95,7 @@ ARITHMETIC = {
 
 
 def loop(count, body, state):
+    count = np.broadcast_to(count, 128)
     assert (count == count[0]).all(), "threads of a block disagree"
     for i in range(int(count[0])):
         state = body(np.full(128, i, np.int32), state)

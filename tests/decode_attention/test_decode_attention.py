@@ -190,14 +190,14 @@ def test_scores_equal_those_of_the_methods():
         np.testing.assert_allclose(got, want.importance, rtol=1e-5, atol=1e-6)
 
 
-def test_explain_names_the_missing_kernel():
+def test_explain_says_why_there_is_no_kernel():
     q = jax.ShapeDtypeStruct((1, 1, 8, 128), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 8, 4096, 128), jnp.bfloat16)
     said = explain("decode_attention", q, k, k)
     assert said.implementation == "xla" and "needs an NVIDIA GPU" in said.rejected["mosaic"]
     spec = DecodeSpec(1, 1, 64, 2, 1, 16, "float32", "int8", 0.25, 64)
-    reason = unsupported_reason(spec, describe("gpu", "NVIDIA H200"), "mosaic")
-    assert reason == "the Mosaic GPU decode-attention kernel for sm90 is not part of this version"
+    reason = unsupported_reason(spec, describe("gpu", "NVIDIA B200"), "mosaic")
+    assert reason == "the Mosaic GPU kernel is written for sm90; NVIDIA B200 is sm100"
     with pytest.raises(NotImplementedError, match="mosaic: the Mosaic GPU kernel needs an NVIDIA"):
         decode_attention(*(jnp.zeros(x.shape) for x in (q, k, k)), implementation="mosaic")
 

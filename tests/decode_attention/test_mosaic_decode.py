@@ -2,16 +2,21 @@
 """The sm90 decode kernels without a GPU: NumPy runs their threads, and they lower for CUDA."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import warpgroup
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import decode_attention, quantize
+from pallas_kernels import decode_attention, explain, quantize
+from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.ops.decode_attention import mosaic_sm90
+from pallas_kernels.ops.decode_attention import api, mosaic_sm90, xla
+from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_reason
 
 STORES = {
     "bfloat16": lambda x: x.astype(jnp.bfloat16),
@@ -41,44 +46,225 @@ def run_blocks(body, outs, grid, args, shared=0):
     return jax.pure_callback(run, outs, *args.values())
 
 
-def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=600, length=None, config=None,
+def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=150, length=None, config=None,
             dtype="bfloat16", positions=None, at=None, table=None, poison=None, offset=False,
-            sinks=False, seed=0, **options):  # fmt: skip
+            sinks=False, **options):  # fmt: skip
     """The kernels against the oracle on the same codes."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    rng = np.random.default_rng(c)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     pool = (b, k, c, h) if table is None else (b, *positions.shape[1:], h)
-    q, keys, values = normal(b, t, n, h).astype(dtype), normal(*pool), normal(*pool) + 1
+    q, keys, values = normal(b, t, n, h), normal(*pool), normal(*pool) + 1
     if poison is not None:
-        keys, values = (jnp.where(poison[..., None], jnp.nan, x) for x in (keys, values))
-    keys, values = (STORES[store](x) for x in (keys, values))
+        keys, values = (np.where(poison[..., None], np.nan, x) for x in (keys, values))
     options["key_offset"] = normal(b, k, 1, h) if offset else None
     options["sinks"] = normal(n) if sinks else None
-    call = functools.partial(
-        decode_attention, q, keys, values, length, positions=positions, query_positions=at,
-        table=table, **options,
-    )  # fmt: skip
+
+    def run(q, keys, values, implementation):
+        q, keys, values = q.astype(dtype), STORES[store](keys), STORES[store](values)
+        return decode_attention(
+            q, keys, values, length, positions=positions, query_positions=at, table=table,
+            implementation=implementation, **options,
+        )  # fmt: skip
+
+    call = jax.jit(run, static_argnames="implementation")
+    config = mosaic_sm90.Config(**config or {"blocks": 2})
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
         patch.setattr(mosaic_sm90, "_call", run_blocks)
-        if config is not None:
-            patch.setattr(mosaic_sm90, "Config", lambda: config)
-        out, lse = jax.block_until_ready(call(implementation="mosaic"))
-    want, want_lse = call(implementation="reference")
+        patch.setattr(mosaic_sm90, "Config", lambda: config)
+        out, lse = jax.tree.map(np.asarray, call(q, keys, values, "mosaic"))
+    want, want_lse = jax.tree.map(np.asarray, call(q, keys, values, "reference"))
     assert out.shape == want.shape and out.dtype == want.dtype and lse.shape == want_lse.shape
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want_lse))
-    live = np.isfinite(np.asarray(want_lse))
-    np.testing.assert_allclose(np.asarray(lse)[live], np.asarray(want_lse)[live], atol=1e-4)
+    live = np.isfinite(want_lse)
+    np.testing.assert_allclose(lse[live], want_lse[live], atol=1e-4)
+    assert not out[~live].astype(np.float32).any()
     # P is rounded to bfloat16 or float16, and so may the output be.
     bound = 1e-3 if "bfloat16" not in (dtype, store) else 1e-2
-    out, want = (np.asarray(x, np.float32) for x in (out, want))
+    out, want = (x.astype(np.float32) for x in (out, want))
     np.testing.assert_allclose(out, want, atol=bound, rtol=bound)
-    return out, want
 
 
-SMALL = mosaic_sm90.Config(chunk=512)
-
-
-@pytest.mark.parametrize("h", [128, 64])
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(
+    ("store", "h"),
+    [("bfloat16", 64), ("float16", 128), ("int8", 128), ("int8", 64), ("fp8_e4m3", 128),
+     ("fp8_e5m2", 64), ("int4", 128), ("int4_symmetric", 64)],
+)  # fmt: skip
 def test_equals_the_oracle_on_the_same_codes(store, h):
-    compare(store, h=h, c=600, length=jnp.array([[590]]), dtype="float32")
+    compare(store, h=h, length=jnp.array([[141]]), at=jnp.array([[140]]), dtype="float32")
+
+
+def test_chunks_join_and_empty_heads_give_zeros():
+    length, at = jnp.array([[150, 0]]), jnp.array([[149]])
+    compare(k=2, length=length, at=at, config={"blocks": 5}, sinks=True)
+    compare(n=14, k=2, c=1, length=length)  # a group of seven, one slot
+
+
+@pytest.mark.parametrize("num_sinks", [0, 3])
+def test_window_and_cap(num_sinks):
+    options = {"local_window_size": 20, "num_sinks": num_sinks, "logits_soft_cap": 2.0}
+    compare(length=jnp.array([[140]]), at=jnp.array([[139]]), config={"blocks": 5}, **options)
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "fp8_e4m3"])
+def test_positions_and_several_tokens(store):
+    """Slots that hold nothing may be NaN; three tokens of four heads are two blocks of rows."""
+    hidden = np.random.default_rng(0).random((1, 1, 150)) < 0.2
+    positions = jnp.asarray(np.where(hidden, -1, np.arange(150)))
+    at = jnp.array([[100, 101, -1]])
+    compare(store, t=3, positions=positions, at=at, poison=hidden, offset=True)
+
+
+def test_tiles_of_a_pool():
+    table = jnp.array([[[2, 0, -1], [1, 3, -1]]])
+    positions = np.full((1, 5, 64), -1)
+    positions[0, [2, 1]], positions[0, [0, 3]] = np.arange(64), np.arange(64, 128)
+    length, at = jnp.array([[100, 128]]), jnp.array([[120]])
+    poison = positions < 0
+    compare("int8", k=2, c=192, length=length, positions=jnp.asarray(positions), at=at,
+            table=table, poison=poison)  # fmt: skip
+
+
+def test_capacity_that_is_no_multiple_of_four():
+    compare("int4", n=7, c=149, offset=True)
+
+
+@pytest.mark.parametrize("value", [1e-6, 1e6])
+def test_scales_of_any_size(value):
+    """Values far from one: their scales would leave float16."""
+    rng = np.random.default_rng(1)
+    q, keys, values = (jnp.asarray(rng.normal(size=(1, m, c, 64)), jnp.float32)
+                       for m, c in ((1, 2), (1, 40), (1, 40)))  # fmt: skip
+    stored = [STORES["int8"](x) for x in (keys, values * value)]
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
+        patch.setattr(mosaic_sm90, "_call", run_blocks)
+        run = jax.jit(lambda *x: decode_attention(*x, implementation="mosaic")[0])
+        out = np.asarray(run(q, *stored))
+    want = jax.jit(lambda *x: decode_attention(*x, implementation="reference")[0])(q, *stored)
+    np.testing.assert_allclose(out / value, want / value, atol=1e-3)
+
+
+# -- lowering and dispatch -------------------------------------------------------------------------
+
+
+def _shapes(store, h, c=4096, n=8, k=2, t=1):
+    kv = jax.eval_shape(STORES[store], jax.ShapeDtypeStruct((2, k, c, h), jnp.float32))
+    return jax.ShapeDtypeStruct((2, t, n, h), jnp.bfloat16), kv, kv
+
+
+@pytest.mark.parametrize("h", [64, 128])
+@pytest.mark.parametrize("store", STORES)
+def test_lowers_for_cuda(store, h):
+    at = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    places = jax.ShapeDtypeStruct((2, 2, 4096), jnp.int32)
+
+    def run(q, k, v, at, places):
+        return decode_attention(
+            q, k, v, positions=places, query_positions=at, implementation="mosaic",
+            logits_soft_cap=30.0, local_window_size=100, num_sinks=4, sinks=jnp.zeros(8),
+        )  # fmt: skip
+
+    with abstract_gpu():
+        traced = jax.jit(run).trace(*_shapes(store, h, t=3), at, places)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_named_it_runs_and_unnamed_it_does_not():
+    with abstract_gpu():
+        unnamed = explain("decode_attention", *_shapes("int8", 128))
+        named = explain("decode_attention", *_shapes("int8", 128), implementation="mosaic")
+    assert unnamed.implementation == "xla" and "not been measured" in unnamed.rejected["mosaic"]
+    assert named.implementation == "mosaic"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 80}, "serves head_dim 64 and 128; got 80"),
+        ({"store": "nvfp4"}, "reads caches stored as bfloat16, float16, int8, .*; got nvfp4"),
+        ({"plain": False}, "one float32 scale per slot"),
+        ({"tile": 48}, "tiles of a multiple of 64 slots; got 48"),
+        ({"batch": 40000}, "got 80000"),
+        ({"capacity": 0}, "at least one slot"),
+    ],
+)
+def test_limits_are_said(change, message):
+    fields = {"batch": 1, "q_len": 1, "capacity": 64, "num_heads": 2, "num_kv_heads": 2,
+              "head_dim": 128, "dtype": "bfloat16", "store": "int8", "scale": 0.1}  # fmt: skip
+    h200 = describe("gpu", "NVIDIA H200")
+    assert unsupported_reason(DecodeSpec(**fields), h200, "mosaic") is None
+    reason = unsupported_reason(DecodeSpec(**fields | change), h200, "mosaic")
+    assert re.search(message, reason)
+
+
+def test_key_and_value_must_be_stored_alike():
+    q, k, _ = _shapes("int8", 128)
+    with abstract_gpu():
+        said = explain("decode_attention", q, k, _shapes("bfloat16", 128)[1])
+    assert "stored alike" in said.rejected["mosaic"]
+
+
+# -- around the kernel: something that the compiler cannot look into -------------------------------
+
+
+@pytest.fixture
+def opaque(monkeypatch):
+    """XLA's implementation in the place of the kernel; it sees what the spec says."""
+
+    def stand_in(query, key, value, length, positions, *rest):
+        spec = rest[-1]
+        assert query.shape == (spec.batch, spec.q_len, spec.num_heads, spec.head_dim)
+        assert length.shape == (spec.batch, spec.num_kv_heads)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(spec.capacity), (*length.shape, spec.capacity))
+        return xla.attention(query, key, value, length, positions, *rest)
+
+    monkeypatch.setattr(mosaic_sm90, "attention", stand_in)
+    monkeypatch.setattr(api, "resolve", lambda op, name, reasons: name or "mosaic")
+
+
+def _arrays(store, b=4, k=4, n=8, c=24, h=64):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    keys, values = (STORES[store](normal(b, k, c, h)) for _ in range(2))
+    return normal(b, 1, n, h), keys, values, jnp.asarray(rng.integers(1, c, size=(b, k)))
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("store", ["bfloat16", "int4"])
+def test_devices_keep_to_their_heads(opaque, store):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("b", "h"), axis_types=auto, devices=jax.devices()[:8])
+    q, keys, values, length = _arrays(store)
+
+    def put(x, *spec):
+        return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*spec))), x)
+
+    at = jnp.full((4, 1), 23)
+    args = put(q, "b", None, "h"), put(keys, "b", "h"), put(values, "b", "h"), put(length, "b", "h")
+    run = jax.jit(lambda *x: decode_attention(*x, query_positions=at))
+    text = run.lower(*args).compile().as_text()
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
+    got, want = run(*args), run(q, keys, values, length)
+    assert got[0].sharding.is_equivalent_to(NamedSharding(mesh, P("b", None, "h")), 4)
+    for mine, its in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_folds_and_the_gradient_is_that_of_xla(opaque):
+    q, keys, values, length = _arrays("float16", b=2)
+    at = jnp.full((2, 1), 23)
+
+    def run(q, keys, values, name="mosaic"):
+        call = functools.partial(decode_attention, query_positions=at, implementation=name)
+        return call(q, keys, values, length)[0]
+
+    @jax.jit
+    def everything(q, keys, values):
+        many = jax.vmap(run, (0, None, None))(jnp.stack([q, 2 * q]), keys, values)[1]
+        loss = lambda name: lambda *x: (run(*x, name) ** 2).sum()  # noqa: E731
+        grads = [jax.grad(loss(name), (0, 1, 2))(q, keys, values) for name in ("mosaic", "xla")]
+        return (many, *grads[0]), (run(2 * q, keys, values, "xla"), *grads[1])
+
+    for mine, its in zip(*everything(q, keys, values), strict=True):
+        np.testing.assert_allclose(mine, its, rtol=1e-3, atol=1e-3)

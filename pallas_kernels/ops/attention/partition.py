@@ -21,13 +21,12 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def partitioned(forward: Forward) -> Forward:
+def partitioned(forward: Forward, dimensions: Callable | None = None) -> Forward:
     """Makes an attention forward run on each device's own batch entries and heads.
 
     Under `jit` with inputs sharded over batch or heads, `forward` is called once per device with
@@ -41,10 +40,14 @@ def partitioned(forward: Forward) -> Forward:
     Args:
       forward: ``(query, key, value, bias, sinks, mask, spec) -> (out, lse)`` as the
         implementations have it; looks at nothing but its arguments.
+      dimensions: for a forward with other arguments between the query, which comes first, and the
+        spec, which comes last: a function of the tuple of arguments without the spec that names
+        the axes of every leaf, as `_dimensions` does.
 
     Returns:
       A callable with the signature and meaning of `forward`.
 
+    >>> from pallas_kernels.masks import Mask
     >>> from pallas_kernels.ops.attention import reference
     >>> spec = AttentionSpec(1, 2, 2, 1, 1, 4, "float32", 0.5)
     >>> x = jnp.ones((1, 2, 1, 4))
@@ -53,10 +56,10 @@ def partitioned(forward: Forward) -> Forward:
     """
 
     @functools.wraps(forward)
-    def call(query, key, value, bias, sinks, mask: Mask | BlockMask, spec: AttentionSpec):
-        tree = (query, key, value, bias, sinks, mask)
-        leaves, treedef = jax.tree.flatten(tree)
-        names = tuple(_dimensions(tree))
+    def call(*arguments):
+        *tree, spec = arguments
+        leaves, treedef = jax.tree.flatten(tuple(tree))
+        names = tuple((dimensions or _dimensions)(tuple(tree)))
         return _call(forward, spec, treedef, names)(*leaves)
 
     return call
@@ -249,6 +252,5 @@ def _folded(forward, spec, treedef, names, size, in_batched, leaves):
 
     folded = [fold(*item) for item in zip(leaves, in_batched, names, strict=True)]
     wide = dataclasses.replace(spec, batch=size * spec.batch)
-    tree = jax.tree.unflatten(treedef, folded)
-    out, lse = partitioned(forward)(*tree, wide)
+    out, lse = _call(forward, wide, treedef, names)(*folded)
     return tuple(x.reshape(size, spec.batch, *x.shape[1:]) for x in (out, lse))

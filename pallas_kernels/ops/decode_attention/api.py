@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels._device import current_device
 from pallas_kernels._dispatch import Explanation, choose, register_explainer, resolve
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ops.attention.partition import partitioned
 from pallas_kernels.ops.decode_attention import reference, xla
 from pallas_kernels.ops.decode_attention.spec import (
     IMPLEMENTATIONS,
@@ -19,10 +22,54 @@ from pallas_kernels.ops.decode_attention.spec import (
 from pallas_kernels.ops.quantize.api import quantize
 
 
-def _mosaic(*args):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _mosaic(query, key, value, length, positions, query_positions, table, offset, sinks, spec):
+    """The kernel on each device's own batch entries and heads; its gradient is that of "xla"."""
     from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
 
-    return mosaic_sm90.attention(*args)
+    call = partitioned(mosaic_sm90.attention, _dimensions)
+    return call(
+        query, key, value, length, positions, query_positions, table, offset, sinks, spec
+    )  # fmt: skip
+
+
+def _mosaic_forward(*args):
+    *arrays, _ = args
+    return _mosaic(*args), arrays
+
+
+def _mosaic_backward(spec, arrays, cotangents):
+    query, key, value, length, positions, *rest = arrays
+    positions = _slot_numbers(spec) if positions is None else positions
+    run = functools.partial(xla.attention, spec=spec)
+    pull = jax.vjp(run, query, key, value, length, positions, *rest)[1]
+    grads = list(pull(cotangents))
+    grads[4] = None if arrays[4] is None else grads[4]
+    return tuple(grads)
+
+
+_mosaic.defvjp(_mosaic_forward, _mosaic_backward)
+
+
+def _dimensions(tree) -> list[tuple[str, ...]]:
+    """Names of the axes of every leaf, for `partitioned`: heads of a pool share its tiles."""
+    *_, table, _, _ = tree
+    home = "k" if table is None else "."
+    names = (
+        ("b", "t", "n", "h"), ("b", home, "s", "h"), ("b", home, "s", "h"), ("b", "k"),
+        ("b", home, "."), ("b", "."), ("b", "k", "."), ("b", "k", ".", "h"), ("n",),
+    )  # fmt: skip
+    found = []
+    for part, dims in zip(tree, names, strict=True):
+        if isinstance(part, QTensor):  # codes may be packed, scales are one per slot
+            dims = (*dims[:2], ".", ".")
+        found += [dims] * len(jax.tree.leaves(part))
+    return found
+
+
+def _slot_numbers(spec: DecodeSpec) -> jax.Array:
+    shape = (spec.batch, spec.num_kv_heads, spec.capacity)
+    return jnp.broadcast_to(jnp.arange(spec.capacity), shape)
 
 
 _RUN = {"mosaic": _mosaic, "xla": xla.attention, "reference": reference.attention}
@@ -52,7 +99,9 @@ def decode_attention(
     visible if it is live (below ``length``), not after the query, and inside the window. The cache
     is read in its stored width: no dequantised copy of more than one split exists. Partial results
     of the splits, and of several caches with :func:`merge_attention`, join by their log-sum-exp.
-    Has no gradient rule of its own; "xla" and "reference" are differentiable by jax.
+    "xla" and "reference" are differentiable by jax; the gradient of "mosaic" is that of "xla".
+    With inputs sharded over batch or heads each device computes its own; tiles of a pool stay
+    whole over heads.
 
     Args:
       query: [B, T, N, H], floating.
@@ -104,7 +153,7 @@ def decode_attention(
     if positions is None and table is not None:
         raise ValueError("positions is None; a paged cache needs them, [B, P, t]")
     if positions is None and name != "mosaic":  # the kernel counts slots instead of reading them
-        positions = jnp.broadcast_to(jnp.arange(spec.capacity), (batch, heads, spec.capacity))
+        positions = _slot_numbers(spec)
     if positions is not None:
         stored = (batch, heads, spec.capacity) if table is None else (*key.shape[:3],)
         _expect("positions", positions, stored)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention on Hopper: a cache is read once, in its stored width, straight into registers.
 
-The cache of one key/value head is cut into chunks of tokens, a block of four warps each; a chunk
-beyond a head's length ends at once. A warp walks over its share of the chunk:
+The live slots of all key/value heads, one head after the other, are dealt out evenly to as many
+blocks of four warps as the GPU holds at once: heads of any lengths take the time of their bytes. A
+block's share may cover the end of one head and the start of the next. For each, a warp walks over
+its part:
 
 * ``S = Q K^T`` by ``mma.sync`` m16n8k16. The operand B wants neighbouring channels of a key in a
   thread, so a thread's 16-byte loads of a key are operands as they stand (8- and 4-bit codes after
@@ -12,8 +14,8 @@ beyond a head's length ends at once. A warp walks over its share of the chunk:
   of a channel in a register, which is a byte permutation of two loaded words.
 
 Nothing goes through shared memory until the four warps join their results; a second kernel joins
-the chunks by their maxima and sums. K of the next step is loaded when the scores of this one are
-done, V when the products are, so that one of them is always on its way.
+the blocks' parts by their maxima and sums. K of the next step is loaded when the scores of this
+one are done, V when the products are, so that one of them is always on its way.
 
 With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
 float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
@@ -30,12 +32,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as ptx
+from pallas_kernels._device import current_device
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec
 
@@ -79,11 +81,13 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        chunk: tokens of a block, a multiple of 4 * 128; None chooses from the shapes.
+        blocks: blocks among which the slots are dealt out; None: three for every multiprocessor.
+        units: units of 16 tokens in a warp's step; None chooses.
         cache: how loads of the cache treat L1 and L2, PTX qualifiers.
     """
 
-    chunk: int | None = None
+    blocks: int | None = None
+    units: int | None = None
     cache: str = ".L1::no_allocate"
 
 
@@ -96,6 +100,7 @@ class Plan:
         config: sizes.
         pool: slots of a batch entry's pool of tiles, or 0 where slots lie in order.
         positions: every slot has a position; else it is the slot's number.
+        skips: turns before the window of the first query are left out.
         zero_point: codes have zero points.
         bias: keys have an offset.
         sinks: heads have a sink logit.
@@ -105,6 +110,7 @@ class Plan:
     config: Config
     pool: int = 0
     positions: bool = False
+    skips: bool = False
     zero_point: bool = False
     bias: bool = False
     sinks: bool = False
@@ -136,8 +142,8 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """Units of a step: a thread holds up to 32 words of K and as many of V."""
-        return min(256 // self.row_bytes, 4)
+        """Units of a step. More would cost registers, of which three blocks share what there is."""
+        return self.config.units or 128 // self.spec.head_dim
 
     @property
     def step(self) -> int:
@@ -145,35 +151,19 @@ class Plan:
         return UNIT * self.units
 
     @property
-    def chunk(self) -> int:
-        """Tokens of a block."""
-        return self.config.chunk or chunk_of(self.spec, self.step)
+    def turn(self) -> int:
+        """Tokens of a step of a block's warps: slots are dealt out in these."""
+        return WARPS * self.step
 
     @property
-    def splits(self) -> int:
-        """Blocks along the slots."""
-        return -(-self.spec.capacity // self.chunk)
-
-
-def chunk_of(spec: DecodeSpec, step: int) -> int:
-    """Tokens of a block: eight blocks and more for every place on the GPU, as far as they go.
-
-    A place is a third of one of 132 multiprocessors. A chunk is between one step of each warp and
-    2048 tokens.
-
-    >>> spec = DecodeSpec(16, 1, 32768, 32, 8, 128, "bfloat16", "bfloat16", 0.1)
-    >>> chunk_of(spec, 16)
-    1024
-    """
-    least = WARPS * step
-    if spec.split is not None:
-        return -(-spec.split // least) * least
-    total = spec.batch * spec.num_kv_heads * spec.capacity
-    wanted = total / (132 * 3 * 8)
-    chunk = least
-    while chunk * 2 <= wanted and chunk < 2048:
-        chunk *= 2
-    return chunk
+    def blocks(self) -> int:
+        """Blocks among which the slots are dealt out."""
+        spec = self.spec
+        heads = spec.batch * spec.num_kv_heads
+        wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
+        if spec.split is not None:
+            wanted = -(-heads * spec.capacity // spec.split)
+        return min(wanted, heads * -(-spec.capacity // self.turn))
 
 
 def unsupported_reason(spec: DecodeSpec) -> str | None:
@@ -330,10 +320,12 @@ class _Thread:
     tokens of its scores.
     """
 
-    def __init__(self, plan: Plan, refs, axes):
+    def __init__(self, plan: Plan, refs, block, row_block, head, first):
+        """Of a block, for a block of rows of a head, from a turn of the head on."""
         self.plan, self.refs = plan, refs
         spec, i32 = plan.spec, ptx.i32
-        self.row_block, self.split, self.head = axes
+        self.block, self.row_block, self.head = block, row_block, head
+        self.first = ptx.mul(first, i32(plan.turn))
         tid = ptx.thread()
         self.tid, self.warp = tid, ptx.div(tid, i32(32))
         lane = ptx.rem(tid, i32(32))
@@ -342,30 +334,18 @@ class _Thread:
         self.k_token, self.v_token = pair, ptx.mul(self.c, i32(4))
         self.k_width = min(16, plan.row_bytes // 4)
         self.v_width = min(16, plan.row_bytes // 8)
-        limits = _load(refs["limits"], _bytes_at(self.head, 8), 8)
-        self.limit, self.oldest = limits
+        self.batch = ptx.div(self.head, i32(spec.num_kv_heads))
+        self.limit = _int_at(refs["limits"], head)
         self.last = ptx.sub(self.limit, i32(1))
-        self.first = ptx.mul(self.split, i32(plan.chunk))
         if plan.pool:
-            entry = ptx.div(self.head, i32(spec.num_kv_heads))
-            self.home = ptx.mul(entry, i32(plan.pool))
+            self.home = ptx.mul(self.batch, i32(plan.pool))
         else:
             self.home = ptx.mul(self.head, i32(spec.capacity))
 
-    def live(self):
-        """The chunk holds a slot that a query may see."""
-        spec = self.plan.spec
-        end = ptx.add(self.first, ptx.i32(self.plan.chunk))
-        seen = ptx.lt(self.oldest, end)
-        if spec.num_sinks:
-            seen = ptx.either(seen, ptx.lt(self.first, ptx.i32(spec.num_sinks)))
-        return ptx.both(ptx.lt(self.first, self.limit), seen)
-
-    def steps(self):
-        """Steps of every warp."""
-        tokens = ptx.imin(ptx.sub(self.limit, self.first), ptx.i32(self.plan.chunk))
-        per = WARPS * self.plan.step
-        return ptx.div(ptx.add(tokens, ptx.i32(per - 1)), ptx.i32(per))
+    def _position(self, token):
+        """Logical position of a query; negative for none."""
+        index = ptx.add(ptx.mul(self.batch, ptx.i32(self.plan.spec.q_len)), token)
+        return _load(self.refs["query_positions"], _bytes_at(index, 4), 4)[0]
 
     def start(self, i):
         """First slot of a step; warps take turns."""
@@ -460,35 +440,66 @@ class _Thread:
         return out
 
     def query(self):
-        """Operand A of every product with K: rounded queries and what rounding left."""
-        codes = self.k_width * 8 // self.plan.store.bits  # channels of a piece
-        words = []
-        for part in range(2):
-            row = ptx.add(ptx.mul(self.head, ptx.i32(self.plan.row_blocks)), self.row_block)
-            row = ptx.add(ptx.mul(row, ptx.i32(2)), ptx.i32(part))
-            row = ptx.add(ptx.mul(row, ptx.i32(ROWS)), self.g)
-            offset = ptx.add(
-                _bytes_at(row, 2 * self.plan.spec.head_dim), _bytes_at(self.c, 2 * codes)
-            )
-            words.append([
-                word
-                for piece in range(self.plan.spec.head_dim // (4 * codes))
-                for j in range(0, 2 * codes, 16)
-                for word in _load(
-                    self.refs["q"], ptx.add(offset, ptx.i64(8 * codes * piece + j)), 16
-                )
-            ])  # fmt: skip
-        high, low = words
-        return [
+        """Operand A of every product with K, and facts about the thread's row.
+
+        A row's queries times scale and log2(e) are rounded to 16 bits; eight rows below hold what
+        rounding left. For float16 a row is divided by the power of two above its largest number.
+
+        Returns:
+            Words [product][4], and the row's factor, bias, sum over channels and position; its
+            rows beyond the last one repeat that one.
+        """
+        plan, spec, i32 = self.plan, self.plan.spec, ptx.i32
+        row = ptx.add(ptx.mul(self.row_block, i32(ROWS)), self.g)
+        row = ptx.imin(row, i32(plan.rows - 1))
+        group, token = ptx.div(row, i32(spec.q_len)), ptx.rem(row, i32(spec.q_len))
+        index = ptx.add(ptx.mul(self.batch, i32(spec.q_len)), token)
+        name = ptx.rem(self.head, i32(spec.num_kv_heads))
+        name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
+        index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
+        x = self._channels(self.refs["query"], index, spec.dtype)
+        x = [ptx.fmul(value, ptx.f32(spec.scale * LOG2E)) for value in x]
+        bias = factor = total = None
+        if plan.bias:
+            offset = self._channels(self.refs["offset"], self.head, "float32")
+            bias = self._over_row(ptx.fadd, [ptx.fmul(*p) for p in zip(x, offset, strict=True)])
+        if plan.store.half == "float16":
+            factor, inverse = _power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+            x = [ptx.fmul(value, inverse) for value in x]
+        if plan.zero_point:
+            total = self._over_row(ptx.fadd, x)
+        order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
+        pairs = [[x[i] for i in order[j : j + 2]] for j in range(0, len(x), 2)]
+        high = [ptx.half_x2(pair, plan.store.half) for pair in pairs]
+        rest = [[ptx.fsub(*p) for p in zip(pair, _halves(word, plan.store.half), strict=True)]
+                for pair, word in zip(pairs, high, strict=True)]  # fmt: skip
+        low = [ptx.half_x2(pair, plan.store.half) for pair in rest]
+        words = [
             [high[2 * s], low[2 * s], high[2 * s + 1], low[2 * s + 1]]
             for s in range(len(high) // 2)
         ]
+        return words, (factor, bias, total, self._position(token))
 
-    def row_facts(self):
-        """Factor, bias, sum of the query's channels and position of the thread's row."""
-        row = ptx.add(ptx.mul(self.head, ptx.i32(self.plan.row_blocks)), self.row_block)
-        row = ptx.add(ptx.mul(row, ptx.i32(ROWS)), self.g)
-        return _load(self.refs["rows"], _bytes_at(row, 16), 16, outs="fffr")
+    def _channels(self, ref, row, dtype: str):
+        """The thread's channels of a row of [..., H] as float32, in the order of a key's codes."""
+        codes, size = self.k_width * 8 // self.plan.store.bits, jnp.dtype(dtype).itemsize
+        offset = ptx.add(
+            _bytes_at(row, size * self.plan.spec.head_dim), _bytes_at(self.c, size * codes)
+        )
+        out = []
+        for piece in range(self.plan.spec.head_dim // (4 * codes)):
+            for j in range(0, size * codes, 16):
+                where = ptx.add(offset, ptx.i64(4 * size * codes * piece + j))
+                words = _load(ref, where, 16, outs="ffff" if size == 4 else "rrrr")
+                out += words if size == 4 else [x for w in words for x in _halves(w, dtype)]
+        return out
+
+    def _over_row(self, combine, values):
+        """Combines the numbers of the four threads of a row."""
+        x = functools.reduce(combine, values)
+        for distance in (1, 2):
+            x = combine(x, ptx.shuffle_xor(x, distance))
+        return x
 
     # -- arithmetic --
 
@@ -546,8 +557,11 @@ class _Thread:
 
     def clean(self, values, seen):
         """Zeros in the place of floats that no row sees: they may be NaN."""
-        if self.plan.spec.store in ("int8", "int4") or not self.plan.positions:
+        plan = self.plan
+        if plan.spec.store in ("int8", "int4"):
             return values
+        if not plan.positions and plan.spec.window is None:
+            return values  # slots after the last query are never loaded
         bits = ptx.i32(0)
         for u, part in enumerate(seen):
             for t, ok in enumerate(part):
@@ -596,7 +610,7 @@ class _Thread:
                 p = [ptx.fmul(*pair) for pair in zip(p, scales[u], strict=True)]
             words = [ptx.half_x2(p[t : t + 2], plan.store.half) for t in (0, 2)]
             if shift is not None:
-                rounded = [w for word in words for w in _halves(word)]
+                rounded = [w for word in words for w in _halves(word, plan.store.half)]
                 zeros = zip(seen[u], facts["v_zero"][u], strict=True)
                 zeros = [ptx.select(ok, z, ptx.f32(0.0)) for ok, z in zeros]
                 for weight, zero in zip(rounded, zeros, strict=True):
@@ -628,30 +642,130 @@ def _capped(x, cap: float):
     return ptx.fma(half, ptx.f32(-2 * cap), ptx.f32(cap))
 
 
-def _halves(word):
-    """Two float32 from two float16."""
-    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
+def _halves(word, half: str):
+    """Two float32 from two 16-bit numbers."""
+    if half == "bfloat16":
+        text = (
+            "{ .reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, -65536;\n"
+            "mov.b32 $0, lo; mov.b32 $1, hi; }"
+        )
+    else:
+        text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
     return ptx.asm(text, "ff", [word])
+
+
+def _power_above(x):
+    """The power of two above a number (within 2^±124), and its inverse."""
+    bits = ptx.asm("{ .reg .b32 t; mov.b32 t, $1; shr.u32 $0, t, 23; }", "r", [x])[0]
+    bits = ptx.imin(ptx.imax(bits, ptx.i32(2)), ptx.i32(250))
+    exponents = ptx.add(bits, ptx.i32(1)), ptx.sub(ptx.i32(253), bits)
+    text = "{ .reg .b32 t; shl.b32 t, $1, 23; mov.b32 $0, t; }"
+    return [ptx.asm(text, "f", [e])[0] for e in exponents]
+
+
+def _int_at(ref, index):
+    return _load(ref, _bytes_at(index, 4), 4)[0]
+
+
+# -- who computes what -----------------------------------------------------------------------------
+
+
+class _Shares:
+    """How the turns of all heads, numbered through, are dealt out.
+
+    The first ``rest`` blocks take ``size + 1`` turns, the others ``size``. With fewer turns than
+    blocks, some blocks take none. A block's part of a head is number ``block + head``: from one
+    part to the next exactly one of the two grows.
+    """
+
+    def __init__(self, plan: Plan, refs):
+        self.plan, self.ends = plan, refs["ends"]
+        self.heads = plan.spec.batch * plan.spec.num_kv_heads
+        turns = self.end_of(ptx.i32(self.heads - 1))
+        self.blocks = ptx.imin(turns, ptx.i32(plan.blocks))
+        divisor = ptx.imax(self.blocks, ptx.i32(1))
+        self.size, self.rest = ptx.div(turns, divisor), ptx.rem(turns, divisor)
+
+    def end_of(self, head):
+        """Turns of all heads up to this one."""
+        return _int_at(self.ends, head)
+
+    def start_of(self, head):
+        """Turns of all heads before this one."""
+        before = self.end_of(ptx.imax(ptx.sub(head, ptx.i32(1)), ptx.i32(0)))
+        return ptx.select(ptx.eq(head, ptx.i32(0)), ptx.i32(0), before)
+
+    def of(self, block):
+        """First turn of a block, and how many."""
+        start = ptx.add(ptx.mul(block, self.size), ptx.imin(block, self.rest))
+        more = ptx.flag(ptx.lt(block, self.rest))
+        return start, ptx.add(self.size, more)
+
+    def block_of(self, turn):
+        """The block that a turn belongs to."""
+        wide = ptx.add(self.size, ptx.i32(1))
+        edge = ptx.mul(self.rest, wide)
+        beyond = ptx.imax(ptx.sub(turn, edge), ptx.i32(0))
+        beyond = ptx.add(self.rest, ptx.div(beyond, ptx.imax(self.size, ptx.i32(1))))
+        return ptx.select(ptx.lt(turn, edge), ptx.div(turn, wide), beyond)
+
+    def heads_of(self, turns):
+        """The head that each of some turns belongs to: heads that end before it come first."""
+        lane = ptx.rem(ptx.thread(), ptx.i32(32))
+
+        def count(i, counts):
+            for j in range(4):
+                head = ptx.add(ptx.mul(i, ptx.i32(128)), ptx.i32(32 * j))
+                head = ptx.add(head, lane)
+                exists = ptx.lt(head, ptx.i32(self.heads))
+                end = self.end_of(ptx.imin(head, ptx.i32(self.heads - 1)))
+                counts = [
+                    ptx.add(n, ptx.flag(ptx.both(exists, ptx.ge(turn, end))))
+                    for n, turn in zip(counts, turns, strict=True)
+                ]
+            return counts
+
+        counts = ptx.loop(pl.cdiv(self.heads, 128), count, [ptx.i32(0)] * len(turns))
+        for distance in (1, 2, 4, 8, 16):
+            counts = [ptx.add(n, ptx.shuffle_xor(n, distance)) for n in counts]
+        return counts
 
 
 # -- the main kernel -------------------------------------------------------------------------------
 
 
 def _attend(plan: Plan, refs, axes):
-    """What a block does: the partial result of a chunk of one head for up to eight rows."""
-    thread = _Thread(plan, refs, axes)
+    """What a block does: parts of neighbouring heads, for up to eight rows of each."""
+    row_block, block, _ = axes
+    shares = _Shares(plan, refs)
 
-    def nothing():
-        """A block without a slot has an empty sum."""
-        row = _partial_row(plan, thread, thread.tid)
-        exists = ptx.lt(thread.tid, ptx.i32(ROWS))
-        _store_if(exists, refs["stats"], _bytes_at(row, 8), [ptx.f32(NO_MAX), ptx.f32(0.0)])
+    def work():
+        start, left = shares.of(block)
+        last = ptx.sub(ptx.add(start, left), ptx.i32(1))
+        first_head, last_head = shares.heads_of([start, last])
 
-    ptx.branch(thread.live(), lambda: _walk(plan, thread), nothing)
+        def one_head(i, state):
+            head, start, left = state
+            before = shares.start_of(head)
+            count = ptx.imin(ptx.sub(shares.end_of(head), start), left)
+            first = ptx.sub(start, before)
+            if plan.skips:
+                first = ptx.add(first, _int_at(refs["skips"], head))
+
+            def walk():
+                _walk(plan, _Thread(plan, refs, block, row_block, head, first), count)
+
+            ptx.branch(ptx.lt(ptx.i32(0), count), walk, lambda: None)
+            return [ptx.add(head, ptx.i32(1)), ptx.add(start, count), ptx.sub(left, count)]
+
+        heads = ptx.add(ptx.sub(last_head, first_head), ptx.i32(1))
+        ptx.loop(heads, one_head, [first_head, start, left])
+
+    ptx.branch(ptx.lt(block, shares.blocks), work, lambda: None)
 
 
-def _walk(plan: Plan, thread: _Thread):
-    query, row = thread.query(), thread.row_facts()
+def _walk(plan: Plan, thread: _Thread, count):
+    """The part of a head: ``count`` steps of every warp."""
     zero, one = ptx.i32(0), ptx.i32(1)
     page = thread.page(zero)
     state = {
@@ -663,6 +777,7 @@ def _walk(plan: Plan, thread: _Thread):
         "sums": {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0)}
         | ({"z": ptx.f32(0.0)} if plan.zero_point else {}),
     }
+    query, row = thread.query()
 
     def step(i, s):
         now, later = s["page"]
@@ -676,13 +791,13 @@ def _walk(plan: Plan, thread: _Thread):
         new |= {"v": thread.values(soon, later), "out": out, "sums": sums}
         return new | {"page": [later, thread.page(ptx.add(soon, one))]}
 
-    state = ptx.loop(thread.steps(), step, state)
+    state = ptx.loop(count, step, state)
     _join_warps(plan, thread, state["out"], state["sums"])
 
 
 def _partial_row(plan: Plan, thread: _Thread, row):
-    """Index of a row of a block's partial result, [heads, splits, row blocks, 8]."""
-    index = ptx.add(ptx.mul(thread.head, ptx.i32(plan.splits)), thread.split)
+    """Index of a row of a block's part of a head, [parts, row blocks, 8]."""
+    index = ptx.add(thread.block, thread.head)
     index = ptx.add(ptx.mul(index, ptx.i32(plan.row_blocks)), thread.row_block)
     return ptx.add(ptx.mul(index, ptx.i32(ROWS)), row)
 
@@ -749,6 +864,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
     where = _bytes_at(_partial_row(plan, thread, row), 8)
     _store_if(ptx.lt(thread.tid, i32(ROWS)), thread.refs["stats"], where, stats)
+    _barrier()  # before the next head's numbers
 
 
 def _sum_of_warps(shared, place, which, row):
@@ -768,12 +884,12 @@ def _in_order(plan: Plan, out, codes: int, d: int):
             yield 8 * codes * piece + first, [numbers[first + j] for j in range(4)]
 
 
-# -- the kernel that joins chunks ------------------------------------------------------------------
+# -- the kernel that joins parts -------------------------------------------------------------------
 
-_AT_ONCE = 8  # chunks whose loads are in flight together
+_AT_ONCE = 4  # parts whose loads are in flight together
 
 
-def _join_chunks(plan: Plan, refs, axes):
+def _join_parts(plan: Plan, refs, axes):
     """What a block does: some rows of a head, two channels per thread."""
     spec, i32 = plan.spec, ptx.i32
     pairs = spec.head_dim // 2
@@ -783,20 +899,23 @@ def _join_chunks(plan: Plan, refs, axes):
     channel = ptx.rem(tid, i32(pairs))
     exists = ptx.lt(row, i32(plan.rows))
     row = ptx.imin(row, i32(plan.rows - 1))
-    limit = _load(refs["limits"], _bytes_at(head, 8), 4)[0]
-    chunks = ptx.div(ptx.add(limit, i32(plan.chunk - 1)), i32(plan.chunk))
+    shares = _Shares(plan, refs)
+    start, end = shares.start_of(head), shares.end_of(head)
+    first = shares.block_of(start)
+    count = ptx.sub(shares.block_of(ptx.sub(end, i32(1))), first)
+    count = ptx.select(ptx.lt(start, end), ptx.add(count, i32(1)), i32(0))
 
     def step(i, s):
         parts = []
         for j in range(_AT_ONCE):
             number = ptx.add(ptx.mul(i, i32(_AT_ONCE)), i32(j))
-            here = ptx.imin(number, ptx.sub(chunks, i32(1)))
-            index = ptx.add(ptx.mul(head, i32(plan.splits)), here)
+            here = ptx.add(first, ptx.imin(number, ptx.sub(count, i32(1))))
+            index = ptx.add(here, head)
             index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
             stats = _load(refs["stats"], _bytes_at(index, 8), 8, outs="ff")
             index = ptx.add(ptx.mul(index, i32(pairs)), channel)
             values = _load(refs["partial"], _bytes_at(index, 8), 8, outs="ff")
-            parts.append((ptx.lt(number, chunks), stats, values))
+            parts.append((ptx.lt(number, count), stats, values))
         zero, low = ptx.f32(0.0), ptx.f32(NO_MAX)
         tops = [ptx.select(ok, m, low) for ok, (m, _), _ in parts]
         m = functools.reduce(ptx.fmax, tops, s["m"])
@@ -805,15 +924,14 @@ def _join_chunks(plan: Plan, refs, axes):
         for (ok, (_, part), values), top in zip(parts, tops, strict=True):
             part = ptx.select(ok, part, zero)
             factor = ptx.exp2(ptx.fsub(top, m))
-            empty = ptx.feq(part, zero)  # nothing was written for it
             total = ptx.fma(part, factor, total)
-            out = [ptx.fma(ptx.select(empty, zero, x), factor, y)
+            out = [ptx.fma(ptx.select(ok, x, zero), factor, y)
                    for x, y in zip(values, out, strict=True)]  # fmt: skip
         return {"m": m, "l": total, "out": out}
 
     state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 2}
-    count = ptx.div(ptx.add(chunks, i32(_AT_ONCE - 1)), i32(_AT_ONCE))
-    state = ptx.loop(count, step, state)
+    rounds = ptx.div(ptx.add(count, i32(_AT_ONCE - 1)), i32(_AT_ONCE))
+    state = ptx.loop(rounds, step, state)
     _finish(plan, refs, (row, channel, head, exists), state)
 
 
@@ -922,13 +1040,19 @@ def attention(
         config or Config(),
         pool=0 if table is None else key.shape[1] * key.shape[2],
         positions=positions is not None,
+        skips=spec.window is not None and not spec.num_sinks and positions is None,
         zero_point=isinstance(key, QTensor) and key.zero_point is not None,
         bias=key_offset is not None,
         sinks=sinks is not None,
     )
     heads = spec.batch * spec.num_kv_heads
-    args = {"limits": _limits(plan, length, query_positions)}
-    args |= _query_operands(plan, query, query_positions, key_offset)
+    args = {
+        **_turns(plan, length, query_positions),
+        "query": query,
+        "query_positions": query_positions.astype(jnp.int32),
+    }
+    if key_offset is not None:
+        args["offset"] = key_offset.astype(jnp.float32)
     for name, store in (("k", key), ("v", value)):
         args[name] = store.qvalue if isinstance(store, QTensor) else store
         if plan.scaled:
@@ -939,23 +1063,23 @@ def attention(
         args["positions"] = positions.astype(jnp.int32)
     if plan.pool:
         args["table"] = table.astype(jnp.int32)
-    rows = (heads, plan.splits, plan.row_blocks * ROWS)
+    rows = (plan.blocks + heads, plan.row_blocks * ROWS)
     partial = _call(
         functools.partial(_attend, plan),
         {
             "partial": jax.ShapeDtypeStruct((*rows, spec.head_dim), jnp.float32),
             "stats": jax.ShapeDtypeStruct((*rows, 2), jnp.float32),
         },
-        (plan.row_blocks, plan.splits, heads),
+        (plan.row_blocks, plan.blocks, 1),
         args,
         shared=WARPS * ROWS * (spec.head_dim + 3),
     )
-    args = {"limits": args["limits"], **partial}
+    args = {"ends": args["ends"], **partial}
     if sinks is not None:
         args["sinks"] = sinks.astype(jnp.float32)
     shape = (spec.batch, spec.q_len, spec.num_heads)
     joined = _call(
-        functools.partial(_join_chunks, plan),
+        functools.partial(_join_parts, plan),
         {
             "out": jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.dtype(spec.dtype)),
             "lse": jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -966,55 +1090,24 @@ def attention(
     return joined["out"], joined["lse"]
 
 
-def _limits(plan: Plan, length, query_positions):
-    """Per head: live slots, and the first slot that a window may show."""
-    spec = plan.spec
-    limit = jnp.clip(length.astype(jnp.int32), 0, spec.capacity)
-    oldest = jnp.zeros_like(limit)
-    if spec.window is not None and not plan.positions:
-        first = jnp.min(jnp.where(query_positions < 0, 2**30, query_positions), axis=1)
-        oldest = oldest + (first.astype(jnp.int32) - (spec.window - 1))[:, None]
-    return jnp.stack([limit, oldest], axis=-1)  # [B, K, 2]
+def _turns(plan: Plan, length, query_positions):
+    """Slots that matter per head, turns of all heads up to each, and turns that a head leaves out.
 
-
-def _query_operands(plan: Plan, query, query_positions, key_offset):
-    """Queries as 16-bit numbers and what rounding left, and four facts about every row.
-
-    The rows of a key head are (query head of its group, token), padded to blocks of eight with
-    zeros; scale and log2(e) are part of the numbers. For float16 a row is divided by a power of
-    two that brings its largest number to 1 or less.
+    Without positions, slots after the last query matter to nobody, nor do, in a window without
+    sinks, those before the first query's.
     """
-    spec, store = plan.spec, plan.store
-    rows = plan.row_blocks * ROWS
-    q = query.astype(jnp.float32) * (spec.scale * LOG2E)
-    q = q.reshape(spec.batch, spec.q_len, spec.num_kv_heads, spec.groups, spec.head_dim)
-    q = jnp.moveaxis(q, 1, 3).reshape(spec.batch, spec.num_kv_heads, plan.rows, spec.head_dim)
-    bias = jnp.zeros(q.shape[:3])
-    if key_offset is not None:
-        bias = jnp.einsum(
-            "bkrh,bkih->bkr", q, key_offset.astype(jnp.float32), precision=lax.Precision.HIGHEST
-        )
-    factor = jnp.ones(q.shape[:3])
-    if store.half == "float16":
-        _, exponent = jnp.frexp(jnp.max(jnp.abs(q), axis=-1))
-        factor = jnp.ldexp(1.0, exponent)
-        q = q / factor[..., None]
-    exponent_bits, mantissa_bits = (8, 7) if store.half == "bfloat16" else (5, 10)
-    # A cast there and back could be dropped by the compiler.
-    high = lax.reduce_precision(q, exponent_bits, mantissa_bits)
-    low = lax.reduce_precision(q - high, exponent_bits, mantissa_bits)
-    both = jnp.stack([high, low], axis=2)  # [B, K, 2, R, H]
-    total = jnp.sum(high + low, axis=-1)
-    both = jnp.pad(both, ((0, 0),) * 3 + ((0, rows - plan.rows), (0, 0)))
-    both = both.reshape(*both.shape[:3], plan.row_blocks, ROWS, spec.head_dim).swapaxes(2, 3)
-    order = np.arange(spec.head_dim).reshape(-1, 8)[:, store.order].reshape(-1)
-    both = (both if store.bits > 4 else both[..., order]).astype(store.half)
-    at = jnp.tile(query_positions.astype(jnp.int32), (1, spec.groups))  # rows are (head, token)
-    at = jnp.broadcast_to(at[:, None], q.shape[:3])
-    at = lax.bitcast_convert_type(at, jnp.float32)
-    facts = jnp.stack([factor, bias, total, at], axis=-1)
-    # Padded rows see what the first row sees.
-    facts = jnp.concatenate(
-        [facts, jnp.broadcast_to(facts[:, :, :1], (*facts.shape[:2], rows - plan.rows, 4))], axis=2
-    )
-    return {"q": both, "rows": facts}
+    limits = jnp.clip(length.astype(jnp.int32), 0, plan.spec.capacity)
+    at = query_positions.astype(jnp.int32)
+    if not plan.positions:
+        limits = jnp.clip(jnp.max(at, axis=1, keepdims=True) + 1, 0, limits)
+    turns, out = -(-limits // plan.turn), {"limits": limits}
+    if plan.skips:
+        oldest = jnp.min(jnp.where(at < 0, 2**30, at), axis=1, keepdims=True)
+        oldest = jnp.maximum(oldest - (plan.spec.window - 1), 0)
+        out["skips"] = jnp.minimum(oldest // plan.turn, turns)
+        turns = turns - out["skips"]
+    # A cumulative sum in one small kernel.
+    flat = turns.reshape(-1)
+    order = jnp.arange(flat.size)
+    out["ends"] = jnp.sum(jnp.where(order <= order[:, None], flat, 0), axis=1)
+    return out
