@@ -76,6 +76,9 @@ def cases() -> list[Case]:
             ("fp8", 128, [128, 128]),
         )
     ]  # fmt: skip
+    found += [{**base, "quant": quant, "block": [64, 128], "rule": rule} for quant in both
+              for rule in ("none", "causal")]  # fmt: skip
+    found += [{**fast, "quant": quant, "block": [64, 128]} for quant in both]
     long = {**fast, "shape": [1, 32768, 32, 128]}
     found += [{**long, "quant": quant} for quant in both]
     found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}]
@@ -172,6 +175,7 @@ def run_correct(case: Case) -> dict[str, Any]:
 # --- fast ----------------------------------------------------------------------------------------
 
 
+@cache
 def kernel_of(length: int, block_kv: int | None):
     """The kernel on given operands: dense with so many keys per tile, or with a block mask."""
     from pallas_kernels.ops.attention.mosaic_sm90 import attention_forward
@@ -188,6 +192,7 @@ def kernel_of(length: int, block_kv: int | None):
     return call
 
 
+@cache
 def lists_of(length: int, quant):
     """What is made of a block mask before the kernel starts."""
     from pallas_kernels.ops.attention import mosaic_sm90_plan as plans
@@ -197,7 +202,8 @@ def lists_of(length: int, quant):
     def call(mask):
         _, heads, _ = mask.kv_num_blocks.shape
         config = plans.heuristic(variant, 128, block_kv=mask.block_kv)
-        plan = plans.Plan(config, variant, 1, length, length, heads, heads, 128, 0, listed=128)
+        sizes = (1, length, length, heads, heads, 128, 0)
+        plan = plans.Plan(config, variant, *sizes, listed=mask.block_q)
         return plans.listed_work(mask, plan), plans.listed_tiles(mask, plan)
 
     return call

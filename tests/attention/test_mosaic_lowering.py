@@ -68,6 +68,7 @@ CASES = [
     ({}, _blocks(4, 256, 512, 128, 128), None),
     ({"quant": None, "t": 700, "s": 777}, _blocks(1, 700, 777, 256, 64, Mask.causal()), None),
     ({}, _blocks(4, 256, 512, 128, 256, SEGMENTS & Mask.window(9, 9)), None),
+    ({"t": 190}, _blocks(4, 190, 512, 64, 128, Mask.causal()), None),
     ({}, Mask(), Config(block_kv=128, num_stages=4, qk_split=1, schedule="none")),
     (
         {"h": 64},
@@ -145,7 +146,10 @@ def test_named_it_runs_and_unnamed_it_does_not():
         (_spec(mask_kinds=("array",)), "does not take mask arrays"),
         (_spec(mask_kinds=("tiles",)), "only as one BlockMask, not inside a Mask"),
         (_spec(mask_kinds=("tiles", "tiles"), tiles=(128, 128)), "only as one BlockMask"),
-        (_spec(mask_kinds=("tiles",), tiles=(96, 128)), "block_q a multiple of 128 .* 96 x 128"),
+        (
+            _spec(mask_kinds=("tiles",), tiles=(96, 128)),
+            "block_q 64 or a multiple of 128 .* 96 x 128",
+        ),
         (_spec(mask_kinds=("tiles",), tiles=(128, 96)), "64, 128 or 256; got 128 x 96"),
         (_spec(h=160, quant=None, tiles=(128, 128)), "head_dim 192 exceed .* block_kv=64"),
         (_spec(mask_kinds=("segments", "several segments")), "more than one pair"),
