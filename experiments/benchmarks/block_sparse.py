@@ -61,12 +61,16 @@ def cases() -> list[Case]:
     """What answers most comes first."""
     shape = [2, 1000, 777, 4, 2, 128]  # B, T, S, N, K, H
     base = {"stage": "correct", "shape": shape, "block": [128, 128], "rule": "none"}
-    both = ("sage2", None)
+    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
+    long = {**fast, "shape": [1, 32768, 32, 128]}
+    both, halves = ("sage2", None), {"block": [64, 128]}
     found = [{**base, "quant": quant} for quant in both]
     found += [{**base, "quant": quant, "rule": "causal"} for quant in both]
-    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
     found += [{**fast, "quant": quant} for quant in both]
     found += [{**fast, "peer": "flex"}, {**fast, "predict": "topk"}]
+    found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in both]
+    found += [{**fast, **halves, "quant": "sage2"}, {**long, "quant": "sage2"}]
+    found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}, {**long, "quant": None}]
     found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
     found += [
         {**base, "quant": quant, "rule": "causal", "shape": [*shape[:5], head_dim], "block": block}
@@ -76,20 +80,21 @@ def cases() -> list[Case]:
             ("fp8", 128, [128, 128]),
         )
     ]  # fmt: skip
-    found += [{**base, "quant": quant, "block": [64, 128], "rule": rule} for quant in both
-              for rule in ("none", "causal")]  # fmt: skip
-    found += [{**fast, "quant": quant, "block": [64, 128]} for quant in both]
-    long = {**fast, "shape": [1, 32768, 32, 128]}
-    found += [{**long, "quant": quant} for quant in both]
-    found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}]
+    found += [{**base, **halves, "quant": quant} for quant in both]
+    found += [{**fast, **halves, "quant": None}]
     found += [{**fast, "gradient": quant} for quant in (None, "sage_bwd")]
     return found
+
+
+def share_of(density: float, nk: int) -> float:
+    """The share of tiles that `random_tiles` really keeps."""
+    return max(1, round(density * nk)) / nk
 
 
 def random_tiles(heads: tuple[int, ...], nq: int, nk: int, density: float) -> np.ndarray:
     """bool [*heads, nq, nk]: tiles at random, the same number in every row and at least one."""
     rank = np.argsort(np.random.default_rng(0).random((*heads, nq, nk)), axis=-1)
-    return np.argsort(rank, axis=-1) < max(1, round(density * nk))
+    return np.argsort(rank, axis=-1) < share_of(density, nk) * nk
 
 
 @cache
@@ -257,9 +262,10 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
         rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
     for density, mask in masks.items():
         timing = benchmark(listed, operands, mask, repeats=repeats)
-        row = {"name": "listed", "density": density} | numbers(case, timing, density)
+        share = share_of(density, length // block_kv)
+        row = {"name": "listed", "density": share} | numbers(case, timing, share)
         for dense in rows[: 1 + (case["quant"] is not None)]:
-            over = row["milliseconds"] / (density * dense["milliseconds"])
+            over = row["milliseconds"] / (share * dense["milliseconds"])
             row[f"over density x {dense['name']}"] = over
         rows.append(row)
     timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
@@ -300,8 +306,9 @@ def run_flex(case: Case, repeats: int) -> list[dict[str, Any]]:
         mask = FlexMask.from_kv_blocks(*none, count, order, BLOCK_SIZE=tuple(case["block"]))
         run = partial(compiled, query, key, value, block_mask=mask)
         timing = bench.time_torch(run, repeats)
-        name = {"name": "torch FlexAttention (bf16)", "density": density}
-        rows.append(name | numbers(case, timing, density))
+        share = share_of(density, length // case["block"][1])
+        name = {"name": "torch FlexAttention (bf16)", "density": share}
+        rows.append(name | numbers(case, timing, share))
     return rows
 
 
@@ -310,17 +317,22 @@ def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
     _, length, heads, _ = case["shape"]
     q, k, _ = inputs(case)
     rows = []
-    for block in (case["block"], [64, 128]):
+    for block, thresholds in (
+        (case["block"], {"topk": 0.5}),
+        ([64, 128], {"topk": 0.5}),
+        (case["block"], {"cdfthreshd": 0.98, "simthreshd1": 0.6}),
+    ):
         sizes = {"block_q": block[0], "block_kv": block[1]}
-        predict = partial(sparge.predict, topk=0.5, **sizes)
-        kept = jnp.asarray(random_tiles((heads,), *(length // x for x in block), 0.5))
-        for name, call, args in (
-            ("prediction and lists", predict, (q, k)),
-            ("lists from a map", maker(length, length, tuple(block)), (kept, None)),
-        ):
-            timing = benchmark(call, *args, repeats=repeats)
-            ms = {"milliseconds": timing.median * 1e3, "spread": timing.spread}
-            rows.append({"name": f"{name}, {block[0]} x {block[1]}"} | ms)
+        timing = benchmark(partial(sparge.predict, **thresholds, **sizes), q, k, repeats=repeats)
+        row = {"name": "prediction with its lists"} | sizes | thresholds
+        rows.append(row | {"milliseconds": timing.median * 1e3, "spread": timing.spread})
+    make, nq, nk = (
+        maker(length, length, tuple(case["block"])),
+        *(length // x for x in case["block"]),
+    )
+    timing = benchmark(make, jnp.asarray(random_tiles((heads,), nq, nk, 0.5)), None,
+                       repeats=repeats)  # fmt: skip
+    rows.append({"name": "lists from a map", "milliseconds": timing.median * 1e3})
     return rows
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.masks import FULL, BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_plan
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, heuristic
 from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
+from pallas_kernels.ops.attention.sparge import sparge_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant, AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS
 
@@ -134,6 +135,26 @@ def test_named_it_runs_and_unnamed_it_does_not():
     assert "mosaic_gpu" in _lower(jax.grad(loss), x)
     several = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
     assert "mosaic_gpu" in _lower(jax.vmap(loss), several)
+
+
+def test_block_masks_are_dispatched():
+    """Gradient, `vmap` with a mask for each, and SpargeAttn, which takes its own lists along."""
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    mask = _blocks(2, 256, 256, 128, 128, Mask.causal())
+
+    def loss(x, mask):
+        out = dot_product_attention(x, x, x, mask=mask, implementation="mosaic")
+        return out.astype(jnp.float32).sum()
+
+    assert "mosaic_gpu" in _lower(jax.grad(loss), x, mask)
+    several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), (x, mask))
+    assert "mosaic_gpu" in _lower(jax.vmap(loss), *several)
+    run = lambda x: sparge_attention(x, x, x, is_causal=True, implementation="mosaic")  # noqa: E731
+    assert "mosaic_gpu" in _lower(run, x)
+    with abstract_gpu(), pytest.raises(NotImplementedError, match="pvthreshd is not served by mos"):
+        jax.eval_shape(
+            lambda x: sparge_attention(x, x, x, pvthreshd=20.0, implementation="mosaic"), x
+        )
 
 
 @pytest.mark.parametrize(
