@@ -4,6 +4,7 @@
 through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
 
 * ``correct``: lists of tiles against float32 attention under the same mask, and run to run.
+* ``backward`` among both: the 16-bit gradient kernels, which take the log-sum-exp as given.
 * ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
   same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
   lists; forward + backward of ``sage_bwd`` and bfloat16.
@@ -69,7 +70,16 @@ def cases() -> list[Case]:
     found += [{**fast, "quant": quant} for quant in both]
     found += [{**fast, "peer": "flex"}, {**fast, "predict": "topk"}]
     found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in both]
-    found += [{**fast, **halves, "quant": "sage2"}, {**long, "quant": "sage2"}]
+    found += [{**fast, **halves, "quant": "sage2"}]
+    found += [
+        {"stage": "correct", "backward": causal, "shape": [*shape[:5], h]}
+        for h in (128, 64) for causal in (True, False)
+    ]  # fmt: skip
+    found += [
+        {"stage": "fast", "backward": causal, "shape": [4, 4096, 32, 128]}
+        for causal in (False, True)
+    ]
+    found += [{**long, "quant": "sage2"}]
     found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}, {**long, "quant": None}]
     found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
     found += [
@@ -140,8 +150,68 @@ def exact_of(query, key, value, allowed):
         return reference.attention(*arrays, None, None, Mask.from_array(allowed), spec)
 
 
+def backward_of(is_causal: bool):
+    """The gradient kernels on given sums, their peer in float32, and what both need."""
+    from pallas_kernels.ops.attention.mosaic_sm90_backward import gradient
+
+    mask = Mask.causal() if is_causal else Mask()
+
+    def exact(query, key, value, d_out):
+        arrays = [x.astype(jnp.float32) for x in (query, key, value)]
+        (b, t, n, h), (_, s, k, _) = query.shape, key.shape
+        spec = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5)
+        run = lambda *x: reference.attention(*x, None, None, mask, spec)  # noqa: E731
+        with jax.default_matmul_precision("highest"):
+            (out, lse), pull = jax.vjp(run, *arrays)
+            d_out = d_out.astype(jnp.float32)
+            sums = lse.swapaxes(1, 2), (out * d_out).sum(-1).swapaxes(1, 2)
+            return pull((d_out, jnp.zeros_like(lse))), sums
+
+    def ours(query, key, value, d_out, lse, delta):
+        limit = {"max_diff": 0} if is_causal else {}
+        scale = query.shape[-1] ** -0.5
+        return gradient(query, key, value, d_out, lse, delta, scale=scale, **limit)
+
+    return ours, exact
+
+
+def run_correct_backward(case: Case) -> dict[str, Any]:
+    """Relative L1 of dQ, dK and dV; raises where they are out of bounds."""
+    b, t, s, n, k, h = case["shape"]
+    q, key, v = testing.attention_inputs(
+        "normal", batch=b, q_len=t, kv_len=s, num_heads=n, num_kv_heads=k, head_dim=h
+    )
+    d_out = testing.attention_inputs("normal", batch=b, q_len=t, num_heads=n, head_dim=h)[2]
+    ours, exact = map(jax.jit, backward_of(case["backward"]))
+    want, sums = exact(q, key, v, d_out)
+    got = jax.block_until_ready(ours(q, key, v, d_out, *sums))
+    same = all(
+        bool((x == y).all()) for x, y in zip(got, ours(q, key, v, d_out, *sums), strict=True)
+    )
+    names = ("d_query", "d_key", "d_value")
+    found = {x: testing.relative_l1(a, b) for x, a, b in zip(names, got, want, strict=True)}
+    if not (same and all(x <= 0.01 for x in found.values())):
+        raise RuntimeError(f"above .01, or two runs differ (the same: {same}): {found}")
+    return found
+
+
+def run_fast_backward(case: Case, repeats: int) -> dict[str, Any]:
+    """Time of both gradient kernels; a backward counts as 2.5 forwards."""
+    q, k, v = inputs(case)
+    batch, length, heads, _ = case["shape"]
+    sums = (
+        jnp.full((batch, heads, length), jnp.log(float(length))),
+        jnp.zeros((batch, heads, length)),
+    )
+    ours, _ = backward_of(case["backward"])
+    timing = benchmark(ours, q, k, v, q, *sums, repeats=repeats)
+    return numbers(case, timing, 1.25 if case["backward"] else 2.5)
+
+
 def run_correct(case: Case) -> dict[str, Any]:
     """Errors at every density, with a row without tiles; raises where they are out of bounds."""
+    if "backward" in case:
+        return run_correct_backward(case)
     b, t, s, n, k, h = case["shape"]
     block_q, block_kv = case["block"]
     rule, make = rule_of(case), maker(t, s, tuple(case["block"]))
@@ -241,6 +311,8 @@ def numbers(case: Case, timing, share: float) -> dict[str, Any]:
 
 def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
     """Rows of one shape and one implementation."""
+    if "backward" in case:
+        return run_fast_backward(case, repeats)
     if "peer" in case:
         return {"rows": run_flex(case, repeats)}
     if "predict" in case:
