@@ -98,11 +98,14 @@ def test_masks_and_head_sizes(mask, kwargs):
     compare(mask, **kwargs)
 
 
-def blocks(t, s, heads, mask=None, block_kv=64, batch=1):
+def blocks(t, s, heads, mask=None, block_q=128, block_kv=64, batch=1):
     """Two tiles of keys in three, at random; the last row of tiles of the first head has none."""
-    kept = np.random.default_rng(3).random((batch, heads, -(-t // 128), -(-s // block_kv))) < 0.6
+    grid = -(-t // block_q), -(-s // block_kv)
+    kept = np.random.default_rng(3).random((batch, heads, *grid)) < 0.6
     kept[0, 0, -1] = False
-    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=block_kv, mask=mask)
+    return BlockMask.from_blocks(
+        jnp.asarray(kept), t, s, block_q=block_q, block_kv=block_kv, mask=mask
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def blocks(t, s, heads, mask=None, block_kv=64, batch=1):
         (None, blocks(200, 400, 1, Mask.causal(190)), dict(t=200, s=400, n=2)),
         (
             "sage2",
-            blocks(150, 390, 1, Mask.lengths(None, jnp.array([300, 0])), 128, batch=2),
+            blocks(150, 390, 1, Mask.lengths(None, jnp.array([300, 0])), 64, 128, batch=2),
             dict(b=2, t=150, s=390, sinks=jnp.zeros(1)),
         ),
     ],

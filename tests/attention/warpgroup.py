@@ -451,7 +451,7 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
         fields[name] = fields[name] if present else None
     fields = {name: None if v is None else ptx.i32(v) for name, v in fields.items()}
     if plan.listed:
-        row = q_tile // (plan.listed // config.block_q)
+        row = q_start // plan.listed
         lo, mid_lo, mid_hi, hi = x["ranges"][b % len(x["ranges"]), n % x["ranges"].shape[1], row]
         tiles = x["list"][b % len(x["list"]), n % x["list"].shape[1], row]
     else:
