@@ -17,7 +17,8 @@ from jaxeff.typing import Array
 
 __all__ = ["InverseTrace", "inverse", "sample"]
 
-METHODS = ("scan", "jacobi", "recompute")
+METHODS = ("scan", "jacobi", "slide", "recompute")
+SWEEPS = ("jacobi", "slide")  # methods that write the same tokens more than once
 
 
 class InverseTrace(NamedTuple):
@@ -291,6 +292,9 @@ def _inverse(graphdef, state, z, condition, null, weight, threshold, options: _O
     return x, InverseTrace(tuple(states), tuple(sweeps)) if keep else None
 
 
+_GUESS = ["z"]
+
+
 class _BlockSolver:
     """Inverts one block in its own token order; lives inside one trace."""
 
@@ -326,6 +330,8 @@ class _BlockSolver:
         if self.options.method == "scan":
             x = self._scan(first[:, 0], target)
             sweeps = jnp.full(1, self.steps, jnp.int32)
+        elif self.options.method == "slide":
+            x, sweeps = self._slide(first, target)
         else:
             x, sweeps = self._jacobi(first, target)
         return (x if self.block.config.sos else jnp.concatenate([first, x], 1)), sweeps
@@ -347,13 +353,13 @@ class _BlockSolver:
         heads, kv_heads = config.block_heads(block.deep)
         count = len(block.layers)
         if isinstance(self.spec, CacheSpec):
-            size = min(self.chunk, self.steps) if self.options.method == "jacobi" else 1
+            size = min(self.chunk, self.steps) if self.options.method in SWEEPS else 1
             layer = partial(
                 self.spec.layer, rows, prefix, self.steps, size, heads, kv_heads, config.head_dim
             )
             layers = tuple(layer() for _ in range(count))
         else:
-            if self.options.method == "jacobi":
+            if self.options.method in SWEEPS:
                 raise NotImplementedError(
                     "Jacobi sweeps rewrite the tokens of a chunk, which jaxeff.kv_cache cannot; "
                     'use method="scan" or a CacheSpec'
@@ -451,6 +457,41 @@ class _BlockSolver:
         sequence, layers, count, _ = jax.lax.while_loop(unfinished, sweep, state)
         self._report(start)
         return (sequence, layers), count
+
+    def _slide(self, first: Array, target: Array) -> tuple[Array, Array]:
+        """Jacobi sweeps of a window that starts at the first token that is not final yet."""
+        size, steps = min(self.chunk, self.steps), self.steps
+        row = min(self.grid[1], size)
+        GUESS = _GUESS[0]
+        # The guesses of the next `row` tokens may lie behind the last one.
+        pad = ((0, 0), (0, row), (0, 0))
+        noise = jnp.pad(target, pad)
+        sequence = jnp.concatenate([first, target if GUESS != "zero" else 0*target], 1)
+        sequence = jnp.pad(sequence, pad)
+
+        def sweep(state):
+            sequence, layers, start, count = state
+            begin = jnp.minimum(start, steps - size)
+            inputs = jax.lax.dynamic_slice_in_dim(sequence, begin, size, 1)
+            maps, layers = self._maps(inputs, begin, layers)
+            new = maps.mu + maps.sigma * jax.lax.dynamic_slice_in_dim(noise, begin, size, 1)
+            old = jax.lax.dynamic_slice_in_dim(sequence, begin + 1, size, 1)
+            square = jnp.maximum(jnp.mean(jnp.square(new)), jnp.finfo(jnp.float32).tiny)
+            change = jnp.mean(jnp.square(new - old), (0, 2)) / square  # [size]
+            kept = (change < self.threshold) | (begin + jnp.arange(size) < start)
+            done = jnp.cumprod(kept.astype(jnp.int32)).sum()
+            if GUESS in ("row", "last"):
+                m = maps.mu[:, -row:] if GUESS == "row" else maps.mu[:, -1:]
+                sg = maps.sigma[:, -row:] if GUESS == "row" else maps.sigma[:, -1:]
+                guess = m + sg * jax.lax.dynamic_slice_in_dim(noise, begin + size, row, 1)
+                new = jnp.concatenate([new, guess], 1)
+            sequence = jax.lax.dynamic_update_slice_in_dim(sequence, new, begin + 1, 1)
+            self._report(start)
+            return sequence, layers, jnp.minimum(begin + done + 1, steps), count + 1
+
+        state = (sequence, self.layers, jnp.int32(0), jnp.int32(0))
+        state = jax.lax.while_loop(lambda state: state[2] < steps, sweep, state)
+        return state[0][:, 1 : steps + 1], state[3][None]
 
     def _recompute(self, z: Array) -> Array:
         def step(x, index):
