@@ -1,4 +1,4 @@
-"""Sampling: the exact inverse of a flow, token by token or by Jacobi sweeps, in one program."""
+"""Sampling: the exact inverse of a flow, token by token or by parallel sweeps, in one program."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class InverseTrace(NamedTuple):
     Attributes:
       states: tokens ``[B, N, D]`` in image order: the noise, then the output of each block, deep
         block first.
-      sweeps: Jacobi sweeps of each chunk, one int32 array per block, deep block first; for the
-        sequential methods the number of steps.
+      sweeps: sweeps of each chunk, one int32 array per block, deep block first; for ``"slide"`` all
+        sweeps of the block, for the sequential methods the number of steps.
     """
 
     states: tuple[Array, ...]
@@ -69,7 +69,7 @@ def inverse(
     method: str = "scan",
     chunk: int | tuple[int, ...] = 16,
     threshold: float = 1e-3,
-    max_sweeps: int = 32,
+    max_sweeps: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     return_trace: bool = False,
 ) -> Array | tuple[Array, InverseTrace]:
@@ -79,8 +79,11 @@ def inverse(
     caches. ``"jacobi"`` starts from x = z and repeats the map on chunks of tokens in order
     (Gauss–Seidel between chunks, Jacobi inside) until the mean squared change over the mean square,
     over the whole batch, falls below ``threshold``; ``chunk`` sweeps are always exact, so more are
-    never run. A chunk of all tokens is plain Jacobi. The cached keys and values of a chunk are
-    those of the input of its last sweep. ``"recompute"`` keeps no cache: N full passes a block, the
+    never run. A chunk of all tokens is plain Jacobi. ``"slide"`` sweeps the same way over a window
+    of ``chunk`` tokens that moves on after every sweep, to the first token whose input had changed
+    by more than ``threshold``: no token waits for the last one of its chunk, and the next ones are
+    warm when their turn comes. The cached keys and values of a token are those of the input of its
+    last sweep. ``"recompute"`` keeps no cache: N full passes a block, the
     slow oracle of the other two.
 
     Args:
@@ -101,10 +104,13 @@ def inverse(
       cache: what the deep block keeps: text as in `CacheSpec.parse`, a `CacheSpec`, or a callable
         ``(num_layers, batch, capacity, num_kv_heads, head_dim) → jaxeff.kv_cache.KVCache``.
       shallow_cache: the same for the shallow blocks; by default ``cache``.
-      method: ``"scan"``, ``"jacobi"`` or ``"recompute"``.
-      chunk: tokens of a Jacobi chunk, or one number per block, data side first.
-      threshold: relative squared change that ends the sweeps of a chunk; 0 runs all of them.
-      max_sweeps: most sweeps of a chunk; fewer than ``chunk`` may stop before convergence.
+      method: ``"scan"``, ``"jacobi"``, ``"slide"`` or ``"recompute"``.
+      chunk: tokens of a Jacobi chunk or of the sliding window, or one number per block, data side
+        first.
+      threshold: relative squared change that ends the sweeps of a chunk, or of a token for
+        ``"slide"``; 0 runs all of them.
+      max_sweeps: for ``"jacobi"``: most sweeps of a chunk, by default 32; fewer than ``chunk`` may
+        stop before convergence.
       progress: called as ``progress(block, token)`` from the running program.
       return_trace: also return an `InverseTrace`.
 
@@ -224,6 +230,9 @@ def _options(
         )
     if guided and config.cond == "prefix_deep" and where == "all":
         raise ValueError('guide must be "deep": the shallow blocks see no condition')
+    if max_sweeps is not None and method != "jacobi":
+        raise ValueError(f'max_sweeps is for method="jacobi", got {max_sweeps} with {method!r}')
+    max_sweeps = 32 if max_sweeps is None else max_sweeps
     if max_sweeps < 1:
         raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
     if threshold < 0:
@@ -290,9 +299,6 @@ def _inverse(graphdef, state, z, condition, null, weight, threshold, options: _O
         sweeps.append(count)
     x = flow.from_tokens(tokens, grid) if z.ndim == 4 else tokens
     return x, InverseTrace(tuple(states), tuple(sweeps)) if keep else None
-
-
-_GUESS = ["z"]
 
 
 class _BlockSolver:
@@ -459,35 +465,33 @@ class _BlockSolver:
         return (sequence, layers), count
 
     def _slide(self, first: Array, target: Array) -> tuple[Array, Array]:
-        """Jacobi sweeps of a window that starts at the first token that is not final yet."""
+        """Jacobi sweeps of a window that starts at the first slot whose input was not final."""
         size, steps = min(self.chunk, self.steps), self.steps
-        row = min(self.grid[1], size)
-        GUESS = _GUESS[0]
-        # The guesses of the next `row` tokens may lie behind the last one.
-        pad = ((0, 0), (0, row), (0, 0))
-        noise = jnp.pad(target, pad)
-        sequence = jnp.concatenate([first, target if GUESS != "zero" else 0*target], 1)
-        sequence = jnp.pad(sequence, pad)
+        ahead = ((0, 0), (0, size), (0, 0))
+        noise = jnp.pad(target, ahead)
+        sequence = jnp.pad(jnp.concatenate([first, target], 1), ahead)
 
         def sweep(state):
             sequence, layers, start, count = state
             begin = jnp.minimum(start, steps - size)
             inputs = jax.lax.dynamic_slice_in_dim(sequence, begin, size, 1)
             maps, layers = self._maps(inputs, begin, layers)
-            new = maps.mu + maps.sigma * jax.lax.dynamic_slice_in_dim(noise, begin, size, 1)
+            near, far = (
+                jax.lax.dynamic_slice_in_dim(noise, begin + skip, size, 1) for skip in (0, size)
+            )
+            new = maps.mu + maps.sigma * near
             old = jax.lax.dynamic_slice_in_dim(sequence, begin + 1, size, 1)
             square = jnp.maximum(jnp.mean(jnp.square(new)), jnp.finfo(jnp.float32).tiny)
             change = jnp.mean(jnp.square(new - old), (0, 2)) / square  # [size]
-            kept = (change < self.threshold) | (begin + jnp.arange(size) < start)
-            done = jnp.cumprod(kept.astype(jnp.int32)).sum()
-            if GUESS in ("row", "last"):
-                m = maps.mu[:, -row:] if GUESS == "row" else maps.mu[:, -1:]
-                sg = maps.sigma[:, -row:] if GUESS == "row" else maps.sigma[:, -1:]
-                guess = m + sg * jax.lax.dynamic_slice_in_dim(noise, begin + size, row, 1)
-                new = jnp.concatenate([new, guess], 1)
+            settled = (change < self.threshold) | (begin + jnp.arange(size) < start)
+            # The first output that still moved had settled inputs only: it is final as well.
+            final = begin + 1 + jnp.cumprod(settled.astype(jnp.int32)).sum()
+            # Tokens behind the window start from the map of its last one: closer than x = z.
+            guess = maps.mu[:, -1:] + maps.sigma[:, -1:] * far
+            new = jnp.concatenate([new, guess], 1)
             sequence = jax.lax.dynamic_update_slice_in_dim(sequence, new, begin + 1, 1)
             self._report(start)
-            return sequence, layers, jnp.minimum(begin + done + 1, steps), count + 1
+            return sequence, layers, jnp.minimum(final, steps), count + 1
 
         state = (sequence, self.layers, jnp.int32(0), jnp.int32(0))
         state = jax.lax.while_loop(lambda state: state[2] < steps, sweep, state)
