@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -202,7 +203,7 @@ def sampling_study(
     """Sequential against parallel sampling from the same noise: time, difference, likelihood."""
     repeats = {"tiny": 1, "cpu": 3, "gpu": 10}[preset]
     exact = models["float32"]
-    real = pooled(shape_batches(512, exact.config.img_size)(jax.random.key(99))[0])
+    real = pooled(_drawing(512, exact.config.img_size)(jax.random.key(99))[0])
     base = {}
     for row in rows:
         # Rows that differ in the tolerance alone share a program.
@@ -325,6 +326,11 @@ def _workers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // 2 - 1))
 
 
+@cache
+def _drawing(count: int, size: int):
+    return jax.jit(shape_batches(count, size))
+
+
 def _models(flow: TARFlow) -> dict[str, TARFlow]:
     return {dtype: with_dtype(flow, dtype) for dtype in ("float32", "bfloat16")}
 
@@ -342,6 +348,9 @@ def prepare_calls(
             f"likelihood batch {batch}",
             lambda batch=batch, some=some: model.nll(noise[:1].repeat(batch, 0), some),
         )
+    for count in (512, len(labels)):
+        draw = lambda count=count: _drawing(count, side)(jax.random.key(0))  # noqa: E731
+        stages.prepare(f"drawing {count}", draw)
     for name, call in waiting.items():
         stages.prepare(name, call)
     for name, spec in _cache_formats(model, preset).items():
@@ -380,7 +389,7 @@ def _thin(values, points: int = 60):
 
 
 def _noisy(count: int, size: int, seed: int):
-    x, labels = shape_batches(count, size)(jax.random.key(seed))
+    x, labels = _drawing(count, size)(jax.random.key(seed))
     return x + SIGMA * jax.random.normal(jax.random.key(seed + 1), x.shape), labels
 
 
@@ -407,8 +416,9 @@ def _cache_rows(flow: TARFlow, preset: str, size: int, labels, stages: Stages) -
 
 def _bits(flow: TARFlow, size: int, seed: int, like) -> dict:
     conditional, null = [], []
+    draw = jax.jit(partial(shapes, batch=len(like), size=size))
     for index in range(2):  # batches of the size that is compiled already
-        images, labels = shapes(jax.random.key(seed + 12345 + index), len(like), size)
+        images, labels = draw(jax.random.key(seed + 12345 + index))
         key = jax.random.key(seed + 5 + index)
         conditional.append(bits_per_dim(flow, images, 256, key, labels))
         null.append(bits_per_dim(flow, images, 256, key, jnp.full_like(labels, -1)))
