@@ -289,7 +289,7 @@ def test_compressed_contexts_answer_and_stay_within_their_budget(one_layer, prom
 @pytest.mark.parametrize("compression", ["full", "rkv(budget=10, buffer=4, scope='layer')"])
 def test_sharded_equals_unsharded(prompts, compression):
     config = ModelConfig.llama(
-        vocab_size=256, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
+        vocab_size=256, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     many = np.tile(prompts, (2, 1))
