@@ -311,20 +311,18 @@ def fit(
     """
     if resume and checkpoint_dir is None:
         raise ValueError("resume=True needs checkpoint_dir")
-    optimizer = config.optimizer()
-    graph, state = init_state(model, optimizer)
+    graph, state = init_state(model, config.optimizer())
     if sharding is not None:
         state = _replicated(state, sharding)
     state = _start(state, _last_checkpoint(checkpoint_dir) if resume else None)
     start = int(state.step)
-    step = _compiled_step(graph, optimizer, config.qaf_start)
     run = _Run(config, start, log_path, resume, on_step)
     bar = _progress_bar(config, start, description, console, progress)
     try:
         with bar as show, run:
             for tokens in _take(batches, start, config.steps):
                 tokens = _on_device(tokens, sharding)
-                state, metrics = step(state, tokens)
+                state, metrics = _compiled_step(graph, config, state, tokens)
                 run.record(metrics, tokens, show)
                 done = start + run.count
                 if checkpoint_dir is not None and _is_due(done, config):
@@ -372,9 +370,10 @@ def _evaluate_batch(graph, attention_fn, state, tokens):
     return next_token_loss(model(tokens[:, :-1], **options), tokens[:, 1:])
 
 
-def _compiled_step(graph, optimizer, qaf_start=None):
-    step = functools.partial(train_step, graph, optimizer, qaf_start=qaf_start)
-    return jax.jit(step, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _compiled_step(graph, config, state, tokens):
+    """Compiled once per model and configuration: further runs, of other seeds, share it."""
+    return train_step(graph, config.optimizer(), state, tokens, qaf_start=config.qaf_start)
 
 
 # --- batches and devices ------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def test_on_a_decoder_under_jit():
     found = nnx.jit(lambda m, t: attention_sparsity(m, t, block_q=8, block_kv=8))(model, tokens)
     assert all(field.shape == (3, 4) for field in found)
     assert bool(jnp.all(found.entropy > 0.6))  # fresh weights: attention is spread out
-    padded = attention_sparsity(model, tokens, valid=jnp.arange(24)[None] < jnp.array([[24], [20]]))
+    valid = jnp.arange(24)[None] < jnp.array([[24], [20]])
+    padded = nnx.jit(lambda m, t: attention_sparsity(m, t, valid=valid))(model, tokens)
     assert bool(jnp.all(jnp.isfinite(padded.entropy)))
 
 

@@ -27,12 +27,22 @@ class CountingDecoder(Decoder):
         return super().__call__(*args, **options)
 
 
-@pytest.fixture(scope="module")
-def model():
+def _decoder(layers):
     config = ModelConfig.llama(
-        vocab_size=256, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
+        vocab_size=256, num_layers=layers, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
     )
     return CountingDecoder(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _decoder(2)
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    """For what is the same in every layer: half as much to compile."""
+    return _decoder(1)
 
 
 @pytest.fixture
@@ -93,7 +103,8 @@ def test_scores_of_a_continuation_equal_the_full_forward(model, prompts):
     np.testing.assert_array_equal(got.tokens, jnp.argmax(logits, axis=-1))
 
 
-def test_compressed_caches_allocate_less(model):
+def test_compressed_caches_allocate_less(one_layer):
+    model = one_layer
     prompt = np.random.default_rng(2).integers(256, size=(1, 256)).astype(np.int32)
     continuation = prompt[:, :8]
     size = {}
@@ -179,7 +190,8 @@ def test_sampling_follows_its_limits():
     assert abs((seen["plain"] == 0).mean() - 0.5) < 4 * (0.25 / 400) ** 0.5
 
 
-def test_same_key_same_text(model, prompts):
+def test_same_key_same_text(one_layer, prompts):
+    model = one_layer
     options = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 0.9}
     one = generate(model, prompts, key=jax.random.key(1), **options)
     two = generate(model, prompts, key=jax.random.key(1), **options)
@@ -224,7 +236,8 @@ def test_every_row_has_its_own_budget_and_streaming_changes_nothing(model, promp
 
 
 @pytest.mark.parametrize("compression", ["full", "h2o(budget=8, buffer=4)"])
-def test_chunked_prefill_equals_one_forward(model, prompts, compression):
+def test_chunked_prefill_equals_one_forward(one_layer, prompts, compression):
+    model = one_layer
     options = {"lengths": [12, 7], "max_new_tokens": 8, "compression": compression}
     whole = generate(model, prompts, **options)
     for chunk in (5, 12, 100):
@@ -259,8 +272,8 @@ def test_one_context_answers_many_questions(model, prompts):
         "kvzip(ratio=0.5) + rkv(budget=6, buffer=4, window=2)",
     ],
 )
-def test_compressed_contexts_answer_and_stay_within_their_budget(model, prompts, compression):
-    context = prepare(model, prompts, compression=compression)
+def test_compressed_contexts_answer_and_stay_within_their_budget(one_layer, prompts, compression):
+    context = prepare(one_layer, prompts, compression=compression)
     size = context.cache.allocated_bytes()
     first = answer(context, prompts[:, :3], max_new_tokens=30)
     again = answer(context, prompts[:, :3], max_new_tokens=30)
@@ -276,7 +289,7 @@ def test_compressed_contexts_answer_and_stay_within_their_budget(model, prompts,
 @pytest.mark.parametrize("compression", ["full", "rkv(budget=10, buffer=4, scope='layer')"])
 def test_sharded_equals_unsharded(prompts, compression):
     config = ModelConfig.llama(
-        vocab_size=256, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
+        vocab_size=256, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     many = np.tile(prompts, (2, 1))

@@ -27,8 +27,8 @@ def timed_import() -> tuple[float, list[str]]:
 
 
 def test_import_adds_at_most_half_a_second():
-    # The best of three: a busy machine must not fail the test, a slow import must.
-    assert min(timed_import()[0] for _ in range(3)) <= 0.5
+    # One of three: a busy machine must not fail the test, a slow import must.
+    assert any(timed_import()[0] <= 0.5 for _ in range(3))
 
 
 def test_import_loads_no_optional_package():

@@ -78,14 +78,14 @@ def _jax_nn(implementation: str) -> Runner:
     return run
 
 
-def quantized(query, key, value):
+def quantized(query, key, value, leave_q: bool = False):
     """Operands of the sm90 kernel: INT8 Q and K, FP8 V."""
     from pallas_kernels.ops.attention.mosaic_sm90_plan import heuristic
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
     from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_qkv
 
     block = heuristic(Variant(), query.shape[-1]).block_kv
-    return quantize_qkv(query, key, value, scale_block=block)
+    return quantize_qkv(query, key, value, scale_block=block, leave_q=leave_q)
 
 
 def kernel(operands, query, is_causal, config=None):

@@ -4,6 +4,7 @@
 through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
 
 * ``correct``: lists of tiles against float32 attention under the same mask, and run to run.
+* ``backward`` among both: the 16-bit gradient kernels, which take the log-sum-exp as given.
 * ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
   same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
   lists; forward + backward of ``sage_bwd`` and bfloat16.
@@ -61,12 +62,25 @@ def cases() -> list[Case]:
     """What answers most comes first."""
     shape = [2, 1000, 777, 4, 2, 128]  # B, T, S, N, K, H
     base = {"stage": "correct", "shape": shape, "block": [128, 128], "rule": "none"}
-    both = ("sage2", None)
+    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
+    long = {**fast, "shape": [1, 32768, 32, 128]}
+    both, halves = ("sage2", None), {"block": [64, 128]}
     found = [{**base, "quant": quant} for quant in both]
     found += [{**base, "quant": quant, "rule": "causal"} for quant in both]
-    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
     found += [{**fast, "quant": quant} for quant in both]
     found += [{**fast, "peer": "flex"}, {**fast, "predict": "topk"}]
+    found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in both]
+    found += [{**fast, **halves, "quant": "sage2"}]
+    found += [
+        {"stage": "correct", "backward": causal, "shape": [*shape[:5], h]}
+        for h in (128, 64) for causal in (True, False)
+    ]  # fmt: skip
+    found += [
+        {"stage": "fast", "backward": causal, "shape": [4, 4096, 32, 128]}
+        for causal in (False, True)
+    ]
+    found += [{**long, "quant": "sage2"}]
+    found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}, {**long, "quant": None}]
     found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
     found += [
         {**base, "quant": quant, "rule": "causal", "shape": [*shape[:5], head_dim], "block": block}
@@ -76,17 +90,21 @@ def cases() -> list[Case]:
             ("fp8", 128, [128, 128]),
         )
     ]  # fmt: skip
-    long = {**fast, "shape": [1, 32768, 32, 128]}
-    found += [{**long, "quant": quant} for quant in both]
-    found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}]
+    found += [{**base, **halves, "quant": quant} for quant in both]
+    found += [{**fast, **halves, "quant": None}]
     found += [{**fast, "gradient": quant} for quant in (None, "sage_bwd")]
     return found
+
+
+def share_of(density: float, nk: int) -> float:
+    """The share of tiles that `random_tiles` really keeps."""
+    return max(1, round(density * nk)) / nk
 
 
 def random_tiles(heads: tuple[int, ...], nq: int, nk: int, density: float) -> np.ndarray:
     """bool [*heads, nq, nk]: tiles at random, the same number in every row and at least one."""
     rank = np.argsort(np.random.default_rng(0).random((*heads, nq, nk)), axis=-1)
-    return np.argsort(rank, axis=-1) < max(1, round(density * nk))
+    return np.argsort(rank, axis=-1) < share_of(density, nk) * nk
 
 
 @cache
@@ -132,8 +150,68 @@ def exact_of(query, key, value, allowed):
         return reference.attention(*arrays, None, None, Mask.from_array(allowed), spec)
 
 
+def backward_of(is_causal: bool):
+    """The gradient kernels on given sums, their peer in float32, and what both need."""
+    from pallas_kernels.ops.attention.mosaic_sm90_backward import gradient
+
+    mask = Mask.causal() if is_causal else Mask()
+
+    def exact(query, key, value, d_out):
+        arrays = [x.astype(jnp.float32) for x in (query, key, value)]
+        (b, t, n, h), (_, s, k, _) = query.shape, key.shape
+        spec = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5)
+        run = lambda *x: reference.attention(*x, None, None, mask, spec)  # noqa: E731
+        with jax.default_matmul_precision("highest"):
+            (out, lse), pull = jax.vjp(run, *arrays)
+            d_out = d_out.astype(jnp.float32)
+            sums = lse.swapaxes(1, 2), (out * d_out).sum(-1).swapaxes(1, 2)
+            return pull((d_out, jnp.zeros_like(lse))), sums
+
+    def ours(query, key, value, d_out, lse, delta):
+        limit = {"max_diff": 0} if is_causal else {}
+        scale = query.shape[-1] ** -0.5
+        return gradient(query, key, value, d_out, lse, delta, scale=scale, **limit)
+
+    return ours, exact
+
+
+def run_correct_backward(case: Case) -> dict[str, Any]:
+    """Relative L1 of dQ, dK and dV; raises where they are out of bounds."""
+    b, t, s, n, k, h = case["shape"]
+    q, key, v = testing.attention_inputs(
+        "normal", batch=b, q_len=t, kv_len=s, num_heads=n, num_kv_heads=k, head_dim=h
+    )
+    d_out = testing.attention_inputs("normal", batch=b, q_len=t, num_heads=n, head_dim=h)[2]
+    ours, exact = map(jax.jit, backward_of(case["backward"]))
+    want, sums = exact(q, key, v, d_out)
+    got = jax.block_until_ready(ours(q, key, v, d_out, *sums))
+    same = all(
+        bool((x == y).all()) for x, y in zip(got, ours(q, key, v, d_out, *sums), strict=True)
+    )
+    names = ("d_query", "d_key", "d_value")
+    found = {x: testing.relative_l1(a, b) for x, a, b in zip(names, got, want, strict=True)}
+    if not (same and all(x <= 0.01 for x in found.values())):
+        raise RuntimeError(f"above .01, or two runs differ (the same: {same}): {found}")
+    return found
+
+
+def run_fast_backward(case: Case, repeats: int) -> dict[str, Any]:
+    """Time of both gradient kernels; a backward counts as 2.5 forwards."""
+    q, k, v = inputs(case)
+    batch, length, heads, _ = case["shape"]
+    sums = (
+        jnp.full((batch, heads, length), jnp.log(float(length))),
+        jnp.zeros((batch, heads, length)),
+    )
+    ours, _ = backward_of(case["backward"])
+    timing = benchmark(ours, q, k, v, q, *sums, repeats=repeats)
+    return numbers(case, timing, 1.25 if case["backward"] else 2.5)
+
+
 def run_correct(case: Case) -> dict[str, Any]:
     """Errors at every density, with a row without tiles; raises where they are out of bounds."""
+    if "backward" in case:
+        return run_correct_backward(case)
     b, t, s, n, k, h = case["shape"]
     block_q, block_kv = case["block"]
     rule, make = rule_of(case), maker(t, s, tuple(case["block"]))
@@ -172,6 +250,7 @@ def run_correct(case: Case) -> dict[str, Any]:
 # --- fast ----------------------------------------------------------------------------------------
 
 
+@cache
 def kernel_of(length: int, block_kv: int | None):
     """The kernel on given operands: dense with so many keys per tile, or with a block mask."""
     from pallas_kernels.ops.attention.mosaic_sm90 import attention_forward
@@ -188,6 +267,7 @@ def kernel_of(length: int, block_kv: int | None):
     return call
 
 
+@cache
 def lists_of(length: int, quant):
     """What is made of a block mask before the kernel starts."""
     from pallas_kernels.ops.attention import mosaic_sm90_plan as plans
@@ -197,7 +277,8 @@ def lists_of(length: int, quant):
     def call(mask):
         _, heads, _ = mask.kv_num_blocks.shape
         config = plans.heuristic(variant, 128, block_kv=mask.block_kv)
-        plan = plans.Plan(config, variant, 1, length, length, heads, heads, 128, 0, listed=128)
+        sizes = (1, length, length, heads, heads, 128, 0)
+        plan = plans.Plan(config, variant, *sizes, listed=mask.block_q)
         return plans.listed_work(mask, plan), plans.listed_tiles(mask, plan)
 
     return call
@@ -230,6 +311,8 @@ def numbers(case: Case, timing, share: float) -> dict[str, Any]:
 
 def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
     """Rows of one shape and one implementation."""
+    if "backward" in case:
+        return run_fast_backward(case, repeats)
     if "peer" in case:
         return {"rows": run_flex(case, repeats)}
     if "predict" in case:
@@ -251,9 +334,10 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
         rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
     for density, mask in masks.items():
         timing = benchmark(listed, operands, mask, repeats=repeats)
-        row = {"name": "listed", "density": density} | numbers(case, timing, density)
+        share = share_of(density, length // block_kv)
+        row = {"name": "listed", "density": share} | numbers(case, timing, share)
         for dense in rows[: 1 + (case["quant"] is not None)]:
-            over = row["milliseconds"] / (density * dense["milliseconds"])
+            over = row["milliseconds"] / (share * dense["milliseconds"])
             row[f"over density x {dense['name']}"] = over
         rows.append(row)
     timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
@@ -294,8 +378,9 @@ def run_flex(case: Case, repeats: int) -> list[dict[str, Any]]:
         mask = FlexMask.from_kv_blocks(*none, count, order, BLOCK_SIZE=tuple(case["block"]))
         run = partial(compiled, query, key, value, block_mask=mask)
         timing = bench.time_torch(run, repeats)
-        name = {"name": "torch FlexAttention (bf16)", "density": density}
-        rows.append(name | numbers(case, timing, density))
+        share = share_of(density, length // case["block"][1])
+        name = {"name": "torch FlexAttention (bf16)", "density": share}
+        rows.append(name | numbers(case, timing, share))
     return rows
 
 
@@ -304,17 +389,22 @@ def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
     _, length, heads, _ = case["shape"]
     q, k, _ = inputs(case)
     rows = []
-    for block in (case["block"], [64, 128]):
+    for block, thresholds in (
+        (case["block"], {"topk": 0.5}),
+        ([64, 128], {"topk": 0.5}),
+        (case["block"], {"cdfthreshd": 0.98, "simthreshd1": 0.6}),
+    ):
         sizes = {"block_q": block[0], "block_kv": block[1]}
-        predict = partial(sparge.predict, topk=0.5, **sizes)
-        kept = jnp.asarray(random_tiles((heads,), *(length // x for x in block), 0.5))
-        for name, call, args in (
-            ("prediction and lists", predict, (q, k)),
-            ("lists from a map", maker(length, length, tuple(block)), (kept, None)),
-        ):
-            timing = benchmark(call, *args, repeats=repeats)
-            ms = {"milliseconds": timing.median * 1e3, "spread": timing.spread}
-            rows.append({"name": f"{name}, {block[0]} x {block[1]}"} | ms)
+        timing = benchmark(partial(sparge.predict, **thresholds, **sizes), q, k, repeats=repeats)
+        row = {"name": "prediction with its lists"} | sizes | thresholds
+        rows.append(row | {"milliseconds": timing.median * 1e3, "spread": timing.spread})
+    make, nq, nk = (
+        maker(length, length, tuple(case["block"])),
+        *(length // x for x in case["block"]),
+    )
+    timing = benchmark(make, jnp.asarray(random_tiles((heads,), nq, nk, 0.5)), None,
+                       repeats=repeats)  # fmt: skip
+    rows.append({"name": "lists from a map", "milliseconds": timing.median * 1e3})
     return rows
 
 

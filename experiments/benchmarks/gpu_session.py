@@ -358,27 +358,33 @@ def run_fast(case: Case) -> dict[str, Any]:
 def run_quantizers(batch: int, length: int, heads: int, head_dim: int = 128) -> dict[str, Any]:
     """GB/s of each quantiser beside a copy of as many elements.
 
-    What must be moved counts: 2 bytes read and 1 written per element, though K and V are read
-    twice, the second time from the cache as far as it holds them.
+    The statistics of K and of V read 2 bytes per element, the encoders read 2 and write 1.
     """
     from pallas_kernels.ops.quantize import mosaic_sm90 as quantisers
 
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
     lengths = jnp.full((batch,), length, jnp.int32)
-    mean = jax.block_until_ready(quantisers.quantize_k(k, lengths))[2]
+    mean = jnp.zeros((batch, heads, head_dim))
+
+    def without_q(q, k, v):
+        found = bench.quantized(q, k, v, leave_q=True)
+        return found._replace(q=None)
+
+    statistics = quantisers.token_statistics
     timings = {
-        "copy": benchmark(lambda x: x + 1, q, repeats=10),
+        "copy": benchmark(lambda x: x + 1, q),
+        "k statistics": benchmark(lambda k: statistics(k, lengths, "sum"), k),
+        "v statistics": benchmark(lambda v: statistics(v, lengths, "abs_max"), v),
         "q": benchmark(lambda q, mean: quantisers.quantize_q(q, lengths, mean), q, mean),
-        "k": benchmark(lambda k: quantisers.quantize_k(k, lengths), k),
-        "k without smoothing": benchmark(
-            lambda k: quantisers.quantize_k(k, lengths, smooth=False), k
-        ),
-        "v": benchmark(lambda v: quantisers.quantize_v(v, lengths), v),
+        "k": benchmark(lambda k, mean: quantisers.quantize_k(k, lengths, mean), k, mean),
+        "v": benchmark(lambda v, mean: quantisers.quantize_v(v, mean, lengths), v, mean + 1),
+        "k and v, all passes": benchmark(without_q, q, k, v),
         "all": benchmark(bench.quantized, q, k, v),
     }
     size = float(q.size)
-    moved = {name: size * {"copy": 4, "all": 9}.get(name, 3) for name in timings}
+    moved = {"copy": 4, "k statistics": 2, "v statistics": 2, "k and v, all passes": 10, "all": 13}
+    moved = {name: size * moved.get(name, 3) for name in timings}
     rates = {name: gigabytes_per_second(moved[name], x) for name, x in timings.items()}
     return {
         **{f"{name} gbps": rate for name, rate in rates.items()},
@@ -396,18 +402,25 @@ def run_sizes(case: Case) -> dict[str, Any]:
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
     if case["config"].get("from bf16"):
-        timing = benchmark(
-            lambda q, k, v: dot_product_attention(
-                q, k, v, is_causal=case["is_causal"], quant="sage2", implementation="mosaic",
-                config=config,
-            ), q, k, v, repeats=10,
-        )  # fmt: skip
+        timing = benchmark(from_bf16(case, config), q, k, v, repeats=10)
     else:
         operands = jax.block_until_ready(quantized_for(config, q, k, v))
         call = lambda operands, q: bench.kernel(operands, q, case["is_causal"], config)  # noqa: E731
         timing = benchmark(call, operands, q, repeats=10)
     flops = attention_flops(batch, length, length, heads, head_dim, is_causal=case["is_causal"])
     return {"tflops": teraflops(flops, timing), "spread": timing.spread}
+
+
+def from_bf16(case: Case, config):
+    """Quantisers and kernel with one configuration, a function of query, key and value."""
+    from pallas_kernels.masks import Mask
+    from pallas_kernels.ops.attention import mosaic_sm90
+    from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
+
+    b, t, n, h = case["shape"]
+    spec = AttentionSpec(b, t, t, n, n, h, "bfloat16", h**-0.5, quant=QUANTS["sage2"])
+    mask = Mask.causal() if case["is_causal"] else Mask()
+    return lambda q, k, v: mosaic_sm90.forward(q, k, v, None, None, mask, spec, config)[0]
 
 
 def config_of(case: Case):
@@ -444,6 +457,8 @@ def lower_case(case: Case) -> dict[str, Any]:
         config = config_of(case)
         call = lambda q, k, v: bench.kernel(quantized_for(config, q, k, v), q, case["is_causal"],  # noqa: E731
                                             config)  # fmt: skip
+        if case["config"].get("from bf16"):
+            call = from_bf16(case, config)
         arrays = (x, x, x)
     else:
         b, t, s, n, k, h = shape

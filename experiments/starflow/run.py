@@ -82,7 +82,7 @@ class Shapes:
     """Model and batch size; ``gpu`` has over 50 million parameters."""
 
     time_budget: float | None = None
-    """Seconds of training, compilation included; by default the preset's steps."""
+    """Seconds of the whole run: .3 first training, .1 second; by default the preset's steps."""
 
     seed: int = 0
     """Seed of weights, images and noise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -597,19 +598,33 @@ class KVzip(Compressor):
         for number, layer in enumerate(old):
             longest = int(lengths[number].max())
             size = min(-(-longest // self.bucket) * self.bucket, layer.capacity)
-            order = jnp.sort(jnp.where(keep[number], slot, slot.size), axis=-1)[..., :size]
-            indices = jnp.where(order < slot.size, order, -1)
             layer = dataclasses.replace(layer, frozen=frozen[number])
             if self.layout == "tiled":
                 tiles = -(-(lengths[number] + room) // self.bucket)  # [B, K]
-                layer = TiledLayer.pack(
-                    layer,
-                    indices[..., :longest],
-                    tile=self.bucket,
-                    num_tiles=max(int(tiles.sum(axis=1).max()), 1),
-                    max_tiles=max(int(tiles.max()), 1),
-                )
+                sizes = (max(int(tiles.sum(axis=1).max()), 1), max(int(tiles.max()), 1))
+                layer = _tile(layer, keep[number], longest, self.bucket, *sizes)
             else:
-                layer = layer.gather(indices, capacity=max(size + room, 1))
+                layer = _cut(layer, keep[number], size, max(size + room, 1))
             layers.append(layer)
         return with_evictable(cache, layers)
+
+
+# One program per layer and size: op by op, the first eviction would compile dozens.
+@partial(jax.jit, static_argnums=(2, 3))
+def _cut(layer: LayerCache, keep: jax.Array, size: int, capacity: int) -> LayerCache:
+    """Return ``capacity`` slots with the slots of ``keep [B, K, S]``, ``size`` at most."""
+    return layer.gather(_kept_slots(keep, size), capacity=capacity)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _tile(layer: LayerCache, keep: jax.Array, size: int, tile: int, num_tiles: int, max_tiles: int):
+    """Return a tiled layer with the slots of ``keep [B, K, S]``, ``size`` or fewer per head."""
+    indices = _kept_slots(keep, size)
+    return TiledLayer.pack(layer, indices, tile=tile, num_tiles=num_tiles, max_tiles=max_tiles)
+
+
+def _kept_slots(keep: jax.Array, size: int) -> jax.Array:
+    """Return the marked slots in order, ``[B, K, size]``, then -1."""
+    slots = keep.shape[-1]
+    order = jnp.sort(jnp.where(keep, jnp.arange(slots), slots), axis=-1)[..., :size]
+    return jnp.where(order < slots, order, -1)

@@ -127,11 +127,11 @@ def raw_operands(rng, t, s, n, h):
     return byte_operands(rng, t, s, n, h)._replace(q=q, q_scale=None, k_mean=mean)
 
 
-def listed(t, s, mask):
-    """Tiles of 128 x 64 for two heads; one row lists none, one a tile in its middle only."""
-    kept = np.random.default_rng(1).random((1, 2, -(-t // 128), -(-s // 64))) < 0.6
+def listed(t, s, mask, block_q=128):
+    """Tiles of 64 keys for two heads; one row lists none, one a tile in its middle only."""
+    kept = np.random.default_rng(1).random((1, 2, -(-t // block_q), -(-s // 64))) < 0.6
     kept[0, 0, 1], kept[0, 1, 0] = False, [False, True, False]
-    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=64, mask=mask)
+    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=block_q, block_kv=64, mask=mask)
 
 
 @pytest.mark.skipif(
@@ -147,6 +147,8 @@ def listed(t, s, mask):
         (raw_operands, Mask.causal(20), 300, 170, 64, "hold"),
         (half_operands, listed(300, 170, Mask.causal(20)), 300, 170, 64, "hold"),
         (raw_operands, listed(200, 192, None), 200, 192, 64, "hold"),
+        (half_operands, listed(300, 170, Mask.causal(20), 64), 300, 170, 64, "hold"),
+        (raw_operands, listed(150, 192, None, 64), 150, 192, 64, "none"),
     ],
 )
 def test_control_flow(plain_steps, make, mask, t, s, h, schedule):

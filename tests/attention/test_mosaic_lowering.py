@@ -18,6 +18,7 @@ from pallas_kernels.masks import FULL, BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_plan
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, heuristic
 from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
+from pallas_kernels.ops.attention.sparge import sparge_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant, AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS
 
@@ -68,6 +69,7 @@ CASES = [
     ({}, _blocks(4, 256, 512, 128, 128), None),
     ({"quant": None, "t": 700, "s": 777}, _blocks(1, 700, 777, 256, 64, Mask.causal()), None),
     ({}, _blocks(4, 256, 512, 128, 256, SEGMENTS & Mask.window(9, 9)), None),
+    ({"t": 190}, _blocks(4, 190, 512, 64, 128, Mask.causal()), None),
     ({}, Mask(), Config(block_kv=128, num_stages=4, qk_split=1, schedule="none")),
     (
         {"h": 64},
@@ -135,6 +137,26 @@ def test_named_it_runs_and_unnamed_it_does_not():
     assert "mosaic_gpu" in _lower(jax.vmap(loss), several)
 
 
+def test_block_masks_are_dispatched():
+    """Gradient, `vmap` with a mask for each, and SpargeAttn, which takes its own lists along."""
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    mask = _blocks(2, 256, 256, 128, 128, Mask.causal())
+
+    def loss(x, mask):
+        out = dot_product_attention(x, x, x, mask=mask, implementation="mosaic")
+        return out.astype(jnp.float32).sum()
+
+    assert "mosaic_gpu" in _lower(jax.grad(loss), x, mask)
+    several = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), (x, mask))
+    assert "mosaic_gpu" in _lower(jax.vmap(loss), *several)
+    run = lambda x: sparge_attention(x, x, x, is_causal=True, implementation="mosaic")  # noqa: E731
+    assert "mosaic_gpu" in _lower(run, x)
+    with abstract_gpu(), pytest.raises(NotImplementedError, match="pvthreshd is not served by mos"):
+        jax.eval_shape(
+            lambda x: sparge_attention(x, x, x, pvthreshd=20.0, implementation="mosaic"), x
+        )
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
@@ -145,7 +167,10 @@ def test_named_it_runs_and_unnamed_it_does_not():
         (_spec(mask_kinds=("array",)), "does not take mask arrays"),
         (_spec(mask_kinds=("tiles",)), "only as one BlockMask, not inside a Mask"),
         (_spec(mask_kinds=("tiles", "tiles"), tiles=(128, 128)), "only as one BlockMask"),
-        (_spec(mask_kinds=("tiles",), tiles=(96, 128)), "block_q a multiple of 128 .* 96 x 128"),
+        (
+            _spec(mask_kinds=("tiles",), tiles=(96, 128)),
+            "block_q 64 or a multiple of 128 .* 96 x 128",
+        ),
         (_spec(mask_kinds=("tiles",), tiles=(128, 96)), "64, 128 or 256; got 128 x 96"),
         (_spec(h=160, quant=None, tiles=(128, 128)), "head_dim 192 exceed .* block_kv=64"),
         (_spec(mask_kinds=("segments", "several segments")), "more than one pair"),

@@ -98,11 +98,14 @@ def test_masks_and_head_sizes(mask, kwargs):
     compare(mask, **kwargs)
 
 
-def blocks(t, s, heads, mask=None, block_kv=64, batch=1):
+def blocks(t, s, heads, mask=None, block_q=128, block_kv=64, batch=1):
     """Two tiles of keys in three, at random; the last row of tiles of the first head has none."""
-    kept = np.random.default_rng(3).random((batch, heads, -(-t // 128), -(-s // block_kv))) < 0.6
+    grid = -(-t // block_q), -(-s // block_kv)
+    kept = np.random.default_rng(3).random((batch, heads, *grid)) < 0.6
     kept[0, 0, -1] = False
-    return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=128, block_kv=block_kv, mask=mask)
+    return BlockMask.from_blocks(
+        jnp.asarray(kept), t, s, block_q=block_q, block_kv=block_kv, mask=mask
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def blocks(t, s, heads, mask=None, block_kv=64, batch=1):
         (None, blocks(200, 400, 1, Mask.causal(190)), dict(t=200, s=400, n=2)),
         (
             "sage2",
-            blocks(150, 390, 1, Mask.lengths(None, jnp.array([300, 0])), 128, batch=2),
+            blocks(150, 390, 1, Mask.lengths(None, jnp.array([300, 0])), 64, 128, batch=2),
             dict(b=2, t=150, s=390, sinks=jnp.zeros(1)),
         ),
     ],
@@ -184,24 +187,29 @@ def test_codes_and_scales(head_dim, qk):
     check_codes(tokens[:, :150], v / v_scale[:, None], "e4m3")
 
 
-def test_long_sequences_loop_over_tiles():
-    """More tokens than one tile for each block of the cluster; the last tiles do not exist."""
-    q, k, v = inputs(1, 4, 1100, 1, 1, 64)
-    long, short = jnp.array([1100]), jnp.array([1060])
+@pytest.mark.parametrize(
+    ("length", "heads", "head_dim"), [(1100, 1, 64), (40, 18, 64), (40, 5, 256)]
+)
+def test_several_tiles_and_heads(length, heads, head_dim):
+    """More tokens than a tile and a chunk have, more heads than a block of threads."""
+    q, k, v = inputs(1, 4, length, heads, heads, head_dim)
+    short = length - 7
     with warpgroup.installed():
         ops = quantize.quantize_qkv(q, k, v, scale_block=112)
         again = quantize.quantize_qkv(
-            q, k.at[:, 1060:].set(jnp.nan), v.at[:, 1060:].set(jnp.nan),
-            scale_block=112, kv_lengths=short,
+            q, k.at[:, short:].set(jnp.nan), v.at[:, short:].set(jnp.nan),
+            scale_block=112, kv_lengths=jnp.array([short]),
         )  # fmt: skip
         jax.block_until_ready((ops, again))
-    for got, limit in ((ops, long), (again, short)):
-        count = int(limit[0])
-        exact_k, exact_v = (np.asarray(x, np.float32)[:, :count, 0] for x in (k, v))
-        _, got_k, got_v = warpgroup.dequantized(got._replace(row_const=None, k_mean=None), 4, 1100)
-        error = np.asarray(got_k)[:, :count, 0] - (exact_k - exact_k.mean(1, keepdims=True))
+    for got, count in ((ops, length), (again, short)):
+        exact_k, exact_v = (np.asarray(x, np.float32)[:, :count] for x in (k, v))
+        got_q, got_k, got_v = warpgroup.dequantized(
+            got._replace(row_const=None, k_mean=None), 4, length
+        )
+        np.testing.assert_allclose(got_q, np.asarray(q, np.float32), atol=0.03)
+        error = np.asarray(got_k)[:, :count] - (exact_k - exact_k.mean(1, keepdims=True))
         assert np.abs(error).max() <= np.asarray(got.k_scale).max() * 0.51
-        np.testing.assert_allclose(np.asarray(got_v)[:, :count, 0], exact_v, rtol=0.07, atol=0.02)
+        np.testing.assert_allclose(np.asarray(got_v)[:, :count], exact_v, rtol=0.07, atol=0.02)
         assert (np.asarray(got_k)[:, count:] == 0).all()
         assert (np.asarray(got_v)[:, count:] == 0).all()
 

@@ -306,10 +306,8 @@ def run_asm(text, outs, ins, tied):
 # -- launches --------------------------------------------------------------------------------------
 
 
-def run_blocks(phases, outs, grid, args, clustered=False):
-    """The quantisers' launch: every block in turn, one phase after the other."""
-    assert clustered or len(phases) == 1, "only a cluster can wait"
-    assert not clustered or grid[0] <= 8, "larger clusters are not portable"
+def run_blocks(body, outs, grid, args):
+    """The quantisers' launch: every block in turn."""
 
     def run(*arrays):
         # Bytes that no thread writes stay recognisable.
@@ -319,10 +317,9 @@ def run_blocks(phases, outs, grid, args, clustered=False):
             .reshape(o.shape)
             for o in outs
         ]
-        for phase in phases:
-            for index in np.ndindex(*grid):
-                axes = [np.full(128, i, np.int32) for i in index]
-                phase([*map(np.asarray, arrays), *results], axes)
+        for index in np.ndindex(*grid):
+            axes = [np.full(128, i, np.int32) for i in index]
+            body([*map(np.asarray, arrays), *results], axes)
         return results
 
     return jax.pure_callback(run, outs, *args)
@@ -454,7 +451,7 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
         fields[name] = fields[name] if present else None
     fields = {name: None if v is None else ptx.i32(v) for name, v in fields.items()}
     if plan.listed:
-        row = q_tile // (plan.listed // config.block_q)
+        row = q_start // plan.listed
         lo, mid_lo, mid_hi, hi = x["ranges"][b % len(x["ranges"]), n % x["ranges"].shape[1], row]
         tiles = x["list"][b % len(x["list"]), n % x["list"].shape[1], row]
     else:

@@ -1,6 +1,7 @@
 """The rivals of R-KV and KVzip: golden data of two, hand-made cases of the others."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -122,21 +123,18 @@ def test_h2o_sums_attention_and_the_cache_carries_it():
     queries, keys = _normal(2, 12, 4, 8), _normal(2, 12, 2, 8)
     weights = _attention(queries, keys)
     np.testing.assert_allclose(
-        h2o.scores(queries, keys), weights.mean(2).sum(2), rtol=1e-5, atol=1e-6
+        jax.jit(h2o.scores)(queries, keys), weights.mean(2).sum(2), rtol=1e-5, atol=1e-6
     )
     able = 12 - jnp.arange(12)
-    np.testing.assert_allclose(
-        h2o.scores(queries, keys, statistic="mean"), weights.mean(2).sum(2) / able, 1e-5, 1e-6
-    )
-    np.testing.assert_allclose(
-        h2o.scores(queries, keys, statistic="max"), weights.max((2, 3)), 1e-5, 1e-6
-    )
+    for statistic, want in (("mean", weights.mean(2).sum(2) / able), ("max", weights.max((2, 3)))):
+        got = jax.jit(partial(h2o.scores, statistic=statistic))(queries, keys)
+        np.testing.assert_allclose(got, want, 1e-5, 1e-6)
     options = {"dtype": jnp.float32, "num_heads": 4, "observer": h2o.AttentionMass()}
     layer = DenseCache.init(1, 2, 12, 2, 8, **options).layers[0]
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    update = jax.jit(lambda x, k, p, q: x.update(k, k, positions=p, queries=q))
     for cut in (slice(0, 7), slice(7, 11), slice(11, 12)):
-        piece = keys[:, cut]
-        layer = layer.update(piece, piece, positions=positions[:, cut], queries=queries[:, cut])
+        layer = update(layer, keys[:, cut], positions[:, cut], queries[:, cut])
     np.testing.assert_allclose(layer.slot_state, weights.mean(2).sum(2), rtol=1e-5, atol=1e-6)
     small = layer.gather(jnp.broadcast_to(jnp.array([1, 5, 9]), (2, 2, 3)))
     np.testing.assert_array_equal(small.slot_state, layer.slot_state[..., [1, 5, 9]])
@@ -229,7 +227,7 @@ def _cache(lengths=(24, 24), heads=2):
 
 def test_adakv_ranks_the_heads_of_a_layer_together():
     method = AdaKV(method="knorm(budget=8, buffer=4)", floor=0.25, tile=4)
-    small = method.after_prefill(_cache())
+    small = jax.jit(method.after_prefill)(_cache())
     check_invariants(small)
     for layer in small.layers:
         assert isinstance(layer, TiledLayer) and layer.num_tiles == 2 * 12 // 4 + 2

@@ -31,12 +31,17 @@ def _load(name):
     return data, json.loads(str(data["meta_json"]))
 
 
+_reconstruction = jax.jit(
+    reconstruction_scores, static_argnames=("num_sinks", "chunk", "query_block")
+)
+
+
 def _score_layer(data, meta, layer, block=128):
     """Scores of one layer over all chunks, ``[B, K, n_s + n_c]``."""
     keys = jnp.asarray(data["cache_k"][layer]).swapaxes(1, 2)
     best, start = None, meta["n_s"]
     for number, size in enumerate(meta["chunks"]):
-        got = reconstruction_scores(
+        got = _reconstruction(
             jnp.asarray(data[f"q_chunk{number}"][layer]).swapaxes(1, 2),
             keys,
             jnp.asarray(data[f"k_in_chunk{number}"][layer]).swapaxes(1, 2),
@@ -202,12 +207,16 @@ def test_kvzip_plus_weighs_with_what_an_entry_adds_to_the_residual_stream():
     x, size = 2 * jax.random.normal(jax.random.key(0), (1, 15, 16)), 9
     positions = jnp.arange(15)[None]
     cache = DenseCache.init(1, 1, size, 2, 8, dtype=jnp.float32, num_heads=4)
-    _, filled = layer(x[:, :size], positions=positions[:, :size], cache=cache.layers[0])
-    cache = dataclasses.replace(cache, layers=(filled,))
     method = KVzip(ratio=0.5, kvzip_plus=True)
-    view = method.observe(cache, jnp.int32(0)).layers[0]
-    _, seen = layer(x[:, size:], positions=positions[:, size:], cache=view)
-    q, k, v = layer.qkv(x, positions)
+
+    @jax.jit
+    def run(x):
+        _, filled = layer(x[:, :size], positions=positions[:, :size], cache=cache.layers[0])
+        view = method.observe(dataclasses.replace(cache, layers=(filled,)), jnp.int32(0)).layers[0]
+        _, seen = layer(x[:, size:], positions=positions[:, size:], cache=view)
+        return seen.scores, layer.qkv(x, positions)
+
+    scores, (q, k, v) = run(x)
     logits = np.einsum("tkgh,skh->kgts", q[0].reshape(15, 2, 2, 8), k[0]) / 8**0.5
     logits = np.where(np.tril(np.ones((15, 15), bool)), logits, -np.inf)
     weights = np.asarray(jax.nn.softmax(logits, axis=-1))[:, :, size:, :size]  # [K, G, A, S]
@@ -215,7 +224,7 @@ def test_kvzip_plus_weighs_with_what_an_entry_adds_to_the_residual_stream():
     added = np.linalg.norm(np.einsum("skh,kghd->kgsd", v[0, :size], kernel), axis=-1)
     norms = np.linalg.norm(x[0, size:], axis=-1)
     want = (weights * added[:, :, None] / norms[:, None]).max((1, 2))
-    np.testing.assert_allclose(seen.scores[0], want, rtol=1e-4)
+    np.testing.assert_allclose(scores[0], want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
@@ -224,7 +233,7 @@ def test_tiles_allocate_what_a_ratio_keeps(storage):
     full = DenseCache.init(1, 1, 1024, 8, 64)
     cache = DenseCache.init(1, 1, 1024, 8, 64, dtype=storage)
     k = jax.random.normal(jax.random.key(0), (1, 1024, 8, 64))
-    layer = cache.layers[0].update(k, k, positions=jnp.arange(1024)[None])
+    layer = jax.jit(lambda x: x.update(k, k, positions=jnp.arange(1024)[None]))(cache.layers[0])
     cache = cache.advance([layer], jnp.ones((1, 1024), bool))
     scores = jnp.exp(jax.random.normal(jax.random.key(1), (1, 8, 1024)))
     scores = scores * jnp.linspace(0.5, 2.0, 8)[:, None]  # uneven heads
@@ -319,21 +328,28 @@ def test_a_pass_leaves_the_cache_alone_and_equals_attention():
     prompt = np.random.default_rng(4).integers(256, size=(3, 40)).astype(np.int32)
     cache = DenseCache.init_for(model, 3, 40, dtype=jnp.float32)
     valid = jnp.arange(40) < lengths[:, None]
-    _, cache = model(jnp.asarray(prompt), valid=valid, cache=cache)
+    run = jax.jit(lambda tokens, valid, cache: model(tokens, valid=valid, cache=cache))
+    _, cache = run(prompt, valid, cache)
     method = KVzip(ratio=0.5, norm="full")
     (item,) = method.context_passes(prompt, lengths, vocab_size=256)
-    view = method.observe(cache, jnp.int32(0))
-    logits, seen = model(jnp.asarray(item.tokens), valid=jnp.asarray(item.valid), cache=view)
-    for before, after in zip(cache.layers, seen.layers, strict=True):
-        assert after.inner is before
+
+    @jax.jit
+    def observe(tokens, valid, cache):
+        view = method.observe(cache, jnp.int32(0))
+        logits, seen = model(tokens, valid=valid, cache=view)
+        for before, after in zip(cache.layers, seen.layers, strict=True):
+            assert after.inner is before
+        return logits, method.collect(seen)
+
+    logits, scores = observe(item.tokens, item.valid, cache)
     # The same input through a cache that does store it: equal logits.
     roomy = dataclasses.replace(
         cache, layers=tuple(layer.resize(40 + item.tokens.shape[1]) for layer in cache.layers)
     )
-    stored, _ = model(jnp.asarray(item.tokens), valid=jnp.asarray(item.valid), cache=roomy)
+    stored, _ = run(item.tokens, item.valid, roomy)
     real = item.valid
     np.testing.assert_allclose(logits[real], stored[real], rtol=1e-4, atol=1e-5)
-    for score in method.collect(seen):
+    for score in scores:
         live = np.arange(40) < lengths[:, None, None]
         assert (np.isfinite(score) == live).all()
         assert (np.asarray(score)[np.broadcast_to(live, score.shape)] > 0).all()

@@ -89,6 +89,7 @@ def test_three_rounds_keep_the_original_tokens(order):
     cache = DenseCache.init(
         1, 1, budget + fresh, 4, meta["d"], dtype=jnp.float32, query_window=8, num_heads=12
     )
+    protected, after_step = jax.jit(lambda x: method.protected(x, 0)), jax.jit(method.after_step)
     begin = 0
     for number in (1, 2, 3):
         end = meta["n_first"] + (number - 1) * fresh
@@ -99,12 +100,12 @@ def test_three_rounds_keep_the_original_tokens(order):
         piece = keys[:, begin:end]
         layer = cache.layers[0].update(piece, piece, positions=positions, queries=queries)
         cache = cache.advance([layer], jnp.ones((1, end - begin), bool))
-        joint = np.asarray(method.protected(layer, 0))[0]
+        joint = np.asarray(protected(layer))[0]
         cut = budget + fresh - 8
         expected = data[f"{order}_final_score_round{number}"]
         if order == "time":
             np.testing.assert_allclose(joint[:, :cut], expected, 1e-4, 1e-6)
-        cache = method.after_step(cache)
+        cache = after_step(cache)
         kept = np.asarray(cache.layers[0].positions)[0, :, :budget]
         want = data[f"{order}_rkv_kept_round{number}"]
         np.testing.assert_array_equal(np.sort(kept), np.sort(want))
@@ -207,7 +208,7 @@ def test_sinks_and_shared_scopes():
     kept = {}
     for scope in ("head", "layer", "global"):
         method = RKV(budget=12, buffer=4, window=4, num_sinks=2, scope=scope)
-        small = method.after_prefill(cache)
+        small = jax.jit(method.after_prefill)(cache)
         check_invariants(small)
         assert small.layers[0].capacity == 16 and small.layers[0].frozen.tolist() == [[2, 2]] * 2
         kept[scope] = np.stack([layer.positions for layer in small.layers])[..., :12]

@@ -29,12 +29,25 @@ def _normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+_pack = jax.jit(TiledLayer.pack, static_argnames=("tile", "num_tiles", "max_tiles"))
+_gather = jax.jit(
+    lambda layer, indices, capacity: layer.gather(indices, capacity=capacity),
+    static_argnames="capacity",
+)
+_read = jax.jit(lambda layer: layer.read(jnp.float32))
+_mask = jax.jit(lambda layer, places, window: layer.mask(places, window), static_argnames="window")
+
+
 @functools.cache
 def _filled(dtype, tokens=12, capacity=12, **options):
-    layer = DenseLayer.init(2, capacity, HEADS, SIZE, dtype=dtype, **options)
     k, v = _normal(0, 2, tokens, HEADS, SIZE), _normal(1, 2, tokens, HEADS, SIZE)
-    positions = jnp.broadcast_to(jnp.arange(tokens), (2, tokens))
-    return layer.update(k + 3.0, v, positions=positions), k + 3.0, v
+
+    @jax.jit
+    def fill(k, v):
+        layer = DenseLayer.init(2, capacity, HEADS, SIZE, dtype=dtype, **options)
+        return layer.update(k, v, positions=jnp.broadcast_to(jnp.arange(tokens), (2, tokens)))
+
+    return fill(k + 3.0, v), k + 3.0, v
 
 
 @pytest.mark.parametrize(
@@ -53,12 +66,13 @@ def test_storage_has_its_bytes_and_its_error(store, bytes_per_value, error):
     assert layer.store == store == store_name(store)
     payload = sum(x.nbytes for x in jax.tree.leaves((layer.k, layer.v)))
     assert payload == 2 * 2 * HEADS * 12 * SIZE * bytes_per_value
-    got = layer.read(jnp.float32)
+    got = [np.asarray(x) for x in _read(layer)]
     for mine, its in zip(got, (k, v), strict=True):
+        its = np.asarray(its)
         assert np.abs(mine - its).mean() < error * np.abs(its).mean()
     kept = jnp.broadcast_to(jnp.array([1, 4, 11]), (2, HEADS, 3))
-    small = layer.gather(kept)
-    for mine, its in zip(small.read(jnp.float32), got, strict=True):
+    small = _gather(layer, kept, None)
+    for mine, its in zip(_read(small), got, strict=True):
         np.testing.assert_array_equal(mine, its[:, [1, 4, 11]])  # never encoded again
     empty = DenseLayer.init(1, 3, HEADS, SIZE, dtype=store).read(jnp.float32)
     assert not np.asarray(empty).any()
@@ -67,7 +81,7 @@ def test_storage_has_its_bytes_and_its_error(store, bytes_per_value, error):
 def test_smoothed_keys_lose_less_where_channels_are_biased():
     plain, k, _ = _filled("int8")
     smooth, _, _ = _filled("int8_smooth")
-    errors = [np.abs(x.read(jnp.float32)[0] - k).mean() for x in (plain, smooth)]
+    errors = [np.abs(np.asarray(_read(x)[0]) - np.asarray(k)).mean() for x in (plain, smooth)]
     assert errors[1] < 0.7 * errors[0]
     later = smooth.resize(13).update(
         k[:, :1], k[:, :1], positions=jnp.full((2, 1), 12), valid=jnp.array([[True], [False]])
@@ -84,8 +98,8 @@ def test_tiles_hold_what_a_dense_layer_holds(store):
     for row in range(2):
         for head in range(HEADS):
             indices[row, head, : len(kept[row][head])] = kept[row][head]
-    want = dense.gather(jnp.asarray(indices), capacity=16)
-    got = TiledLayer.pack(dense, jnp.asarray(indices), tile=4, num_tiles=8, max_tiles=4)
+    want = _gather(dense, indices, 16)
+    got = _pack(dense, indices, tile=4, num_tiles=8, max_tiles=4)
     assert not got.overflow.any() and got.used.tolist() == [4, 2]
     step = jax.jit(lambda layer, k, p, ok: layer.update(k, -k, positions=p, valid=ok))
     for number in range(3):  # more tokens: 1, 2, 1 of them real in the second row
@@ -96,13 +110,14 @@ def test_tiles_hold_what_a_dense_layer_holds(store):
         want, got = step(want, k, places, real), step(got, k, places, real)
         np.testing.assert_array_equal(got.length, want.length)
         np.testing.assert_array_equal(got.positions, want.positions)
-        for mine, its in zip(got.read(jnp.float32), want.read(jnp.float32), strict=True):
+        for mine, its in zip(_read(got), _read(want), strict=True):
             live = np.moveaxis(np.asarray(want.live), 2, 1)[..., None]
             np.testing.assert_array_equal(np.where(live, mine, 0), np.where(live, its, 0))
         query = jnp.full((2, 1), 13)
-        np.testing.assert_array_equal(got.mask(query, 6), want.mask(query, 6))
-    again = got.gather(jnp.where(jnp.arange(2) < got.length[..., None], jnp.arange(2), -1))
-    assert (again.length == jnp.minimum(got.length, 2)).all() and (again.used <= 2).all()
+        np.testing.assert_array_equal(_mask(got, query, 6), _mask(want, query, 6))
+    length = np.asarray(got.length)
+    again = _gather(got, np.where(np.arange(2) < length[..., None], np.arange(2), -1), None)
+    assert (again.length == np.minimum(length, 2)).all() and (np.asarray(again.used) <= 2).all()
 
 
 def test_tiles_cost_what_heads_keep():
@@ -110,18 +125,18 @@ def test_tiles_cost_what_heads_keep():
     lengths = jnp.array([[150, 4], [100, 54]])
     slot = jnp.arange(256)
     indices = jnp.where(slot < lengths[..., None], slot, -1)
-    tiled = TiledLayer.pack(dense, indices, tile=8, num_tiles=20, max_tiles=19 + 13)
+    tiled = _pack(dense, indices, tile=8, num_tiles=20, max_tiles=19 + 13)
     assert not tiled.overflow.any()
     # 154 of 512 slots are kept in the first row: 0.30; tiles, table and counters add little.
     assert tiled.allocated_bytes() / dense.allocated_bytes() < 0.325
-    padded = dense.gather(indices[..., :152]).allocated_bytes()
+    padded = _gather(dense, indices[..., :152], None).allocated_bytes()
     assert tiled.allocated_bytes() < 0.55 * padded
 
 
 def test_a_full_pool_sets_overflow_and_loses_nothing_old():
     dense, _, _ = _filled("float32")
     indices = jnp.broadcast_to(jnp.arange(4), (2, HEADS, 4))
-    layer = TiledLayer.pack(dense, indices, tile=2, num_tiles=5, max_tiles=3)
+    layer = _pack(dense, indices, tile=2, num_tiles=5, max_tiles=3)
     assert layer.free().tolist() == [0, 0]
     before = layer.read()[0][:, :4]
     k = _normal(3, 2, 1, HEADS, SIZE)
@@ -131,22 +146,29 @@ def test_a_full_pool_sets_overflow_and_loses_nothing_old():
     assert layer.extend(2).free().min() >= 2
 
 
+@functools.partial(jax.jit, static_argnames="window")
+def _ring_step(ring, places, window):
+    """Feed tokens whose key is their place, value its negative; return ring, values, what shows."""
+    k = jnp.broadcast_to(places[..., None, None].astype(jnp.float32), (1, places.size, 1, 4))
+    view = ring.update(k, -k, positions=places)
+    after = view.settle() if places.size > 1 else view
+    return after, view.read(), view.mask(places, window)
+
+
 @settings(max_examples=15, deadline=None)
 @given(pieces=st.lists(st.integers(1, 7), min_size=1, max_size=6), window=st.integers(1, 6))
 def test_a_ring_shows_every_query_its_window(pieces, window):
     ring = RingLayer.init_window(1, window, 1, 4, dtype=jnp.float32)
     seen = 0
     for count in pieces:
-        places = jnp.arange(seen, seen + count)[None]
-        k = jnp.broadcast_to(places[..., None, None].astype(jnp.float32), (1, count, 1, 4))
-        view = ring.update(k, -k, positions=places)
-        keys, values = view.read()
-        mask = np.asarray(view.mask(places, window))[0, 0]
+        places = np.arange(seen, seen + count)[None]
+        ring, read, mask = _ring_step(ring, places, window)
+        keys, values = map(np.asarray, read)
+        mask = np.asarray(mask)[0, 0]
         for row, place in enumerate(range(seen, seen + count)):
-            shown = sorted(np.asarray(keys)[0, mask[row], 0, 0])
+            shown = sorted(keys[0, mask[row], 0, 0])
             assert shown == list(range(max(0, place - window + 1), place + 1))
         np.testing.assert_array_equal(values, -keys)
-        ring = view.settle() if count > 1 else view
         seen += count
     assert ring.length[0, 0] == min(seen, window) and not ring.overflow.any()
 

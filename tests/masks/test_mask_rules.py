@@ -64,13 +64,18 @@ def _diagonals(t, s):
     return (t - s) % 3 != 0
 
 
+def _jit(function, *arrays):
+    """The function as one program: op by op, every example would compile dozens."""
+    return jax.tree.map(np.asarray, jax.jit(function)(*arrays))
+
+
 @SETTINGS
 @given(cases())
 def test_dense_and_transpose(case):
     mask, allowed, t, s = case
-    got = mask.dense(t, s)
+    got, other = _jit(lambda m: (m.dense(t, s), m.transpose().dense(s, t)), mask)
     np.testing.assert_array_equal(np.broadcast_to(got, allowed.shape), allowed)
-    other = np.swapaxes(mask.transpose().dense(s, t), 2, 3)
+    other = np.swapaxes(other, 2, 3)
     np.testing.assert_array_equal(np.broadcast_to(other, allowed.shape), allowed)
 
 
@@ -79,7 +84,7 @@ def test_dense_and_transpose(case):
 def test_blocks_of_tokens_equal_parts_of_the_whole(case):
     mask, allowed, t, s = case
     rows, cols = jnp.arange(0, t, 2), jnp.arange(s - 1, s + 3)
-    got = mask.block(rows, cols, t, s)
+    got = _jit(lambda m: m.block(rows, cols, t, s), mask)
     want = np.pad(allowed, ((0, 0), (0, 0), (0, 0), (0, 4)))[:, :, ::2, s - 1 : s + 3]
     np.testing.assert_array_equal(np.broadcast_to(got, want.shape), want)
 
@@ -90,7 +95,7 @@ def test_tile_status_is_safe(case, blocks):
     """A tile called empty holds no allowed pair; a tile called full holds no forbidden one."""
     mask, allowed, t, s = case
     bq, bk = blocks
-    status = np.asarray(mask.tile_status(t, s, bq, bk))
+    status = _jit(lambda m: m.tile_status(t, s, bq, bk), mask)
     status = np.repeat(np.repeat(status, bq, 2), bk, 3)[:, :, :t, :s]
     status, allowed = np.broadcast_arrays(status, allowed)
     assert not allowed[status == EMPTY].any()
@@ -101,7 +106,7 @@ def test_tile_status_is_safe(case, blocks):
 @given(cases())
 def test_live_tokens_are_never_called_dead(case):
     mask, allowed, t, s = case
-    keys, queries = mask.live_keys(t, s), mask.live_queries(t, s)
+    keys, queries = _jit(lambda m: (m.live_keys(t, s), m.live_queries(t, s)), mask)
     for live, axis in ((keys, 2), (queries, 3)):
         some = allowed.any(axis)
         if live is None:
@@ -113,12 +118,16 @@ def test_live_tokens_are_never_called_dead(case):
 @given(cases(), st.sampled_from([(2, 4), (3, 2)]))
 def test_block_mask_keeps_every_pair(case, blocks):
     mask, allowed, t, s = case
-    block_mask = BlockMask.from_mask(mask, t, s, block_q=blocks[0], block_kv=blocks[1])
-    got = block_mask.to_dense()
+    sizes = {"block_q": blocks[0], "block_kv": blocks[1]}
+
+    def build(mask, allowed):
+        block_mask = BlockMask.from_mask(mask, t, s, **sizes)
+        again = BlockMask.from_dense(allowed, **sizes).to_dense()
+        return block_mask.to_dense(), again, block_mask.kv_num_blocks, block_mask.kv_indices
+
+    got, again, counts, lists = _jit(build, mask, allowed)
     np.testing.assert_array_equal(np.broadcast_to(got, allowed.shape), allowed)
-    again = BlockMask.from_dense(jnp.asarray(allowed), block_q=blocks[0], block_kv=blocks[1])
-    np.testing.assert_array_equal(again.to_dense(), allowed)
-    counts, lists = np.asarray(block_mask.kv_num_blocks), np.asarray(block_mask.kv_indices)
+    np.testing.assert_array_equal(again, allowed)
     for where in np.ndindex(counts.shape):
         listed = lists[where][: counts[where]]
         assert (np.diff(listed) > 0).all() and (lists[where][counts[where] :] == 0).all()
@@ -132,7 +141,8 @@ def test_single_pairs_equal_parts_of_the_whole(case):
     b, n = rng.integers(0, B, 20), rng.integers(0, allowed.shape[1], 20)
     i, j = rng.integers(0, t, 20), rng.integers(0, s + 3, 20)
     want = np.pad(allowed, ((0, 0), (0, 0), (0, 0), (0, 3)))[b, n, i, j]
-    np.testing.assert_array_equal(np.broadcast_to(mask.at(b, n, i, j, t, s), 20), want)
+    got = _jit(lambda m: m.at(b, n, i, j, t, s), mask)
+    np.testing.assert_array_equal(np.broadcast_to(got, 20), want)
 
 
 def _random_blocks(seed, **arguments):

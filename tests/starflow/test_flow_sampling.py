@@ -25,14 +25,20 @@ from .flow_cases import CASES, condition, data, make
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk"),
-    [("tarflow", 3), ("starflow", 99), pytest.param("starflow_class", 3, marks=pytest.mark.slow)],
+    ("name", "chunk", "method"),
+    [
+        ("tarflow", 3, "jacobi"),
+        ("starflow", 99, "jacobi"),
+        ("starflow", 5, "slide"),
+        pytest.param("tarflow", 3, "slide", marks=pytest.mark.slow),
+        pytest.param("starflow_class", 3, "jacobi", marks=pytest.mark.slow),
+    ],
 )
-def test_jacobi_without_tolerance_is_sequential(name, chunk):
+def test_sweeps_without_tolerance_are_sequential(name, chunk, method):
     flow, z, cond = make(name), data(name), condition(name, 3)
     exact = flow.inverse(z, cond)
     jacobi, trace = flow.inverse(
-        z, cond, method="jacobi", chunk=chunk, threshold=0.0, return_trace=True
+        z, cond, method=method, chunk=chunk, threshold=0.0, return_trace=True
     )
     assert float(jnp.abs(jacobi - exact).max()) <= 1e-5
     steps = flow.config.num_tokens - (0 if flow.config.sos else 1)
@@ -55,6 +61,23 @@ def test_jacobi_tolerance_bounds_the_work():
     assert (
         float(jnp.abs(guided - flow.inverse(z, attn_temp=1.2, attn_temp_on="both")).max()) <= 1e-5
     )
+
+
+def test_a_sliding_window_takes_fewer_sweeps_for_the_same_tolerance():
+    flow, z = make("starflow"), data("starflow")
+    exact = flow.inverse(z)
+    run = functools.partial(flow.inverse, z, chunk=4, threshold=1e-4, return_trace=True)
+    chunked, chunks = run(method="jacobi")
+    slid, slides = run(method="slide")
+    assert sum(int(s.sum()) for s in slides.sweeps) < sum(int(s.sum()) for s in chunks.sweeps)
+    square = jnp.square(exact).mean()
+    assert float(jnp.square(slid - exact).mean() / square) < 1e-2
+    # The window of a cache counts back from each token, wherever the sweeps start.
+    windowed = flow.inverse(z, cache="window:5")
+    slid = flow.inverse(z, cache="window:5", method="slide", chunk=4, threshold=0.0)
+    np.testing.assert_allclose(slid, windowed, atol=1e-5)
+    with pytest.raises(ValueError, match='max_sweeps is for method="jacobi", got 8'):
+        flow.inverse(z, method="slide", max_sweeps=8)
 
 
 def test_guidance_numeric_case():

@@ -1,4 +1,4 @@
-"""Sampling: the exact inverse of a flow, token by token or by Jacobi sweeps, in one program."""
+"""Sampling: the exact inverse of a flow, token by token or by parallel sweeps, in one program."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from jaxeff.typing import Array
 
 __all__ = ["InverseTrace", "inverse", "sample"]
 
-METHODS = ("scan", "jacobi", "recompute")
+METHODS = ("scan", "jacobi", "slide", "recompute")
+SWEEPS = ("jacobi", "slide")  # methods that write the same tokens more than once
 
 
 class InverseTrace(NamedTuple):
@@ -26,8 +27,8 @@ class InverseTrace(NamedTuple):
     Attributes:
       states: tokens ``[B, N, D]`` in image order: the noise, then the output of each block, deep
         block first.
-      sweeps: Jacobi sweeps of each chunk, one int32 array per block, deep block first; for the
-        sequential methods the number of steps.
+      sweeps: sweeps of each chunk, one int32 array per block, deep block first; for ``"slide"`` all
+        sweeps of the block, for the sequential methods the number of steps.
     """
 
     states: tuple[Array, ...]
@@ -68,7 +69,7 @@ def inverse(
     method: str = "scan",
     chunk: int | tuple[int, ...] = 16,
     threshold: float = 1e-3,
-    max_sweeps: int = 32,
+    max_sweeps: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     return_trace: bool = False,
 ) -> Array | tuple[Array, InverseTrace]:
@@ -78,8 +79,11 @@ def inverse(
     caches. ``"jacobi"`` starts from x = z and repeats the map on chunks of tokens in order
     (Gauss–Seidel between chunks, Jacobi inside) until the mean squared change over the mean square,
     over the whole batch, falls below ``threshold``; ``chunk`` sweeps are always exact, so more are
-    never run. A chunk of all tokens is plain Jacobi. The cached keys and values of a chunk are
-    those of the input of its last sweep. ``"recompute"`` keeps no cache: N full passes a block, the
+    never run. A chunk of all tokens is plain Jacobi. ``"slide"`` sweeps the same way over a window
+    of ``chunk`` tokens that moves on after every sweep, to the first token whose input had changed
+    by more than ``threshold``: no token waits for the last one of its chunk, and the next ones are
+    warm when their turn comes. The cached keys and values of a token are those of the input of its
+    last sweep. ``"recompute"`` keeps no cache: N full passes a block, the
     slow oracle of the other two.
 
     Args:
@@ -100,10 +104,13 @@ def inverse(
       cache: what the deep block keeps: text as in `CacheSpec.parse`, a `CacheSpec`, or a callable
         ``(num_layers, batch, capacity, num_kv_heads, head_dim) → jaxeff.kv_cache.KVCache``.
       shallow_cache: the same for the shallow blocks; by default ``cache``.
-      method: ``"scan"``, ``"jacobi"`` or ``"recompute"``.
-      chunk: tokens of a Jacobi chunk, or one number per block, data side first.
-      threshold: relative squared change that ends the sweeps of a chunk; 0 runs all of them.
-      max_sweeps: most sweeps of a chunk; fewer than ``chunk`` may stop before convergence.
+      method: ``"scan"``, ``"jacobi"``, ``"slide"`` or ``"recompute"``.
+      chunk: tokens of a Jacobi chunk or of the sliding window, or one number per block, data side
+        first.
+      threshold: relative squared change that ends the sweeps of a chunk, or of a token for
+        ``"slide"``; 0 runs all of them.
+      max_sweeps: for ``"jacobi"``: most sweeps of a chunk, by default 32; fewer than ``chunk`` may
+        stop before convergence.
       progress: called as ``progress(block, token)`` from the running program.
       return_trace: also return an `InverseTrace`.
 
@@ -223,6 +230,9 @@ def _options(
         )
     if guided and config.cond == "prefix_deep" and where == "all":
         raise ValueError('guide must be "deep": the shallow blocks see no condition')
+    if max_sweeps is not None and method != "jacobi":
+        raise ValueError(f'max_sweeps is for method="jacobi", got {max_sweeps} with {method!r}')
+    max_sweeps = 32 if max_sweeps is None else max_sweeps
     if max_sweeps < 1:
         raise ValueError(f"max_sweeps must be at least 1, got {max_sweeps}")
     if threshold < 0:
@@ -326,6 +336,8 @@ class _BlockSolver:
         if self.options.method == "scan":
             x = self._scan(first[:, 0], target)
             sweeps = jnp.full(1, self.steps, jnp.int32)
+        elif self.options.method == "slide":
+            x, sweeps = self._slide(first, target)
         else:
             x, sweeps = self._jacobi(first, target)
         return (x if self.block.config.sos else jnp.concatenate([first, x], 1)), sweeps
@@ -347,13 +359,13 @@ class _BlockSolver:
         heads, kv_heads = config.block_heads(block.deep)
         count = len(block.layers)
         if isinstance(self.spec, CacheSpec):
-            size = min(self.chunk, self.steps) if self.options.method == "jacobi" else 1
+            size = min(self.chunk, self.steps) if self.options.method in SWEEPS else 1
             layer = partial(
                 self.spec.layer, rows, prefix, self.steps, size, heads, kv_heads, config.head_dim
             )
             layers = tuple(layer() for _ in range(count))
         else:
-            if self.options.method == "jacobi":
+            if self.options.method in SWEEPS:
                 raise NotImplementedError(
                     "Jacobi sweeps rewrite the tokens of a chunk, which jaxeff.kv_cache cannot; "
                     'use method="scan" or a CacheSpec'
@@ -451,6 +463,39 @@ class _BlockSolver:
         sequence, layers, count, _ = jax.lax.while_loop(unfinished, sweep, state)
         self._report(start)
         return (sequence, layers), count
+
+    def _slide(self, first: Array, target: Array) -> tuple[Array, Array]:
+        """Jacobi sweeps of a window that starts at the first slot whose input was not final."""
+        size, steps = min(self.chunk, self.steps), self.steps
+        ahead = ((0, 0), (0, size), (0, 0))
+        noise = jnp.pad(target, ahead)
+        sequence = jnp.pad(jnp.concatenate([first, target], 1), ahead)
+
+        def sweep(state):
+            sequence, layers, start, count = state
+            begin = jnp.minimum(start, steps - size)
+            inputs = jax.lax.dynamic_slice_in_dim(sequence, begin, size, 1)
+            maps, layers = self._maps(inputs, begin, layers)
+            near, far = (
+                jax.lax.dynamic_slice_in_dim(noise, begin + skip, size, 1) for skip in (0, size)
+            )
+            new = maps.mu + maps.sigma * near
+            old = jax.lax.dynamic_slice_in_dim(sequence, begin + 1, size, 1)
+            square = jnp.maximum(jnp.mean(jnp.square(new)), jnp.finfo(jnp.float32).tiny)
+            change = jnp.mean(jnp.square(new - old), (0, 2)) / square  # [size]
+            settled = (change < self.threshold) | (begin + jnp.arange(size) < start)
+            # The first output that still moved had settled inputs only: it is final as well.
+            final = begin + 1 + jnp.cumprod(settled.astype(jnp.int32)).sum()
+            # Tokens behind the window start from the map of its last one: closer than x = z.
+            guess = maps.mu[:, -1:] + maps.sigma[:, -1:] * far
+            new = jnp.concatenate([new, guess], 1)
+            sequence = jax.lax.dynamic_update_slice_in_dim(sequence, new, begin + 1, 1)
+            self._report(start)
+            return sequence, layers, jnp.minimum(final, steps), count + 1
+
+        state = (sequence, self.layers, jnp.int32(0), jnp.int32(0))
+        state = jax.lax.while_loop(lambda state: state[2] < steps, sweep, state)
+        return state[0][:, 1 : steps + 1], state[3][None]
 
     def _recompute(self, z: Array) -> Array:
         def step(x, index):

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,17 +145,12 @@ def fit_flow(
     """
     graphdef, params, rest = nnx.split(flow, nnx.Param, ...)
     params = jax.tree.map(jnp.copy, params)  # donated below; the caller's weights must survive
-    transforms = (
-        [] if training.clip_norm is None else [optax.clip_by_global_norm(training.clip_norm)]
-    )
-    transforms += [
-        optax.scale_by_adam(b1=training.b1, b2=training.b2),
-        optax.add_decayed_weights(training.weight_decay),
-    ]
-    optimizer = optax.chain(*transforms)
+    optimizer = _optimizer(training.clip_norm, training.b1, training.b2, training.weight_decay)
     average = jax.tree.map(jnp.copy, params) if training.ema_decay else None
     carry = (params, optimizer.init(params), average)
-    run = partial(_run_steps, graphdef, optimizer, batch_fn, training)
+    fixed = (training.drop, training.latent_norm, training.ema_decay)
+    run = partial(_run_steps, graphdef, optimizer, batch_fn, fixed)
+    numbers = (jnp.float32(training.sigma), jax.random.key(training.seed))
     started, step, losses, times = time.perf_counter(), 0, [], []
     with _progress(description, training.steps) as bar, _log(log_path) as log:
         while step < training.steps:
@@ -166,7 +161,7 @@ def fit_flow(
             used = max(spent, step / training.steps)
             rates = [training.rate(step + i, used + i / training.steps) for i in range(count)]
             before = time.perf_counter()
-            carry, values = run(rest, carry, jnp.asarray(rates, jnp.float32), step)
+            carry, values = run(rest, carry, jnp.asarray(rates, jnp.float32), step, numbers)
             values = np.asarray(values)
             times.append((time.perf_counter() - before) / count)
             step += count
@@ -186,20 +181,30 @@ def fit_flow(
     )
 
 
+@cache
+def _optimizer(clip_norm: float | None, b1: float, b2: float, weight_decay: float):
+    """AdamW without its learning rate; the same object for the same numbers, so that jit hits."""
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    adam = optax.scale_by_adam(b1=b1, b2=b2)
+    return optax.chain(*clip, adam, optax.add_decayed_weights(weight_decay))
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def _run_steps(graphdef, optimizer, batch_fn, training: FlowTraining, rest, carry, rates, first):
+def _run_steps(graphdef, optimizer, batch_fn, fixed, rest, carry, rates, first, numbers):
+    # Noise and seed are arguments: continuing a run without noise compiles nothing.
+    drop, latent_norm, ema_decay = fixed
+    sigma, seed_key = numbers
+
     def loss_fn(params, x, cond, key):
         flow = nnx.merge(graphdef, params, rest)
-        loss, metrics = flow_loss(
-            flow, x, cond, key=key, sigma=training.sigma, drop=training.drop,
-            latent_norm=training.latent_norm,
-        )  # fmt: skip
+        x = x + sigma * jax.random.normal(jax.random.fold_in(key, 0), x.shape)
+        loss, metrics = flow_loss(flow, x, cond, key=key, drop=drop, latent_norm=latent_norm)
         return loss, metrics["nll"]
 
     def one(carry, item):
         params, state, average = carry
         rate, index = item
-        key = jax.random.fold_in(jax.random.key(training.seed), first + index)
+        key = jax.random.fold_in(seed_key, first + index)
         data_key, noise_key = jax.random.split(key)
         x, cond = batch_fn(data_key)
         (_, nll), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, x, cond, noise_key)
@@ -208,7 +213,7 @@ def _run_steps(graphdef, optimizer, batch_fn, training: FlowTraining, rest, carr
         if average is not None:
             # A young average follows faster, so that the start does not linger in it.
             count = (first + index).astype(jnp.float32)
-            decay = jnp.minimum(training.ema_decay, (1 + count) / (10 + count))
+            decay = jnp.minimum(ema_decay, (1 + count) / (10 + count))
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
         return (params, state, average), nll
 

@@ -30,7 +30,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import (
     listed_work,
     work_table,
 )
-from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
+from pallas_kernels.ops.attention.mosaic_sm90_tile import ROWS, Variant
 from pallas_kernels.ops.attention.partition import partitioned
 from pallas_kernels.ops.attention.reference import clean
 from pallas_kernels.ops.attention.spec import AttentionSpec
@@ -78,8 +78,7 @@ def attention_forward(
     formats = {jnp.dtype(jnp.int8): "int8", jnp.dtype(jnp.float8_e4m3fn): "e4m3"}
     qk, pv = (formats.get(x.dtype, "half") for x in (operands.k, operands.v))
     variant = Variant(qk, pv, str(jnp.dtype(out_dtype)), soft_cap)
-    block_kv = None if blocks is None else blocks.block_kv
-    config = config or heuristic(variant, operands.q.shape[-1], bool(mask.segments), block_kv)
+    config = config or _config(variant, operands.q.shape[-1], mask, blocks)
     raw_q = qk != "half" and operands.q.dtype != operands.k.dtype
     config = dataclasses.replace(config, fuse_q=raw_q)
     plan = _plan(operands, config, variant, mask, q_len, kv_len, blocks)
@@ -90,6 +89,9 @@ def attention_forward(
     else:
         arrays["order"] = listed_work(blocks, plan)
         arrays |= {"list": blocks.kv_indices, "ranges": listed_tiles(blocks, plan)}
+        if plan.paired and blocks.kv_indices.shape[2] % 2:  # a second warpgroup without queries
+            pad = ((0, 0), (0, 0), (0, 1), (0, 0))
+            arrays |= {name: jnp.pad(arrays[name], pad) for name in ("list", "ranges")}
     names = ("q_scale", "k_scale", "v_scale", "row_const", *(("k_mean",) * raw_q))
     for name in names:
         if getattr(operands, name) is not None:
@@ -121,14 +123,25 @@ def _token_rule(mask: Mask | BlockMask | None) -> Mask:
     return Mask() if rule is None else rule
 
 
+def _config(variant: Variant, head_dim: int, rule: Mask, blocks, block_kv=None) -> Config:
+    """The heuristic's sizes, with the keys per tile of a block mask if there is one."""
+    if blocks is None:
+        return heuristic(variant, head_dim, bool(rule.segments), block_kv)
+    config = heuristic(variant, head_dim, bool(rule.segments), blocks.block_kv)
+    # A warpgroup with few tiles of its own would wait for the other's token at each tile.
+    own = blocks.block_q < config.block_q
+    return dataclasses.replace(config, schedule="none") if own else config
+
+
 def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> Plan:
     """Static facts of a launch."""
     if blocks is not None and (
-        blocks.block_q % config.block_q or blocks.block_kv != config.block_kv
+        (blocks.block_q % config.block_q and (blocks.block_q, config.num_compute) != (ROWS, 2))
+        or blocks.block_kv != config.block_kv
     ):
         raise NotImplementedError(
             f"a tile of {blocks.block_q} x {blocks.block_kv} must be one or several of the "
-            f"kernel's below each other, {config.block_q} x {config.block_kv}"
+            f"kernel's below each other, {config.block_q} x {config.block_kv}, or one warpgroup's"
         )
     batch, _, num_heads, head_dim = operands.q.shape
     keys, num_kv_heads = operands.k.shape[1:3]
@@ -197,10 +210,10 @@ def _tiles_reason(spec: AttentionSpec) -> str | None:
     if spec.tiles is None:
         return None
     block_q, block_kv = spec.tiles
-    if block_q % 128 or block_kv not in (64, 128, 256):
+    if (block_q != 64 and block_q % 128) or block_kv not in (64, 128, 256):
         return (
-            "the sm90 kernel takes a BlockMask with block_q a multiple of 128 and block_kv 64, 128 "
-            f"or 256; got {block_q} x {block_kv}"
+            "the sm90 kernel takes a BlockMask with block_q 64 or a multiple of 128 and block_kv "
+            f"64, 128 or 256; got {block_q} x {block_kv}"
         )
     variant, head_dim = variant_of(spec), _padded(spec.head_dim)
     if heuristic(variant, head_dim, block_kv=block_kv).smem_bytes(head_dim, variant) > SMEM_LIMIT:
@@ -318,8 +331,8 @@ def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=No
     head_dim = _padded(spec.head_dim)
     rules, quant = _token_rule(mask), spec.quant
     if not isinstance(config, Config):
-        block_kv = mask.block_kv if isinstance(mask, BlockMask) else config
-        config = heuristic(variant_of(spec), head_dim, bool(rules.segments), block_kv)
+        blocks = mask if isinstance(mask, BlockMask) else None
+        config = _config(variant_of(spec), head_dim, rules, blocks, config)
         num_sms = current_device().num_sms or config.num_sms
         config = dataclasses.replace(config, num_sms=num_sms)
     lengths = {"q_lengths": rules.q_lengths, "kv_lengths": rules.kv_lengths}

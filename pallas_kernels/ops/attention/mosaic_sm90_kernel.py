@@ -445,23 +445,50 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 del fields[name]
         return {name: jnp.asarray(x, i32) for name, x in fields.items()}
 
-    def kv_range(refs, q_tile, b, n):
+    def kv_range(refs, q_tile, b, n, wg=0):
         if plan.listed:
-            return [list_entry(refs, "ranges", b, n, q_tile, i) for i in range(4)]
+            row = 2 * q_tile + wg if plan.paired else div(q_tile, plan.listed // config.block_q)
+            return [list_entry(refs, "ranges", b, n, row, i) for i in range(4)]
         if plan.dynamic:
             return [refs["tiles"][b, q_tile, i] for i in range(4)]
         return [jnp.asarray(x, i32) for x in plan.kv_tiles(q_tile)]
 
-    def list_entry(refs, name, b, n, q_tile, i):
-        """Entry i of a query tile's list; the lists may be shared by batch entries and heads."""
+    def list_entry(refs, name, b, n, row, i):
+        """Entry i of a row of a block mask, which batch entries and heads may share."""
         shape = refs[name].shape
-        row = div(q_tile, plan.listed // config.block_q)
         return refs[name][b if shape[0] > 1 else 0, n if shape[1] > 1 else 0, row, i]
 
-    def tile_at(refs, place, b, n, q_tile):
+    def tile_at(refs, place, b, n, row):
         """Number of a K/V tile from its place, which may lie before the first or after the last."""
         last = refs["list"].shape[-1] - 1
-        return list_entry(refs, "list", b, n, q_tile, lax.clamp(i32(0), place, i32(last)))
+        return list_entry(refs, "list", b, n, row, lax.clamp(i32(0), place, i32(last)))
+
+    def merged(refs, q_tile, b, n):
+        """Walks over the tiles that either warpgroup's rows list, from the last to the first.
+
+        A walk is the place in the first list and the tile there, or -1 at its end, and the same of
+        the second list.
+
+        Returns:
+            The first walk, and a function from one to the next.
+        """
+        rows = (2 * q_tile, 2 * q_tile + 1)
+
+        def at(row, place):
+            return place, jnp.where(place < 0, i32(-1), tile_at(refs, place, b, n, row))
+
+        def following(walk):
+            tile = nearest(walk)
+            places = [jnp.where(walk[1] == tile, walk[0] - 1, walk[0])]
+            places += [jnp.where(walk[3] == tile, walk[2] - 1, walk[2])]
+            return (*at(rows[0], places[0]), *at(rows[1], places[1]))
+
+        counts = [list_entry(refs, "ranges", b, n, row, 3) for row in rows]
+        return (*at(rows[0], counts[0] - 1), *at(rows[1], counts[1] - 1)), following
+
+    def nearest(walk):
+        """The tile of a walk, -1 after the last one."""
+        return jnp.maximum(walk[1], walk[3])
 
     def for_each_tile(refs, run):
         """Runs ``run(tile, step) -> step`` over this block's tiles; steps count K/V tiles."""
@@ -495,21 +522,34 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 plgpu.barrier_wait(q_free.at[w])
                 plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, n], q_target.at[w], q_ready.at[w])
 
-            def load(i, carry):
-                step, *tile = carry
-                following = [tile_at(refs, hi - 2 - i, b, n, q_tile) for _ in tile]
-                tokens = pl.ds((tile[0] if tile else hi - 1 - i) * kv, kv)
-                slot = slot_of(step)
+            def load(step, tile):
+                tokens, slot = pl.ds(tile * kv, kv), slot_of(step)
                 plgpu.barrier_wait(k_free.at[slot])
                 plgpu.copy_gmem_to_smem(
                     refs["k"].at[b, tokens, kv_head], k_smem.at[slot], k_ready.at[slot]
                 )
                 plgpu.barrier_wait(v_free.at[slot])
                 load_v(b, kv_head, tokens, slot)
-                return (step + 1, *following)
+                return step + 1
 
-            first = [tile_at(refs, hi - 1, b, n, q_tile)] if plan.listed else []
-            return lax.fori_loop(i32(0), hi - lo, load, (step, *first))[0]
+            if plan.paired:
+                walk, following = merged(refs, q_tile, b, n)
+
+                def load_merged(state):
+                    then = following(state[1])
+                    return load(state[0], nearest(state[1])), then
+
+                return lax.while_loop(lambda x: nearest(x[1]) >= 0, load_merged, (step, walk))[0]
+
+            def load_listed(i, state):
+                then = tile_at(refs, hi - 2 - i, b, n, row)
+                return load(state[0], state[1]), then
+
+            if plan.listed:
+                row = div(q_tile, plan.listed // config.block_q)
+                first = tile_at(refs, hi - 1, b, n, row)
+                return lax.fori_loop(i32(0), hi - lo, load_listed, (step, first))[0]
+            return lax.fori_loop(i32(0), hi - lo, lambda i, step: load(step, hi - 1 - i), step)
 
         for_each_tile(refs, one_tile)
 
@@ -569,7 +609,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
             fixed = limits(refs, b)
-            lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b, n)
+            lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b, n, wg)
             end = step0 + (hi - lo)
             q_start = q_tile * config.block_q + wg * ROWS
             factor = variant.logit_factor(scale)
@@ -603,12 +643,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                     where["kv_ids"] = load_columns("kv_ids", b, tile * kv, kv)
                 return where
 
-            def one_step(step, carry, is_masked):
-                outs, total, m, *listed = carry
-                slot, place = slot_of(step), hi - 1 - (step - step0)
-                tile = listed[0] if listed else place
-                # A load takes its time: the next tile's number is asked for one step ahead.
-                following = [tile_at(refs, place - 1, b, n, q_tile) for _ in listed]
+            def visit(slot, tile, is_last, carry, is_masked):
+                outs, total, m = carry
                 col_scale = column_scales(tile)
                 plgpu.barrier_wait(k_ready.at[slot])
                 with jax.named_scope("scores"):
@@ -617,7 +653,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 pass_token()
                 plgpu.barrier_arrive(k_free.at[slot])
                 if not plan.raw_q:  # After a tile's last scores, the next tile's Q may be loaded.
-                    pl.when(step == end - 1)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+                    pl.when(is_last())(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 with jax.named_scope("softmax"):
                     where = position(tile) if is_masked else {}
                     p, m, alpha, *sums = steps.softmax(
@@ -633,19 +669,70 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                             plgpu.barrier_arrive(v_free.at[slot])
                             total = steps.add_sums(total, alpha, new, sums)
                         outs[i] = steps.add_tile(outs[i], new, alpha)
-                return (tuple(outs), total, m, *following)
+                return tuple(outs), total, m
+
+            def skip(slot, is_last):
+                """The other warpgroup's tile."""
+                plgpu.barrier_wait(k_ready.at[slot])
+                pass_token()
+                plgpu.barrier_arrive(k_free.at[slot])
+                if not plan.raw_q:
+                    pl.when(is_last)(lambda: plgpu.barrier_arrive(q_free.at[wg]))
+                plgpu.barrier_wait(v_ready.at[slot])
+                take_token()
+                plgpu.barrier_arrive(v_free.at[slot])
+
+            def one_step(step, carry, is_masked):
+                outs, total, m, *listed = carry
+                slot, place = slot_of(step), hi - 1 - (step - step0)
+                tile = listed[0] if listed else place
+                # A load takes its time: the next tile's number is asked for one step ahead.
+                then = [tile_at(refs, place - 1, b, n, row) for _ in listed]
+                is_last = lambda: step == end - 1  # noqa: E731
+                return (*visit(slot, tile, is_last, (outs, total, m), is_masked), *then)
 
             def run(begin, stop, carry, is_masked):
                 step_fn = functools.partial(one_step, is_masked=is_masked)
                 return lax.fori_loop(begin, stop, step_fn, carry)
 
+            def run_merged(carry):
+                """Walks over both warpgroups' tiles and computes this one's own."""
+                walk, following = merged(refs, q_tile, b, n)
+
+                def one_step(state):
+                    step, walk, carry = state
+                    place, mine = (jnp.where(wg == 0, *walk[i::2]) for i in range(2))
+                    slot, tile, then = slot_of(step), nearest(walk), following(walk)
+                    is_last = nearest(then) < 0
+
+                    def seen(is_masked):
+                        return lambda carry: visit(slot, tile, lambda: is_last, carry, is_masked)
+
+                    def unseen(carry):
+                        skip(slot, is_last)
+                        return carry
+
+                    branch = (mine == tile).astype(i32)
+                    branches = [unseen, seen(False)]
+                    if plan.needs_mask:
+                        branch *= jnp.where((place >= mid_lo) & (place < mid_hi), 1, 2)
+                        branches.append(seen(True))
+                    return step + 1, then, lax.switch(branch, branches, carry)
+
+                state = (step0, walk, carry)
+                end, _, carry = lax.while_loop(lambda x: nearest(x[1]) >= 0, one_step, state)
+                return end, carry
+
             if not plan.raw_q:
                 plgpu.barrier_wait(q_ready.at[wg])
             take_token()
             carry = steps.start()
-            if plan.listed:
-                carry = (*carry, tile_at(refs, hi - 1, b, n, q_tile))
-            if plan.needs_mask:  # From the last keys to the first: masked, free of masks, masked.
+            if plan.listed and not plan.paired:
+                row = div(q_tile, plan.listed // config.block_q)
+                carry = (*carry, tile_at(refs, hi - 1, b, n, row))
+            if plan.paired:
+                end, carry = run_merged(carry)
+            elif plan.needs_mask:  # From the last keys to the first: masked, without masks, masked.
                 two_sided = plan.bounded[0] or plan.dynamic or plan.listed
                 right_end = step0 + (hi - mid_hi)
                 left_start = step0 + (hi - mid_lo) if two_sided else end

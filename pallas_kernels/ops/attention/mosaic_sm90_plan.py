@@ -199,7 +199,8 @@ class Plan:
         segmented: segment ids come as arrays.
         raw_q: Q is 16-bit and becomes 8-bit in the kernel.
         listed: query rows of one row of a `BlockMask`, whose lists of tiles come as arrays, or 0
-            where tiles follow from the rules.
+            where tiles follow from the rules. One row is for several query tiles or, with 64, for
+            one warpgroup, whose two rows share the ring of K and V.
     """
 
     config: Config
@@ -218,6 +219,11 @@ class Plan:
     segmented: bool = False
     raw_q: bool = False
     listed: int = 0
+
+    @property
+    def paired(self) -> bool:
+        """Whether each of two warpgroups has a list of its own."""
+        return 0 < self.listed < self.config.block_q
 
     @property
     def q_tiles(self) -> int:
@@ -348,8 +354,13 @@ def listed_work(blocks: BlockMask, plan: Plan) -> jax.Array:
     Within a group of heads the longest lists come first, and those of equal length stay in order.
     They are dealt out to and fro over the blocks, so that each gets its share of long and short.
     """
-    per_row = plan.listed // plan.config.block_q
-    count = jnp.repeat(blocks.kv_num_blocks, per_row, axis=-1)[..., : plan.q_tiles]
+    count = blocks.kv_num_blocks
+    if plan.paired:
+        count = jnp.pad(count, ((0, 0), (0, 0), (0, count.shape[-1] % 2)))
+        count = count[..., ::2] + count[..., 1::2]
+    else:
+        count = jnp.repeat(count, plan.listed // plan.config.block_q, axis=-1)
+        count = count[..., : plan.q_tiles]
     count = jnp.broadcast_to(count, (plan.batch, plan.num_heads, plan.q_tiles))
     count = count.reshape(-1, plan.group * plan.q_tiles)
     first = jnp.arange(0, plan.total, count.shape[1])[:, None]

@@ -70,19 +70,25 @@ def block_means(
     References:
       Zhang et al., SpargeAttn, arXiv 2502.18137, section 3.2.
     """
-    _, length, _, _ = x.shape
-    live = jnp.ones((1, length, 1), bool) if live is None else live
-    x = jnp.where(live[..., None], x, 0.0)
+    if live is not None:
+        x = jnp.where(live[..., None], x, 0.0)
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     unit = x / jnp.where(norm > 0, norm, 1.0)
+    rows = jnp.maximum(_rows(x, block, live), 1.0)
+    similarity = ((_sums(unit, block) / rows) ** 2).sum(-1)
+    return _sums(x, block) / rows, similarity
 
-    def total(y):  # sums over blocks
-        y = jnp.pad(y, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
-        return y.reshape(y.shape[0], -1, block, *y.shape[2:]).sum(2)
 
-    rows = jnp.maximum(total(live[..., None].astype(jnp.float32)), 1.0)
-    similarity = ((total(unit) / rows) ** 2).sum(-1)
-    return total(x) / rows, similarity
+def _sums(x: jax.Array, block: int) -> jax.Array:
+    """Sums over blocks of tokens; [B, L, ...] -> [B, ceil(L / block), ...]."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:]).sum(2)
+
+
+def _rows(x: jax.Array, block: int, live: jax.Array | None) -> jax.Array:
+    """Tokens that count in each block, float32 [B or 1, ceil(L / block), heads or 1, 1]."""
+    live = jnp.ones((1, x.shape[1], 1), bool) if live is None else live
+    return _sums(live[..., None].astype(jnp.float32), block)
 
 
 def predict(
@@ -90,7 +96,7 @@ def predict(
     key: jax.Array,
     mask: Mask | None = None,
     *,
-    simthreshd1: float | jax.Array = -0.1,
+    simthreshd1: float | jax.Array | None = -0.1,
     cdfthreshd: float | jax.Array | None = None,
     topk: float | jax.Array | None = None,
     scale: float | None = None,
@@ -114,7 +120,8 @@ def predict(
       key: float [B, S, K, H], N a multiple of K.
       mask: token rule; tiles in which it allows nothing are never kept.
       simthreshd1: a block is judged by its mean when its self-similarity is above this; number or
-        [N], in [-1, 1].
+        [N], in [-1, 1]. With a negative number, and with None, every block is, since similarities
+        are not negative: then Q and K are read only once.
       cdfthreshd: share of the softmax over tiles to keep, number or [N], in [0, 1]; or None.
       topk: share of all key tiles to keep, number or [N], in [0, 1]; or None.
       scale: factor on the scores; None means ``1 / sqrt(H)``.
@@ -145,30 +152,44 @@ def predict(
     if live_k is not None and live_k.shape[1] != 1:
         live_k = live_k.reshape(live_k.shape[0], heads, n // heads, s).any(2)
     live_q, live_k = turn(live_q), turn(live_k)
-    if smooth_k:
-        weight = jnp.ones((1, s, 1)) if live_k is None else live_k
-        rows = jnp.maximum(weight.sum(1, keepdims=True), 1)[..., None]
-        key = key - jnp.where(weight[..., None], key, 0.0).sum(1, keepdims=True) / rows
-    q_mean, q_alike = block_means(query, block_q, live_q)
-    k_mean, k_alike = block_means(key, block_kv, live_k)
     repeat = lambda x: jnp.repeat(x, n // heads, axis=2)  # noqa: E731
+    wanted = _threshold(simthreshd1)
+    clean = lambda x, live: x if live is None else jnp.where(live[..., None], x, 0.0)  # noqa: E731
+    query, key = clean(query, live_q), clean(key, live_k)
+    q_rows, k_rows = _rows(query, block_q, live_q), _rows(key, block_kv, live_k)
+    k_sums, mean = _sums(key, block_kv), 0.0
+    if smooth_k:
+        mean = k_sums.sum(1, keepdims=True) / jnp.maximum(k_rows.sum(1, keepdims=True), 1.0)
     scale = 1.0 / math.sqrt(h) if scale is None else scale
+    if wanted is None:
+        q_mean = _sums(query, block_q) / jnp.maximum(q_rows, 1.0)
+        k_mean = jnp.where(k_rows > 0, k_sums / jnp.maximum(k_rows, 1.0) - mean, 0.0)
+        judged_q = judged_k = None
+    else:
+        q_mean, q_alike = block_means(query, block_q, live_q)
+        k_mean, k_alike = block_means(key - mean, block_kv, live_k)
+        limit = _per_head("simthreshd1", wanted, n)[:, None]
+        judged_q = q_alike.swapaxes(1, 2) > limit  # [B, N, nq]
+        judged_k = (repeat(k_alike).swapaxes(1, 2) > limit)[:, :, None]  # [B, N, 1, nk]
     scores = jnp.einsum("bqnh,bknh->bnqk", q_mean, repeat(k_mean)) * scale
-    limit = _per_head("simthreshd1", simthreshd1, n)[:, None]
-    judged_q = q_alike.swapaxes(1, 2) > limit  # [B, N, nq]
-    judged_k = (repeat(k_alike).swapaxes(1, 2) > limit)[:, :, None]  # [B, N, 1, nk]
     possible = rule.tile_status(t, s, block_q, block_kv) != EMPTY
     share = {name: None if x is None else _per_head(name, x, n)
              for name, x in (("topk", topk), ("cdfthreshd", cdfthreshd))}  # fmt: skip
-    kept = top_tiles(
-        jnp.where(judged_k & possible, scores, -jnp.inf),
-        topk=share["topk"],
-        cdf=share["cdfthreshd"],
-    )
-    kept = kept | ~judged_k | ~judged_q[..., None]
+    if judged_k is not None:
+        possible &= judged_k
+    scores = jnp.where(possible, scores, -jnp.inf)
+    kept = top_tiles(scores, topk=share["topk"], cdf=share["cdfthreshd"])
+    if judged_k is not None:
+        kept = kept | ~judged_k | ~judged_q[..., None]
     if attention_sink:
         kept = kept.at[..., 0].set(True)
     return BlockMask.from_blocks(kept, t, s, block_q=block_q, block_kv=block_kv, mask=mask)
+
+
+def _threshold(simthreshd1):
+    """`simthreshd1`, or None where it is known to be below every similarity."""
+    known = isinstance(simthreshd1, numbers.Real)
+    return None if known and -1 <= simthreshd1 < 0 else simthreshd1
 
 
 def _per_head(name: str, x, num_heads: int) -> jax.Array:
@@ -275,7 +296,7 @@ def sparge_attention(
         for name in ("mosaic", "reference"):
             reasons[name] = reasons[name] or f"pvthreshd is not served by {name}; use 'xla'"
     name = _dispatch.resolve("attention", implementation, reasons)
-    thresholds = {"simthreshd1": simthreshd1, "cdfthreshd": cdfthreshd, "topk": topk}
+    thresholds = {"simthreshd1": _threshold(simthreshd1), "cdfthreshd": cdfthreshd, "topk": topk}
     thresholds = {n: None if x is None else _per_head(n, x, spec.num_heads)
                   for n, x in thresholds.items()}  # fmt: skip
     out, sparsity = _run(

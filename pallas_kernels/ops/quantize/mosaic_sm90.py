@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisation of attention operands on Hopper: Q, K and V are read from memory once each.
+"""Quantisation of attention operands on Hopper: two passes over K and V, one over Q.
 
 `quantize_qkv` turns 16-bit ``Q [B, T, N, H]``, ``K, V [B, S, K, H]`` into what the 8-bit attention
 kernel reads: Q with a scale per row, ``K - mean(K)`` with eight scales per block of keys, FP8 V
-transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound: a kernel each for Q, K
-and V reads 2 and writes 1 byte per element.
+transposed to ``[B, K, H, S]`` with a scale per channel. Memory is the bound:
 
-K needs its mean over all tokens before it can be quantised, and V its largest magnitudes. A cluster
-of up to eight blocks of threads shares a head: each reads its tokens for the statistics, they meet
-at the cluster's barrier, and each reads its tokens again, up to some 4K of them from the L2 cache.
-The kernel of Q also gives ``q · mean(K)``, what smoothing takes from each row of logits.
+* statistics: K and V are read once, giving partial sums of K and partial maxima of V,
+* one kernel each for Q, K and V reads 2 and writes 1 byte per element. That of Q also gives
+  ``q · mean(K)``, what smoothing takes from each row of logits. The attention kernel can do the
+  part of Q itself, which saves writing its codes and reading them again.
 
-Every thread owns 8 neighbouring channels (one 16-byte load). Threads, tokens and channels are laid
-out so that every maximum stays within a warp: no shared memory is used. Tokens beyond a sequence's
-length are never read, so that NaN there cannot spread.
+Every thread owns 8 neighbouring channels (one 16-byte load), the lanes of a token lie side by side,
+and blocks that run at the same time share tokens: whole rows of memory are read at once. Maxima
+stay within a warp: no shared memory is used. Tokens beyond a sequence's length are never read, so
+that NaN there cannot spread.
+
+Measured and left out, since it took longer on an H100: a cluster of blocks per head that takes the
+statistics, meets at the cluster's barrier and encodes from the cache. It has too few loads in
+flight (153 us for K, 4 x 4096 tokens, 32 heads of 128; the two passes of this file were faster).
 
 References: SageAttention (arXiv 2410.02367), sections 4.2 and 4.6; SageAttention2
 (arXiv 2411.10958), sections 3.1 to 3.3.
@@ -39,7 +43,6 @@ TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale a
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-_CLUSTER_BARRIER = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
 # Within 16 tokens V is stored in this order; position 4t+{0,1} holds token 2t+{0,1} and position
 # 4t+{2,3} token 8+2t+{0,1}. Then registers of the score tile are an 8-bit operand as they stand.
 V_ORDER = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
@@ -165,110 +168,108 @@ def _over_lanes(combine, x, distances):
 
 
 class _Lanes:
-    """How a block of 128 threads covers tokens and channels.
+    """How 128 threads cover heads or tokens: ``count`` lanes, a power of two, for one of a head.
 
-    ``count`` neighbouring lanes, a power of two, hold one token: 8 channels each; at head_dim 96
-    and 192 a quarter of them is idle.
+    Each lane holds 8 channels; at head_dim 96 and 192 a quarter of them is idle.
     """
 
     def __init__(self, head_dim: int):
         self.head_dim = head_dim
         self.count = 1 << (head_dim // 8 - 1).bit_length()
-        self.per_warp = 32 // self.count  # tokens
-        self.per_pass = 4 * self.per_warp
-        self.same_token = [d for d in (1, 2, 4, 8, 16) if d < self.count]
-        self.other_tokens = [d for d in (1, 2, 4, 8, 16) if d >= self.count]
+        self.rows = 128 // self.count
+        self.distances = [d for d in (1, 2, 4, 8, 16) if d < self.count]
 
     def place(self):
-        """(warp, token within the warp, first channel, channel exists)."""
+        """(row of lanes, first channel, channel exists)."""
         tid = ptx.thread()
-        warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
-        channel = ptx.mul(ptx.rem(lane, ptx.i32(self.count)), ptx.i32(8))
-        exists = ptx.lt(channel, ptx.i32(self.head_dim))
-        return warp, ptx.div(lane, ptx.i32(self.count)), channel, exists
+        channel = ptx.mul(ptx.rem(tid, ptx.i32(self.count)), ptx.i32(8))
+        return ptx.div(tid, ptx.i32(self.count)), channel, ptx.lt(channel, ptx.i32(self.head_dim))
+
+    def place_heads(self, group, heads: int):
+        """(head, first channel, both exist): the rows of lanes are heads of a group."""
+        row, channel, exists = self.place()
+        head = ptx.add(ptx.mul(group, ptx.i32(self.rows)), row)
+        return head, channel, ptx.both(exists, ptx.lt(head, ptx.i32(heads)))
 
 
-def _call(phases, outs, grid, args, clustered=False):
-    """Runs ``phase(refs, axes)`` for each phase in blocks of 128 threads over a 3-D grid.
+def _call(body, outs, grid, args):
+    """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
 
-    Args:
-        phases: functions; what one has written, the later ones may read. Several of them need
-            ``clustered``, and share within a cluster only.
-        outs: shapes and dtypes of the results.
-        grid: sizes of the axes x, y and z.
-        args: arrays.
-        clustered: the blocks along x are a cluster.
+    Blocks that are neighbours along the first axis run at the same time.
     """
     names = ("x", "y", "z")
     count = len(args) + len(outs)
-    split = {"grid": grid, "grid_names": names}
-    if clustered:
-        split = {"grid": grid[1:], "grid_names": names[1:]}
-        split |= {"cluster": grid[:1], "cluster_names": names[:1]}
 
     def kernel(*refs):
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * count, (_SCALAR,) * 3))
         def run(ctx, refs, axes):
             del ctx
-            axes = [ptx.unpack(a)[0] for a in axes]
-            for i, phase in enumerate(phases):
-                if i:
-                    ptx.asm(_CLUSTER_BARRIER, "", [], effects=True)
-                phase(refs, axes)
+            body(refs, [ptx.unpack(a)[0] for a in axes])
 
         run(tuple(refs), tuple(lax.axis_index(name) for name in names))
 
     return plgpu.kernel(
         kernel,
         out_type=outs,
-        **split,
+        grid=grid,
+        grid_names=names,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )(*args)
 
 
-def _cluster(pieces: int) -> tuple[int, int]:
-    """(blocks of threads per head, pieces for each of them); the last may have fewer."""
-    blocks = min(8, 1 << (pieces.bit_length() - 1))
-    return blocks, pl.cdiv(pieces, blocks)
-
-
-def _write_partial(ref, shape, axes, values, lanes: _Lanes):
-    """Writes this warp's statistics: 8 channels from the lanes with the warp's first token."""
-    block, head, b = axes
-    warp, local, channel, exists = lanes.place()
-    slot = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
-    offset = _element(shape, (b, head, slot, channel), 4)
-    first = ptx.both(exists, ptx.eq(local, ptx.i32(0)))
-    _store(ref, offset, values[:4], first)
-    _store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
-
-
-def _reduce_partial(ref, shape, axes, combine, finish):
-    """Combines the partial statistics of a head's warps; ``finish(channel, value, exists)``.
-
-    Every block of the cluster does this for itself: it costs less than another barrier.
-    """
-    _, head, b = axes
-    slots, head_dim = shape[2:]
-    for start in range(0, head_dim, 128):
-        channel = ptx.add(ptx.thread(), ptx.i32(start))
-        exists = ptx.lt(channel, ptx.i32(head_dim))
-        inside = ptx.select(exists, channel, ptx.i32(0))
-        total = None
-        for slot in range(slots):
-            where = ptx.address(ref, _element(shape, (b, head, ptx.i32(slot), inside), 4))
-            # Other multiprocessors wrote it: read from the cache they share.
-            new = ptx.asm("ld.global.cg.f32 $0, [$1];", "f", [where], effects=True)[0]
-            total = new if total is None else combine(total, new)
-        finish(channel, total, exists)
-
-
 # -- kernels ---------------------------------------------------------------------------------------
 
 
-def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
+def token_statistics(x, lengths, kind, *, chunk=128, batch_loads=16):
+    """Sum or largest magnitude of each channel over the tokens.
+
+    Args:
+        x: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
+        lengths: int32 [B], valid tokens.
+        kind: "sum" or "abs_max".
+        chunk: tokens per block of threads.
+        batch_loads: loads in flight per thread.
+
+    Returns:
+        float32 [B, K, H].
+    """
+    batch, s_len, heads, head_dim = x.shape
+    width, is_bf16 = heads * head_dim, x.dtype == jnp.bfloat16
+    chunks = pl.cdiv(s_len, chunk)
+    partial = jax.ShapeDtypeStruct((batch, chunks, width), jnp.float32)
+
+    def combine(total, value):
+        return ptx.fadd(total, value) if kind == "sum" else _abs_max([value], total)
+
+    def body(refs, axes):
+        x_ref, length_ref, out_ref = refs
+        column, piece, b = axes
+        limit = _load_limit(length_ref, b)
+        # Heads do not matter here: a thread owns 8 channels of the whole row.
+        channel = ptx.add(ptx.mul(column, ptx.i32(1024)), ptx.mul(ptx.thread(), ptx.i32(8)))
+        exists = ptx.lt(channel, ptx.i32(width))
+        totals = [ptx.f32(0.0)] * 8
+        for start in range(0, chunk, batch_loads):
+            words = []
+            for step in range(start, start + batch_loads):
+                row = ptx.add(ptx.mul(piece, ptx.i32(chunk)), ptx.i32(step))
+                offset = _element((batch, s_len, width), (b, row, channel), 2)
+                words.append(_load8(x_ref, offset, ptx.both(exists, ptx.lt(row, limit))))
+            for word in words:
+                pairs = zip(totals, _floats(word, is_bf16), strict=True)
+                totals = [combine(total, value) for total, value in pairs]
+        place = _element(partial.shape, (b, piece, channel), 4)
+        _store(out_ref, place, totals[:4], exists)
+        _store(out_ref, ptx.add(place, ptx.i64(16)), totals[4:], exists)
+
+    found = _call(body, [partial], (pl.cdiv(width, 1024), chunks, batch), (x, lengths))[0]
+    found = found.sum(1) if kind == "sum" else found.max(1)
+    return found.reshape(batch, heads, head_dim)
+
+
+def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
     """Codes and a scale per row of Q, and its product with the mean key.
 
     Args:
@@ -291,13 +292,12 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
 
     def body(refs, axes):
         q_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs[: 5 - (mean is None)]
-        tile, head, b = axes
+        group, tile, b = axes
         limit = _load_limit(length_ref, b)
-        warp, local, channel, exists = lanes.place()
-        token = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
-        token = ptx.add(token, ptx.mul(tile, ptx.i32(block)))
-        first = ptx.eq(channel, ptx.i32(0))
-        rows = [ptx.add(token, ptx.i32(step)) for step in range(0, block, lanes.per_pass)]
+        head, channel, exists = lanes.place_heads(group, heads)
+        first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
+        start = ptx.mul(tile, ptx.i32(block))
+        rows = [ptx.add(start, ptx.i32(step)) for step in range(block)]
         words = [
             _load8(
                 q_ref,
@@ -309,9 +309,10 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
         shift = None
         if mean is not None:
             # A lane without channels multiplies zeros; it must still read inside the array.
-            inside = ptx.select(exists, channel, ptx.i32(0))
-            kv_head = ptx.div(head, ptx.i32(groups))
-            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, kv_head, inside), 4))
+            channels, kv_head = (
+                ptx.select(exists, x, ptx.i32(0)) for x in (channel, ptx.div(head, ptx.i32(groups)))
+            )
+            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, kv_head, channels), 4))
         for row, word in zip(rows, words, strict=True):
             row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
             place = _element(codes.shape, (b, row, head, channel), 1)
@@ -323,7 +324,7 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=128):
 
     args = (q, lengths) if mean is None else (q, lengths, mean)
     outs = [codes, rows_type] if mean is None else [codes, rows_type, rows_type]
-    result = _call([body], outs, (padded // block, heads, batch), args)
+    result = _call(body, outs, (pl.cdiv(heads, lanes.rows), padded // block, batch), args)
     return result if mean is not None else [*result, None]
 
 
@@ -331,7 +332,7 @@ def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift):
     """Two words of codes, the row's scale, and its product with ``shift`` or None."""
     encode = _int8x4 if qk == "int8" else ptx.e4m3x4
     x = _floats(word, is_bf16)
-    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.same_token), ptx.f32(TINY))
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.distances), ptx.f32(TINY))
     factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
     scaled = [ptx.fmul(value, factor) for value in x]
     dot = None
@@ -339,7 +340,7 @@ def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift):
         dot = ptx.f32(0.0)
         for value, m in zip(x, shift, strict=True):
             dot = ptx.fma(value, m, dot)
-        dot = _over_lanes(ptx.fadd, dot, lanes.same_token)
+        dot = _over_lanes(ptx.fadd, dot, lanes.distances)
     scale = ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))
     return [encode(scaled[:4]), encode(scaled[4:])], scale, dot
 
@@ -361,15 +362,14 @@ def encode_q_tile(raw, codes, scales, dots, mean, limit, *, dtype, qk, swizzle, 
     """
     head_dim = ptx.shape(raw)[1]
     lanes, is_bf16 = _Lanes(head_dim), dtype == jnp.bfloat16
-    warp, local, channel, exists = lanes.place()
+    start, channel, exists = lanes.place()
     first = ptx.eq(channel, ptx.i32(0))
-    start = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
     shift = None
     if mean is not None:
         ref, b, head = mean
         inside = ptx.select(exists, channel, ptx.i32(0))
         shift = _load_f32x8(ref, _element(ptx.shape(ref), (b, head, inside), 4))
-    for step in range(0, rows, lanes.per_pass):
+    for step in range(0, rows, lanes.rows):
         row = ptx.add(start, ptx.i32(step))
         ok = ptx.both(exists, ptx.lt(row, limit))
         word = _load8(raw, _element((rows, head_dim), (row, channel), 2), ok, "shared")
@@ -393,79 +393,36 @@ def _swizzled(row, column, width: int, swizzle: int):
     return ptx.xor(offset, ptx.mul(turn, ptx.i32(16)))
 
 
-def quantize_k(k, lengths, *, smooth=True, scale_block=256, qk="int8"):
+def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
     """Codes of ``K - mean`` and eight scales per block of keys, by token index modulo 8.
 
     Args:
         k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
         lengths: int32 [B], valid tokens; later ones give zeros.
-        smooth: subtract the mean over tokens.
+        mean: float32 [B, K, H], or None to subtract nothing.
         scale_block: tokens per block; a multiple of 16.
         qk: "int8" or "e4m3".
 
     Returns:
-        Codes [B, Sp, K, H] with Sp = S rounded up to the block, scales float32
-        [B, K, Sp / block, 8], and the mean, float32 [B, K, H], or None without smoothing.
+        Codes [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
     """
     batch, s_len, heads, head_dim = k.shape
     lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
-    tiles = pl.cdiv(s_len, scale_block)
-    blocks, per_block = _cluster(tiles)
+    tiles, groups = pl.cdiv(s_len, scale_block), pl.cdiv(heads, lanes.rows)
     codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
     scales = jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)
-    partial = jax.ShapeDtypeStruct((batch, heads, blocks * 4, head_dim), jnp.float32)
-    means = jax.ShapeDtypeStruct((batch, heads, blocks, head_dim), jnp.float32)
     encode = _int8x4 if qk == "int8" else ptx.e4m3x4
-    # A warp takes two residues modulo 8, one per half of its lanes; where a token fills the warp,
-    # one after the other. So a thread always sees the same residue.
-    turns = (0, 1) if lanes.per_warp == 1 else (None,)
-    stride = 16 if lanes.per_warp == 4 else 8
-    same_group = [*lanes.same_token, *([16] if lanes.per_warp == 4 else [])]
 
-    def first_tile(axes):
-        return ptx.mul(axes[0], ptx.i32(per_block))
-
-    def add_tokens(refs, axes):
-        k_ref, length_ref, *_, partial_ref, _ = refs
-        _, head, b = axes
+    def body(refs, axes):
+        k_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs
+        piece, tile, b = axes
         limit = _load_limit(length_ref, b)
-        warp, local, channel, exists = lanes.place()
-        inside = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
-
-        def one_tile(i, sums):
-            tile = ptx.add(first_tile(axes), i)
-            token = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), inside)
-            for step in range(0, scale_block, lanes.per_pass):
-                row = ptx.add(token, ptx.i32(step))
-                ok = ptx.both(exists, ptx.lt(row, limit))
-                word = _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
-                sums = [ptx.fadd(x, y) for x, y in zip(sums, _floats(word, is_bf16), strict=True)]
-            return sums
-
-        sums = ptx.loop(per_block, one_tile, [ptx.f32(0.0)] * 8)
-        sums = [_over_lanes(ptx.fadd, x, lanes.other_tokens) for x in sums]
-        _write_partial(partial_ref, partial.shape, axes, sums, lanes)
-
-    def average(refs, axes):
-        *_, length_ref, _, _, partial_ref, mean_ref = refs
-        block, head, b = axes
-        count = ptx.to_float(ptx.imax(_load_limit(length_ref, b), ptx.i32(1)))
-
-        def finish(channel, total, exists):
-            place = _element(means.shape, (b, head, block, channel), 4)
-            _store(mean_ref, place, [ptx.fdiv(total, count)], exists)
-
-        _reduce_partial(partial_ref, partial.shape, axes, ptx.fadd, finish)
-
-    def encode_tokens(refs, axes):
-        k_ref, length_ref, codes_ref, scale_ref, *rest = refs
-        block, head, b = axes
-        limit = _load_limit(length_ref, b)
-        warp, local, channel, exists = lanes.place()
+        group, residue = ptx.rem(piece, ptx.i32(groups)), ptx.div(piece, ptx.i32(groups))
+        head, channel, exists = lanes.place_heads(group, heads)
         shift = None
-        if smooth:
-            inside = ptx.select(exists, channel, ptx.i32(0))
-            shift = _load_f32x8(rest[-1], _element(means.shape, (b, head, block, inside), 4))
+        if mean is not None:
+            inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
+            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, *inside), 4))
 
         def smoothed(word, ok):
             values = _floats(word, is_bf16)
@@ -474,141 +431,76 @@ def quantize_k(k, lengths, *, smooth=True, scale_block=256, qk="int8"):
             values = [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
             return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
 
-        def one_group(tile, turn):
-            there = ptx.lt(tile, ptx.i32(tiles))
-            residue = ptx.rem(local, ptx.i32(2)) if turn is None else ptx.i32(turn)
-            group = ptx.add(ptx.mul(warp, ptx.i32(2)), residue)
-            token = ptx.add(group, ptx.mul(ptx.div(local, ptx.i32(2)), ptx.i32(8)))
-            token = ptx.add(token, ptx.mul(tile, ptx.i32(scale_block)))
-            rows = [ptx.add(token, ptx.i32(step)) for step in range(0, scale_block, stride)]
-            valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
-            words = [
-                _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
-                for row, ok in zip(rows, valid, strict=True)
-            ]
-            top = ptx.f32(TINY)
-            for word, ok in zip(words, valid, strict=True):
-                top = _abs_max(smoothed(word, ok), top)
-            top = _over_lanes(ptx.fmax, top, same_group)
-            factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-            for row, word, ok in zip(rows, words, valid, strict=True):
-                scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
-                place = _element(codes.shape, (b, row, head, channel), 1)
-                words8 = [encode(scaled[:4]), encode(scaled[4:])]
-                _store(codes_ref, place, words8, ptx.both(exists, there))
-            place = _element(scales.shape, (b, head, tile, group), 4)
-            first = ptx.both(ptx.eq(channel, ptx.i32(0)), there)
-            _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+        start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
+        rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, 8)]
+        valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
+        words = [
+            _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
+            for row, ok in zip(rows, valid, strict=True)
+        ]
+        top = ptx.f32(TINY)
+        for word, ok in zip(words, valid, strict=True):
+            top = _abs_max(smoothed(word, ok), top)
+        top = _over_lanes(ptx.fmax, top, lanes.distances)
+        factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+        for row, word, ok in zip(rows, words, valid, strict=True):
+            scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
+            place = _element(codes.shape, (b, row, head, channel), 1)
+            _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+        place = _element(scales.shape, (b, head, tile, residue), 4)
+        first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
+        _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
-        def one_tile(i, carry):
-            for turn in turns:
-                one_group(ptx.add(first_tile(axes), i), turn)
-            return carry
-
-        ptx.loop(per_block, one_tile, [])
-
-    phases = [add_tokens, average, encode_tokens] if smooth else [encode_tokens]
-    outs = [codes, scales, partial, means] if smooth else [codes, scales]
-    grid = (blocks, heads, batch)
-    result = _call(phases, outs, grid, (k, lengths), clustered=smooth)
-    return result[0], result[1], (result[3][:, :, 0] if smooth else None)
+    args = (k, lengths) if mean is None else (k, lengths, mean)
+    return _call(body, [codes, scales], (8 * groups, tiles, batch), args)
 
 
-def quantize_v(v, lengths):
-    """FP8 codes of V, transposed to [B, K, H, Sv] and permuted within 16 tokens.
+def quantize_v(v, factor, lengths):
+    """FP8 codes of ``V * factor``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
 
     Args:
         v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
+        factor: float32 [B, K, H], 448 over the channel's largest magnitude.
         lengths: int32 [B], valid tokens; later ones give zeros.
 
     Returns:
-        e4m3 [B, K, H, Sv], Sv = S rounded up to 128, and the scale of each channel, its largest
-        magnitude over 448, float32 [B, K, H].
+        e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
     """
     batch, s_len, heads, head_dim = v.shape
-    lanes, is_bf16 = _Lanes(head_dim), v.dtype == jnp.bfloat16
+    is_bf16 = v.dtype == jnp.bfloat16
     tiles = pl.cdiv(s_len, SEQ_PAD)
-    blocks, per_block = _cluster(tiles)
     columns = head_dim // 32  # one warp: 128 tokens x 32 channels
-    tasks = per_block * columns
+    blocks = pl.cdiv(heads * columns, 4)
     out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.float8_e4m3fn)
-    partial = jax.ShapeDtypeStruct((batch, heads, blocks * 4, head_dim), jnp.float32)
-    per_channel = jax.ShapeDtypeStruct((batch, heads, blocks, head_dim), jnp.float32)
 
-    def find_largest(refs, axes):
-        v_ref, length_ref, _, partial_ref, *_ = refs
-        block, head, b = axes
-        limit = _load_limit(length_ref, b)
-        warp, local, channel, exists = lanes.place()
-        token = ptx.add(ptx.mul(warp, ptx.i32(lanes.per_warp)), local)
-        token = ptx.add(token, ptx.mul(block, ptx.i32(per_block * SEQ_PAD)))
-
-        def one_tile(i, tops):
-            start = ptx.add(token, ptx.mul(i, ptx.i32(SEQ_PAD)))
-            for step in range(0, SEQ_PAD, lanes.per_pass):
-                row = ptx.add(start, ptx.i32(step))
-                ok = ptx.both(exists, ptx.lt(row, limit))
-                word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
-                pairs = zip(_floats(word, is_bf16), tops, strict=True)
-                tops = [_abs_max([x], top) for x, top in pairs]
-            return tops
-
-        tops = ptx.loop(per_block, one_tile, [ptx.f32(0.0)] * 8)
-        tops = [_over_lanes(ptx.fmax, x, lanes.other_tokens) for x in tops]
-        _write_partial(partial_ref, partial.shape, axes, tops, lanes)
-
-    def find_scales(refs, axes):
-        *_, partial_ref, scale_ref, factor_ref = refs
-        block, head, b = axes
-
-        def finish(channel, top, exists):
-            place = _element(per_channel.shape, (b, head, block, channel), 4)
-            scale = ptx.fdiv(ptx.fmax(top, ptx.f32(TINY)), ptx.f32(LARGEST["e4m3"]))
-            _store(scale_ref, place, [scale], exists)
-            _store(factor_ref, place, [ptx.fdiv(ptx.f32(1.0), scale)], exists)
-
-        _reduce_partial(partial_ref, partial.shape, axes, ptx.fmax, finish)
-
-    def encode_tokens(refs, axes):
-        v_ref, length_ref, codes_ref, *_, factor_ref = refs
-        block, head, b = axes
+    def body(refs, axes):
+        v_ref, factor_ref, length_ref, codes_ref = refs
+        block, tile, b = axes
         limit = _load_limit(length_ref, b)
         tid = ptx.thread()
         warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+        column = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
+        there = ptx.lt(column, ptx.i32(heads * columns))
+        column = ptx.select(there, column, ptx.i32(0))
+        head = ptx.div(column, ptx.i32(columns))
+        channel = ptx.mul(ptx.rem(column, ptx.i32(columns)), ptx.i32(32))
+        channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
+        token = ptx.mul(tile, ptx.i32(SEQ_PAD))
+        token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+        scale = _load_f32x8(factor_ref, _element(factor.shape, (b, head, channel), 4))
+        tokens = []  # [16][8]
+        for i in range(16):
+            row = ptx.add(token, ptx.i32(i))
+            ok = ptx.both(there, ptx.lt(row, limit))
+            word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
+            tokens.append(_floats(word, is_bf16))
+        for c in range(8):
+            ordered = [ptx.fmul(tokens[t][c], scale[c]) for t in V_ORDER]
+            packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
+            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
+            _store(codes_ref, place, packed, there)
 
-        def one_task(i, carry):
-            task = ptx.add(ptx.mul(i, ptx.i32(4)), warp)
-            tile = ptx.add(ptx.mul(block, ptx.i32(per_block)), ptx.div(task, ptx.i32(columns)))
-            there = ptx.both(ptx.lt(task, ptx.i32(tasks)), ptx.lt(tile, ptx.i32(tiles)))
-            channel = ptx.mul(ptx.rem(task, ptx.i32(columns)), ptx.i32(32))
-            channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
-            token = ptx.mul(tile, ptx.i32(SEQ_PAD))
-            token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
-            place = _element(per_channel.shape, (b, head, block, channel), 4)
-            factor = _load_f32x8(factor_ref, place)
-            tokens = []  # [16][8]
-            for j in range(16):
-                row = ptx.add(token, ptx.i32(j))
-                ok = ptx.both(there, ptx.lt(row, limit))
-                word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
-                tokens.append(_floats(word, is_bf16))
-            for c in range(8):
-                ordered = [ptx.fmul(tokens[t][c], factor[c]) for t in V_ORDER]
-                packed = [ptx.e4m3x4(ordered[4 * j : 4 * j + 4]) for j in range(4)]
-                place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-                _store(codes_ref, place, packed, there)
-            return carry
-
-        ptx.loop(pl.cdiv(tasks, 4), one_task, [])
-
-    codes, _, scale, _ = _call(
-        [find_largest, find_scales, encode_tokens],
-        [out, partial, per_channel, per_channel],
-        (blocks, heads, batch),
-        (v, lengths),
-        clustered=True,
-    )
-    return codes, scale[:, :, 0]
+    return _call(body, [out], (blocks, tiles, batch), (v, factor, lengths))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv", "leave_q"))
@@ -644,12 +536,17 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    k8, k_scale, mean = quantize_k(k, kv_limit, smooth=smooth_k, scale_block=scale_block, qk=qk)
+    mean = None
+    if smooth_k:
+        count = jnp.maximum(kv_limit, 1)[:, None, None]
+        mean = token_statistics(k, kv_limit, "sum") / count
+    k8, k_scale = quantize_k(k, kv_limit, mean, scale_block=scale_block, qk=qk)
     q_scale = row_const = v_scale = None
     if not leave_q:
         q, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
     if pv == "e4m3":
-        v, v_scale = quantize_v(v, kv_limit)
+        v_scale = jnp.maximum(token_statistics(v, kv_limit, "abs_max"), TINY) / LARGEST["e4m3"]
+        v = quantize_v(v, 1.0 / v_scale, kv_limit)
     elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
         v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
     return AttentionOperands(q, k8, v, q_scale, k_scale, v_scale, row_const, mean)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 backward kernels: they lower for CUDA, and their control flow under the interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_mosaic_control import read
+
+from pallas_kernels._interpret import abstract_gpu, gpu_interpret_mode
+from pallas_kernels.masks import Mask
+from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
+from pallas_kernels.ops.attention import reference
+from pallas_kernels.ops.attention.spec import AttentionSpec
+
+
+def exact(arrays, mask, scale):
+    """Float32 gradients, log-sum-exp [B, N, T] and delta."""
+    q, k, v, d_out = (x.astype(jnp.float32) for x in arrays)
+    (b, t, n, h), (_, s, heads, _) = q.shape, k.shape
+    spec = AttentionSpec(b, t, s, n, heads, h, "float32", scale)
+    run = lambda *x: reference.attention(*x, None, None, mask, spec)  # noqa: E731
+    (out, lse), pull = jax.vjp(run, q, k, v)
+    delta = (out * d_out).sum(-1)
+    grads = pull((d_out, jnp.zeros_like(lse)))
+    return grads, lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+
+
+def inputs(b, t, s, n, k, h):
+    rng = np.random.default_rng(t)
+    shapes = ((b, t, n, h), (b, s, k, h), (b, s, k, h), (b, t, n, h))
+    return [jnp.asarray(rng.normal(size=x), jnp.float32).astype(jnp.bfloat16) for x in shapes]
+
+
+@pytest.fixture
+def plain_products(monkeypatch):
+    def products(*operands, shape):
+        return [read(a) @ read(b).T for a, b in operands]
+
+    def add(sums, operands):
+        return tuple(
+            total + a.astype(b.dtype).astype(jnp.float32) @ read(b)
+            for total, (a, b) in zip(sums, operands, strict=True)
+        )
+
+    monkeypatch.setattr(backward, "_products", products)
+    monkeypatch.setattr(backward, "_add", add)
+    monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **kwargs: None)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="as in test_mosaic_control")
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [
+        ((1, 150, 170, 2, 1, 64), Mask.causal(-10)),  # rows without keys
+        ((1, 130, 200, 1, 1, 64), Mask()),
+        ((1, 260, 140, 2, 2, 64), Mask.window(70, 9)),
+    ],
+)
+def test_control_flow(plain_products, shape, mask):
+    arrays, scale = inputs(*shape), 0.125
+    want, lse, delta = exact(arrays, mask, scale)
+    bounds = {"min_diff": mask.min_diff, "max_diff": mask.max_diff}
+    with gpu_interpret_mode(detect_races=True):
+        got = jax.jit(lambda *x: backward.gradient(*x, scale=scale, **bounds))(*arrays, lse, delta)
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert float(jnp.abs(x - y).sum() / jnp.abs(y).sum()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("shape", "bounds"),
+    [
+        ((1, 256, 512, 4, 2, 128), {}),
+        ((2, 1000, 777, 4, 1, 64), {"max_diff": 0, "min_diff": -100}),
+    ],
+)
+def test_lowers_for_cuda(shape, bounds):
+    b, t, s, n, k, h = shape
+    half = lambda *x: jax.ShapeDtypeStruct(x, jnp.bfloat16)  # noqa: E731
+    rows = jax.ShapeDtypeStruct((b, n, t), jnp.float32)
+    arrays = half(b, t, n, h), half(b, s, k, h), half(b, s, k, h), half(b, t, n, h), rows, rows
+    with abstract_gpu():
+        traced = jax.jit(lambda *x: backward.gradient(*x, scale=0.1, **bounds)).trace(*arrays)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
