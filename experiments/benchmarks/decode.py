@@ -31,9 +31,9 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks.attention import first_line, machine
-from pallas_kernels import decode_attention, quantize, testing
+from pallas_kernels import decode_attention, max_attention_weights, quantize, testing
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
+from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, teraflops
 from pallas_kernels.ops.decode_attention import mosaic_sm90
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec
 
@@ -99,6 +99,16 @@ def cases() -> list[Case]:
         fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
         fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
     ]
+    scores = {"stage": "scores", "batch": 1, "steps": 2048, "heads": 32, "kv_heads": 8,
+              "head_dim": 128}  # fmt: skip
+    scored = [
+        {**scores, "store": "bfloat16", "capacity": 2048, "check": True},
+        {**scores, "store": "int8", "capacity": 2048, "check": True},
+        {**scores, "store": "bfloat16", "capacity": 32768},
+        {**scores, "store": "int8", "capacity": 32768},
+        {**scores, "store": "bfloat16", "capacity": 2048, "implementation": "xla"},
+        {**scores, "store": "bfloat16", "capacity": 32768, "implementation": "cudnn"},
+    ]
     rest = [
         fast(store="int8", head_dim=64),
         fast(batch=1, capacity=8192),
@@ -107,7 +117,7 @@ def cases() -> list[Case]:
         fast(capacity=4096, implementation="xla"),
         fast(capacity=4096),
     ]
-    return [*core, *judged, *sizes, *features, *rest]
+    return [*core, *judged, *sizes, *features, *scored, *rest]
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -285,6 +295,38 @@ def fast_call(case: Case):
     return attend, (query, keys, values, length, places, last)
 
 
+def run_scores(case: Case) -> dict[str, float]:
+    """KVzip's scores: TFLOP/s of Q Kᵀ; for "cudnn" the time of the attention they belong to."""
+    function, args = scores_call(case)
+    result = {}
+    if case.get("check"):
+        got = jax.jit(function)(*args)
+        exact, _ = scores_call({**case, "implementation": "xla"})
+        want = jax.jit(exact)(*args)
+        result["worst"] = float(jnp.abs(got / want - 1).max())
+        if not result["worst"] < 1e-2:
+            raise RuntimeError(f"scores are off: {result}")
+    timing = benchmark(function, *args, repeats=5, warmup=1)
+    flops = 2.0 * args[0].size * case["capacity"]
+    return result | {"ms": timing.median * 1e3, "tflops": teraflops(flops, timing)}
+
+
+def scores_call(case: Case):
+    """What is timed, and its arrays."""
+    b, t, n, k, h, c = (
+        case[x] for x in ("batch", "steps", "heads", "kv_heads", "head_dim", "capacity")
+    )
+    query = jax.random.normal(jax.random.key(1), (b, t, n, h)).astype(jnp.bfloat16)
+    if case.get("implementation") == "cudnn":
+        keys, values = stores("bfloat16", (b, c, k, h))
+        attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return attend, (query, keys, values)
+    keys, _ = stores(case["store"], (b, k, c, h))
+    lse = jax.random.normal(jax.random.key(2), (b, t, n)) + 10
+    name = case.get("implementation", "mosaic")
+    return functools.partial(max_attention_weights, implementation=name), (query, keys, lse)
+
+
 def lower(case: Case) -> dict[str, str]:
     """Lowers what a case would run, for an abstract H200."""
     if case.get("copy") or case.get("implementation", "mosaic") != "mosaic":
@@ -292,6 +334,8 @@ def lower(case: Case) -> dict[str, str]:
     if case["stage"] == "correct":
         args, kwargs = correct_call(case)
         call = functools.partial(decode_attention, implementation="mosaic", **kwargs)
+    elif case["stage"] == "scores":
+        call, args = scores_call(case)
     else:
         call, args = fast_call({**case, "batch": 1, "capacity": 4096})
     with abstract_gpu():
@@ -324,7 +368,7 @@ def work(dry_run: bool) -> None:
     """Answers every line of JSON with one."""
     answer = os.dup(1)
     os.dup2(2, 1)  # What libraries print must not come between the answers.
-    run = {"correct": run_correct, "fast": run_fast}
+    run = {"correct": run_correct, "fast": run_fast, "scores": run_scores}
     os.write(answer, (json.dumps(machine()) + "\n").encode())
     for line in sys.stdin:
         case = json.loads(line)

@@ -12,7 +12,7 @@ import warpgroup
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import decode_attention, explain, quantize
+from pallas_kernels import decode_attention, explain, max_attention_weights, quantize
 from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.ops.decode_attention import api, mosaic_sm90, xla
@@ -69,7 +69,7 @@ def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=150, length=None, 
     call = jax.jit(run, static_argnames="implementation")
     config = mosaic_sm90.Config(**config or {"blocks": 2})
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
-        patch.setattr(mosaic_sm90, "_call", run_blocks)
+        patch.setattr(mosaic_sm90, "call", run_blocks)
         patch.setattr(mosaic_sm90, "Config", lambda: config)
         out, lse = jax.tree.map(np.asarray, call(q, keys, values, "mosaic"))
     want, want_lse = jax.tree.map(np.asarray, call(q, keys, values, "reference"))
@@ -136,11 +136,36 @@ def test_scales_of_any_size(value):
                        for m, c in ((1, 2), (1, 40), (1, 40)))  # fmt: skip
     stored = [STORES["int8"](x) for x in (keys, values * value)]
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
-        patch.setattr(mosaic_sm90, "_call", run_blocks)
+        patch.setattr(mosaic_sm90, "call", run_blocks)
         run = jax.jit(lambda *x: decode_attention(*x, implementation="mosaic")[0])
         out = np.asarray(run(q, *stored))
     want = jax.jit(lambda *x: decode_attention(*x, implementation="reference")[0])(q, *stored)
     np.testing.assert_allclose(out / value, want / value, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("store", "half"),
+    [("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("int4", "float16"), ("fp8_e4m3", "bfloat16")],
+)
+def test_scores_equal_those_of_xla(store, half):
+    """Largest weights from the log-sum-exp; one row is not real, one saw nothing."""
+    b, a, n, k, c, h = 1, 11, 6, 2, 150, 64
+    rng = np.random.default_rng(3)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    keys, lse = STORES[store](normal(b, k, c, h)), 4 + normal(b, a, n)
+    query, length = normal(b, a, n, h).astype(half), jnp.array([[150, 77]])
+    lse, valid = lse.at[0, 3].set(-jnp.inf), jnp.arange(a)[None] != 5
+
+    def run(query, keys, lse, implementation):
+        return max_attention_weights(
+            query, keys, lse, length, query_valid=valid, implementation=implementation
+        )
+
+    call = jax.jit(run, static_argnames="implementation")
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
+        patch.setattr(mosaic_sm90, "call", run_blocks)
+        got = np.asarray(call(query, keys, lse, "mosaic"))
+    np.testing.assert_allclose(got, call(query, keys, lse, "xla"), rtol=1e-4, atol=1e-6)
 
 
 # -- lowering and dispatch -------------------------------------------------------------------------
@@ -167,6 +192,20 @@ def test_lowers_for_cuda(store, h):
         traced = jax.jit(run).trace(*_shapes(store, h, t=3), at, places)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 2
+
+
+def test_scores_lower_for_cuda():
+    q, k, _ = _shapes("int8", 128, t=300)
+    lse = jax.ShapeDtypeStruct((2, 300, 8), jnp.float32)
+    run = functools.partial(max_attention_weights, implementation="mosaic")
+    with abstract_gpu():
+        text = jax.jit(run).trace(q, k, lse).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    with (
+        pytest.raises(NotImplementedError, match="takes bfloat16 and float16 queries"),
+        abstract_gpu(),
+    ):
+        jax.eval_shape(run, jax.ShapeDtypeStruct(q.shape, jnp.float32), k, lse)
 
 
 def test_named_it_runs_and_unnamed_it_does_not():

@@ -17,6 +17,7 @@ from pallas_kernels.ops.decode_attention.spec import (
     IMPLEMENTATIONS,
     UNMEASURED,
     DecodeSpec,
+    has_plain_scales,
     unsupported_reason,
 )
 from pallas_kernels.ops.quantize.api import quantize
@@ -336,14 +337,8 @@ def _is_plain(key, value) -> bool:
     """Whether both are stored alike and as the field `plain` of `DecodeSpec` says."""
     if not (isinstance(key, QTensor) and isinstance(value, QTensor)):
         return not isinstance(key, QTensor) and key.dtype == value.dtype
-    kinds = jax.tree.map(lambda x: (x.shape, str(x.dtype)), (key, value))
-    simple = (
-        key.scale.shape[3] == 1
-        and key.scale.dtype == jnp.float32
-        and not any(key.padding)
-        and (key.packed_axis == -1 or jnp.dtype(key.qvalue.dtype).itemsize == 1)
-    )
-    return kinds[0] == kinds[1] and simple
+    kinds = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), store) for store in (key, value)]
+    return kinds[0] == kinds[1] and has_plain_scales(key)
 
 
 def _length(length, spec: DecodeSpec) -> jax.Array:

@@ -204,12 +204,12 @@ def _word(value: int):
     return ptx.i32(value - 2**32 if value >= 2**31 else value)
 
 
-def _bytes_at(index, size: int):
+def bytes_at(index, size: int):
     """Offset in bytes, i64, of an item."""
     return ptx.mul(ptx.widen(index), ptx.i64(size))
 
 
-def _load(ref, offset, size: int, cache: str = "", outs: str | None = None):
+def load(ref, offset, size: int, cache: str = "", outs: str | None = None):
     """The 4, 8 or 16 bytes at an offset as words."""
     n = size // 4
     names = ", ".join(f"${i}" for i in range(n))
@@ -239,17 +239,17 @@ def _barrier():
     ptx.asm("bar.sync 0;", "", [], effects=True)
 
 
-def _from_lane(x, lane):
+def from_lane(x, lane):
     """The value of another lane of the warp."""
     return ptx.asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "f", [x, lane], effects=True)[0]
 
 
-def _permute(a, b, selector: int):
+def permute(a, b, selector: int):
     """Four bytes out of eight."""
     return ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", "r", [a, b])[0]
 
 
-def _mma(acc, a, b, half: str):
+def mma(acc, a, b, half: str):
     """``acc + A B`` for A [16, 16] and B [16, 8]."""
     name = {"bfloat16": "bf16", "float16": "f16"}[half]
     text = (
@@ -303,12 +303,12 @@ def value_pairs(store: str, first, second):
     out = []
     for a, b in zip(first, second, strict=True):
         if STORES[store].bits == 16:
-            out += [_permute(a, b, 0x5410), _permute(a, b, 0x7632)]
+            out += [permute(a, b, 0x5410), permute(a, b, 0x7632)]
             continue
         parts = zip(_code_bytes(store, a), _code_bytes(store, b), strict=True)
         for x, y in parts:
             for selector in (0x5140, 0x7362):
-                out += _widened(store, _permute(x, y, selector))
+                out += _widened(store, permute(x, y, selector))
     return out
 
 
@@ -345,7 +345,7 @@ class _Thread:
     def _position(self, token):
         """Logical position of a query; negative for none."""
         index = ptx.add(ptx.mul(self.batch, ptx.i32(self.plan.spec.q_len)), token)
-        return _load(self.refs["query_positions"], _bytes_at(index, 4), 4)[0]
+        return load(self.refs["query_positions"], bytes_at(index, 4), 4)[0]
 
     def start(self, i):
         """First slot of a step; warps take turns."""
@@ -359,7 +359,7 @@ class _Thread:
             return ptx.i32(0)
         tile = ptx.div(ptx.imin(self.start(i), self.last), ptx.i32(spec.tile))
         row = ptx.mul(self.head, ptx.i32(spec.capacity // spec.tile))
-        return _load(self.refs["table"], _bytes_at(ptx.add(row, tile), 4), 4)[0]
+        return load(self.refs["table"], bytes_at(ptx.add(row, tile), 4), 4)[0]
 
     def row(self, start, page, token):
         """Index of a slot in memory; beyond the last slot that slot again."""
@@ -373,13 +373,13 @@ class _Thread:
         return ptx.add(home, slot)
 
     def _codes(self, ref, row, place, width, lanes):
-        offset = ptx.add(_bytes_at(row, self.plan.row_bytes), _bytes_at(place, width))
+        offset = ptx.add(bytes_at(row, self.plan.row_bytes), bytes_at(place, width))
         pieces = self.plan.row_bytes // (lanes * width)
         cache = self.plan.config.cache
         return [
             word
             for i in range(pieces)
-            for word in _load(ref, ptx.add(offset, ptx.i64(i * lanes * width)), width, cache)
+            for word in load(ref, ptx.add(offset, ptx.i64(i * lanes * width)), width, cache)
         ]
 
     def keys(self, i, page):
@@ -435,7 +435,7 @@ class _Thread:
                 ref, size = self.refs[name], 16 // len(rows)
                 out[name].append(
                     [x for row in rows
-                     for x in _load(ref, _bytes_at(row, 4), size, outs=kind * (size // 4))]
+                     for x in load(ref, bytes_at(row, 4), size, outs=kind * (size // 4))]
                 )  # fmt: skip
         return out
 
@@ -471,7 +471,7 @@ class _Thread:
         order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
         pairs = [[x[i] for i in order[j : j + 2]] for j in range(0, len(x), 2)]
         high = [ptx.half_x2(pair, plan.store.half) for pair in pairs]
-        rest = [[ptx.fsub(*p) for p in zip(pair, _halves(word, plan.store.half), strict=True)]
+        rest = [[ptx.fsub(*p) for p in zip(pair, halves(word, plan.store.half), strict=True)]
                 for pair, word in zip(pairs, high, strict=True)]  # fmt: skip
         low = [ptx.half_x2(pair, plan.store.half) for pair in rest]
         words = [
@@ -484,14 +484,14 @@ class _Thread:
         """The thread's channels of a row of [..., H] as float32, in the order of a key's codes."""
         codes, size = self.k_width * 8 // self.plan.store.bits, jnp.dtype(dtype).itemsize
         offset = ptx.add(
-            _bytes_at(row, size * self.plan.spec.head_dim), _bytes_at(self.c, size * codes)
+            bytes_at(row, size * self.plan.spec.head_dim), bytes_at(self.c, size * codes)
         )
         out = []
         for piece in range(self.plan.spec.head_dim // (4 * codes)):
             for j in range(0, size * codes, 16):
                 where = ptx.add(offset, ptx.i64(4 * size * codes * piece + j))
-                words = _load(ref, where, 16, outs="ffff" if size == 4 else "rrrr")
-                out += words if size == 4 else [x for w in words for x in _halves(w, dtype)]
+                words = load(ref, where, 16, outs="ffff" if size == 4 else "rrrr")
+                out += words if size == 4 else [x for w in words for x in halves(w, dtype)]
         return out
 
     def _over_row(self, combine, values):
@@ -514,7 +514,7 @@ class _Thread:
                 pairs = key_pairs(plan.spec.store, keys[u][e])
                 acc = [ptx.f32(0.0)] * 4
                 for s, a in enumerate(query):
-                    acc = _mma(acc, a, pairs[2 * s : 2 * s + 2], plan.store.half)
+                    acc = mma(acc, a, pairs[2 * s : 2 * s + 2], plan.store.half)
                 x[2 * e : 2 * e + 2] = [ptx.fadd(acc[d], acc[d + 2]) for d in range(2)]
             for t in range(4):
                 if plan.zero_point:
@@ -610,7 +610,7 @@ class _Thread:
                 p = [ptx.fmul(*pair) for pair in zip(p, scales[u], strict=True)]
             words = [ptx.half_x2(p[t : t + 2], plan.store.half) for t in (0, 2)]
             if shift is not None:
-                rounded = [w for word in words for w in _halves(word, plan.store.half)]
+                rounded = [w for word in words for w in halves(word, plan.store.half)]
                 zeros = zip(seen[u], facts["v_zero"][u], strict=True)
                 zeros = [ptx.select(ok, z, ptx.f32(0.0)) for ok, z in zeros]
                 for weight, zero in zip(rounded, zeros, strict=True):
@@ -623,7 +623,7 @@ class _Thread:
         """``alpha out + V^T P^T``."""
         plan = self.plan
         lane = ptx.mul(self.c, ptx.i32(8))
-        factors = [_from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
+        factors = [from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
         out = [[ptx.fmul(x, factors[i % 2]) for i, x in enumerate(tile)] for tile in out]
         for u in range(plan.units):
             first, second = (
@@ -631,7 +631,7 @@ class _Thread:
             )
             for j in range(len(out)):
                 a = [*first[2 * j : 2 * j + 2], *second[2 * j : 2 * j + 2]]
-                out[j] = _mma(out[j], a, operand[u], plan.store.half)
+                out[j] = mma(out[j], a, operand[u], plan.store.half)
         return out
 
 
@@ -642,7 +642,7 @@ def _capped(x, cap: float):
     return ptx.fma(half, ptx.f32(-2 * cap), ptx.f32(cap))
 
 
-def _halves(word, half: str):
+def halves(word, half: str):
     """Two float32 from two 16-bit numbers."""
     if half == "bfloat16":
         text = (
@@ -664,7 +664,7 @@ def _power_above(x):
 
 
 def _int_at(ref, index):
-    return _load(ref, _bytes_at(index, 4), 4)[0]
+    return load(ref, bytes_at(index, 4), 4)[0]
 
 
 # -- who computes what -----------------------------------------------------------------------------
@@ -802,7 +802,7 @@ def _partial_row(plan: Plan, thread: _Thread, row):
     return ptx.add(ptx.mul(index, ptx.i32(ROWS)), row)
 
 
-def _store_if(condition, ref, offset, values):
+def store_if(condition, ref, offset, values):
     """Stores one, two or four 32-bit values where the condition holds."""
     n = len(values)
     names = ", ".join(f"${2 + i}" for i in range(n))
@@ -818,7 +818,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
 
     def place(which, warp, row):
         index = ptx.add(ptx.mul(warp, i32(ROWS)), row)
-        return ptx.add(_bytes_at(index, 4), ptx.i64(which * slot))
+        return ptx.add(bytes_at(index, 4), ptx.i64(which * slot))
 
     totals = dict(sums)
     for name in totals:
@@ -836,10 +836,10 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
     lane = ptx.mul(thread.c, i32(8))
     codes = thread.v_width * 8 // plan.store.bits  # channels of a piece
     for d in range(2):
-        scale = _from_lane(factor, ptx.add(lane, i32(4 * d)))
+        scale = from_lane(factor, ptx.add(lane, i32(4 * d)))
         row = ptx.add(ptx.mul(thread.c, i32(2)), i32(d))
         row = ptx.add(ptx.mul(thread.warp, i32(ROWS)), row)
-        base = ptx.add(_bytes_at(row, 4 * head_dim), _bytes_at(thread.g, 4 * codes))
+        base = ptx.add(bytes_at(row, 4 * head_dim), bytes_at(thread.g, 4 * codes))
         for channel, four in _in_order(plan, out, codes, d):
             where = ptx.add(base, ptx.i64(3 * slot + 4 * channel))
             _store(shared, where, [ptx.fmul(x, scale) for x in four], "shared")
@@ -851,19 +851,19 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         total = None
         for w in range(WARPS):
             at = ptx.add(ptx.mul(ptx.add(row, i32(w * ROWS)), i32(quads)), channel)
-            four = _shared(shared, ptx.add(_bytes_at(at, 16), ptx.i64(3 * slot)), 4)
+            four = _shared(shared, ptx.add(bytes_at(at, 16), ptx.i64(3 * slot)), 4)
             total = four if total is None else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
         if "z" in totals:
             shift = _sum_of_warps(shared, place, 2, row)
             total = [ptx.fsub(x, shift) for x in total]
         at = ptx.add(ptx.mul(_partial_row(plan, thread, row), i32(quads)), channel)
         exists = ptx.lt(ptx.add(ptx.mul(thread.row_block, i32(ROWS)), row), i32(plan.rows))
-        _store_if(exists, thread.refs["partial"], _bytes_at(at, 16), total)
+        store_if(exists, thread.refs["partial"], bytes_at(at, 16), total)
     row = ptx.rem(thread.tid, i32(ROWS))
     tops = [_shared(shared, place(0, i32(w), row), 1)[0] for w in range(WARPS)]
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
-    where = _bytes_at(_partial_row(plan, thread, row), 8)
-    _store_if(ptx.lt(thread.tid, i32(ROWS)), thread.refs["stats"], where, stats)
+    where = bytes_at(_partial_row(plan, thread, row), 8)
+    store_if(ptx.lt(thread.tid, i32(ROWS)), thread.refs["stats"], where, stats)
     _barrier()  # before the next head's numbers
 
 
@@ -912,9 +912,9 @@ def _join_parts(plan: Plan, refs, axes):
             here = ptx.add(first, ptx.imin(number, ptx.sub(count, i32(1))))
             index = ptx.add(here, head)
             index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
-            stats = _load(refs["stats"], _bytes_at(index, 8), 8, outs="ff")
+            stats = load(refs["stats"], bytes_at(index, 8), 8, outs="ff")
             index = ptx.add(ptx.mul(index, i32(pairs)), channel)
-            values = _load(refs["partial"], _bytes_at(index, 8), 8, outs="ff")
+            values = load(refs["partial"], bytes_at(index, 8), 8, outs="ff")
             parts.append((ptx.lt(number, count), stats, values))
         zero, low = ptx.f32(0.0), ptx.f32(NO_MAX)
         tops = [ptx.select(ok, m, low) for ok, (m, _), _ in parts]
@@ -945,7 +945,7 @@ def _finish(plan: Plan, refs, where, state):
     name = ptx.rem(head, i32(spec.num_kv_heads))
     name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
     if plan.sinks:
-        sink = _load(refs["sinks"], _bytes_at(name, 4), 4, outs="f")[0]
+        sink = load(refs["sinks"], bytes_at(name, 4), 4, outs="f")[0]
         sink = ptx.fmul(sink, ptx.f32(LOG2E))
         top = ptx.fmax(m, sink)
         alpha = ptx.exp2(ptx.fsub(m, top))
@@ -959,18 +959,18 @@ def _finish(plan: Plan, refs, where, state):
     index = ptx.add(ptx.mul(entry, i32(spec.q_len)), token)
     index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
     first = ptx.both(exists, ptx.eq(channel, i32(0)))
-    _store_if(first, refs["lse"], _bytes_at(index, 4), [lse])
+    store_if(first, refs["lse"], bytes_at(index, 4), [lse])
     index = ptx.add(ptx.mul(index, i32(spec.head_dim // 2)), channel)
     if spec.dtype == "float32":
-        _store_if(exists, refs["out"], _bytes_at(index, 8), out)
+        store_if(exists, refs["out"], bytes_at(index, 8), out)
     else:
-        _store_if(exists, refs["out"], _bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)])
+        store_if(exists, refs["out"], bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)])
 
 
 # -- launch ----------------------------------------------------------------------------------------
 
 
-def _call(body, outs, grid, args, shared=0):
+def call(body, outs, grid, args, shared=0):
     """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
 
     Args:
@@ -1064,7 +1064,7 @@ def attention(
     if plan.pool:
         args["table"] = table.astype(jnp.int32)
     rows = (plan.blocks + heads, plan.row_blocks * ROWS)
-    partial = _call(
+    partial = call(
         functools.partial(_attend, plan),
         {
             "partial": jax.ShapeDtypeStruct((*rows, spec.head_dim), jnp.float32),
@@ -1078,7 +1078,7 @@ def attention(
     if sinks is not None:
         args["sinks"] = sinks.astype(jnp.float32)
     shape = (spec.batch, spec.q_len, spec.num_heads)
-    joined = _call(
+    joined = call(
         functools.partial(_join_parts, plan),
         {
             "out": jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.dtype(spec.dtype)),

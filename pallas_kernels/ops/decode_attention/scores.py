@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels._device import current_device
+from pallas_kernels._dispatch import resolve
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention.reference import plain
+from pallas_kernels.ops.decode_attention.spec import device_reason
+
+# Why ``implementation=None`` passes over the Hopper kernel of `max_attention_weights`.
+UNMEASURED_SCORES: str | None = (
+    "the sm90 score kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
+)
 
 
 def max_attention_weights(
@@ -25,6 +33,7 @@ def max_attention_weights(
     query_valid: jax.Array | None = None,
     scale: float | None = None,
     query_block: int = 128,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Returns the largest softmax weight that each slot got: KVzip's score.
 
@@ -38,13 +47,15 @@ def max_attention_weights(
       length: int32 [B, K] or [B], live slots; None: all C.
       query_valid: bool [B, A], real rows; None: all.
       scale: factor on the logits; None: ``H ** -0.5``.
-      query_block: rows per block.
+      query_block: rows per block of "xla".
+      implementation: None, "xla" or "mosaic" (Hopper; keeps no logits at all).
 
     Returns:
       float32 [B, K, C]; -inf on dead slots, 0 where no row is real.
 
     Raises:
       ValueError: shapes do not fit.
+      NotImplementedError: the implementation does not serve the call.
 
     >>> q, k = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 1, 3, 4))
     >>> lse = jnp.full((1, 2, 2), 2.0 + jnp.log(3.0))
@@ -60,6 +71,12 @@ def max_attention_weights(
     scale = head_dim**-0.5 if scale is None else scale
     real = jnp.ones((batch, rows), bool) if query_valid is None else query_valid
     live = _live(length, batch, heads, slots)
+    reasons = {"mosaic": _mosaic_reason(query, key, implementation), "xla": None}
+    if resolve("max_attention_weights", implementation, reasons) == "mosaic":
+        from pallas_kernels.ops.decode_attention import mosaic_sm90_scores
+
+        best = mosaic_sm90_scores.max_weights(query, key, lse, real, float(scale))
+        return jnp.where(live, best, -jnp.inf)
     block = min(query_block, rows)
     pad = -rows % block
     k = jnp.where(live[..., None], plain(key), 0.0)
@@ -142,6 +159,17 @@ def window_attention_weights(
     total = jnp.sum(p, axis=-1, keepdims=True)
     p = p / jnp.where(total > 0, total, 1.0)
     return jnp.sum(p, axis=2) / jnp.maximum(jnp.sum(real, axis=1), 1)[:, None, None]
+
+
+def _mosaic_reason(query, key, implementation: str | None) -> str | None:
+    """Why the Hopper kernel does not take the call, or None."""
+    device = device_reason(current_device())
+    if device is not None:
+        return device
+    from pallas_kernels.ops.decode_attention import mosaic_sm90_scores  # needs Mosaic
+
+    reason = mosaic_sm90_scores.unsupported_reason(query, key)
+    return reason or (UNMEASURED_SCORES if implementation is None else None)
 
 
 def _sizes(query: jax.Array, key: jax.Array | QTensor) -> tuple[int, int]:

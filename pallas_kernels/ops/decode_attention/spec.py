@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from pallas_kernels._device import Device
+from pallas_kernels.formats.packing import FOUR_BIT_DTYPES
+from pallas_kernels.formats.qtensor import QTensor
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 _SPLIT = 1024  # cached tokens per split by default
@@ -83,6 +87,26 @@ def default_split(capacity: int, tile: int) -> int:
     return split if not tile else max(split // tile, 1) * tile
 
 
+def has_plain_scales(store: QTensor) -> bool:
+    """Whether a store has one float32 scale per slot, and its 4-bit codes packed along the head.
+
+    Args:
+      store: [B, K, C, H].
+
+    Returns:
+      True or False.
+
+    >>> has_plain_scales(QTensor(jnp.zeros((1, 1, 2, 4), jnp.int8), jnp.ones((1, 1, 2, 2))))
+    False
+    """
+    return (
+        store.scale.shape[3] == 1
+        and store.scale.dtype == jnp.float32
+        and not any(store.padding)
+        and (store.packed_axis == -1 or store.qvalue.dtype not in FOUR_BIT_DTYPES)
+    )
+
+
 def unsupported_reason(spec: DecodeSpec, device: Device, implementation: str) -> str | None:
     """Why an implementation cannot serve a call, or None when it can.
 
@@ -100,12 +124,30 @@ def unsupported_reason(spec: DecodeSpec, device: Device, implementation: str) ->
     """
     if implementation != "mosaic":
         return None
+    reason = device_reason(device)
+    if reason is not None:
+        return reason
+    from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
+
+    return mosaic_sm90.unsupported_reason(spec)
+
+
+def device_reason(device: Device) -> str | None:
+    """Why the Hopper kernels do not run on a device, or None.
+
+    Args:
+      device: the device.
+
+    Returns:
+      One sentence, or None.
+
+    >>> device_reason(Device("gpu", "NVIDIA H200", (9, 0))) is None
+    True
+    """
     if device.platform != "gpu":
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
         )
     if device.compute_capability is not None and device.compute_capability[0] != 9:
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
-    from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
-
-    return mosaic_sm90.unsupported_reason(spec)
+    return None

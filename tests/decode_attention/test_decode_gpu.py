@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 decode kernels on a GPU, against the oracle on the same codes.
+
+The cases are those of `experiments.benchmarks.decode`, which runs each under a time limit.
+"""
+
+import json
+
+import pytest
+
+from experiments.benchmarks import decode
+
+pytestmark = pytest.mark.gpu
+CASES = [case for case in decode.cases() if case["stage"] == "correct" or case.get("check")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[json.dumps(case) for case in CASES])
+def test_agrees_with_the_oracle(case):
+    run = decode.run_correct if case["stage"] == "correct" else decode.run_scores
+    run(case)
