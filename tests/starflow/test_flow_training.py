@@ -1,5 +1,7 @@
 """Training, checkpoints, the sample command, the autoencoder and the experiments' measures."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,13 @@ from experiments.starflow.metrics import frechet_distance, knn_agreement, out_of
 from jaxeff import cli
 from jaxeff.images import image_grid, save_png
 from jaxeff.models.starflow import TARFlow, with_dtype
-from jaxeff.models.starflow.training import FlowTraining, fit_flow, load_flow, save_flow
+from jaxeff.models.starflow.training import (
+    FlowTraining,
+    _run_steps,
+    fit_flow,
+    load_flow,
+    save_flow,
+)
 from jaxeff.models.starflow.vae import VAE, LatentScaler, VAEConfig, decoder_loss, decoder_params
 
 from .flow_cases import CASES, data, make
@@ -38,6 +46,13 @@ def test_training_lowers_the_loss_and_survives_a_checkpoint(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
     np.testing.assert_array_equal(flow.blocks[0].proj_out.bias[...], before)
     x, label = _batches(jax.random.key(9))
+
+    # Going on without noise and from another seed runs the compiled program.
+    programs = _run_steps._cache_size()
+    changed = dataclasses.replace(training, steps=20, sigma=0.0, seed=1, learning_rate=1e-4)
+    cleaner = fit_flow(trained.flow, _batches, changed)
+    assert _run_steps._cache_size() == programs
+    assert cleaner.losses.mean() < trained.losses[-20:].mean()
 
     save_flow(tmp_path / "flow", trained.averaged, {"sigma": 0.05})
     loaded, facts = load_flow(tmp_path / "flow")

@@ -226,9 +226,12 @@ class _progress:
     def __init__(self, description: str, steps: int):
         self.bar, self.steps, self.description = None, steps, description
         if description:
+            from rich.console import Console
             from rich.progress import Progress
 
-            self.bar = Progress(transient=True)
+            console = Console()
+            # In a file or a notebook a bar leaves lines of noise.
+            self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self):
         if self.bar is not None:
