@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 
 # Every compiled program holds several memory mappings, Linux allows a process 65,530 of them, and
 # XLA dies with a segmentation fault when it gets no more. The suite needs over 100,000.
-_MAX_MAPPINGS = 45_000
+_MAX_MAPPINGS = 40_000
 _MAPPINGS = Path("/proc/self/maps")
 _finished = itertools.count(1)
 

@@ -1,5 +1,6 @@
 """R-KV against the original code's golden data and small cases done by hand."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -8,12 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxeff.compress import RKV, select
-from jaxeff.compress.rkv import _exemptions, group_logits, importance, redundancy, scores
+from jaxeff.compress import RKV, rkv, select
+from jaxeff.compress.rkv import _exemptions, group_logits, importance
 from jaxeff.kv_cache import DenseCache, check_invariants
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "rkv"
 SINGLE = sorted(path.stem for path in GOLDEN.glob("h*.npz"))
+
+
+def _compiled(function):
+    """The function as one program; all arguments that are no arrays are static."""
+    arrays = {"queries", "keys", "live", "length", "query_valid"}
+    static = set(inspect.signature(function).parameters) - arrays
+    return jax.jit(function, static_argnames=sorted(static))
+
+
+scores, redundancy = _compiled(rkv.scores), _compiled(rkv.redundancy)
 
 
 def _load(name):

@@ -196,7 +196,8 @@ def test_wrong_rank():
 
 def test_gradient_and_vmap():
     q, k, v = inputs(n=8, m=8)
-    grads = jax.grad(lambda *x: sage.sageattn(*x, is_causal=True).sum(), (0, 1, 2))(q, k, v)
+    loss = lambda *x: sage.sageattn(*x, is_causal=True).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
     stacked = jax.vmap(sage.sageattn)(*(x[None] for x in (q, k, v)))
     np.testing.assert_allclose(stacked[0], sage.sageattn(q, k, v), atol=1e-6)
@@ -242,7 +243,8 @@ def test_packed_sequences_under_jit_and_grad():
 
     eager = run(q, k, v, ends_q, ends_k)
     np.testing.assert_allclose(jax.jit(run)(q, k, v, ends_q, ends_k), eager, atol=1e-6)
-    grads = jax.grad(lambda *x: (run(*x, ends_q, ends_k) ** 2).sum(), (0, 1, 2))(q, k, v)
+    loss = lambda *x: (run(*x, ends_q, ends_k) ** 2).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
     # A bound that is too small cannot be seen under jit; it must not pass for a result.
     short = jax.jit(lambda *x: run(*x, longest=20))(q, k, v, ends_q, ends_k)
