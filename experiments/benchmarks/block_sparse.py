@@ -65,22 +65,25 @@ def cases() -> list[Case]:
     fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
     long = {**fast, "shape": [1, 32768, 32, 128]}
     both, halves = ("sage2", None), {"block": [64, 128]}
-    found = [{**base, "quant": quant} for quant in both]
-    found += [{**base, "quant": quant, "rule": "causal"} for quant in both]
-    found += [{**fast, "quant": quant} for quant in both]
-    found += [{**fast, "peer": "flex"}, {**fast, "predict": "topk"}]
-    found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in both]
-    found += [{**fast, **halves, "quant": "sage2"}]
-    found += [
-        {"stage": "correct", "backward": causal, "shape": [*shape[:5], h]}
-        for h in (128, 64) for causal in (True, False)
-    ]  # fmt: skip
+    found = [{**base, "quant": "sage2", "rule": "causal"}, {**fast, "quant": "sage2"}]
+    found += [{"stage": "correct", "backward": True, "shape": shape}]
+    found += [{**base, **halves, "quant": "sage2", "rule": "causal"}]
     found += [
         {"stage": "fast", "backward": causal, "shape": [4, 4096, 32, 128]}
         for causal in (False, True)
     ]
-    found += [{**long, "quant": "sage2"}]
-    found += [{**long, "peer": "flex"}, {**long, "predict": "topk"}, {**long, "quant": None}]
+    found += [{**fast, **halves, "quant": "sage2"}, {**fast, "predict": "topk"}]
+    found += [{**fast, "quant": None}, {**fast, "peer": "flex"}]
+    found += [{**long, "quant": "sage2"}, {**long, "peer": "flex"}, {**long, "quant": None}]
+    found += [{**long, "predict": "topk"}]
+    found += [{**base, **halves, "quant": None, "rule": "causal"}]
+    found += [
+        {"stage": "correct", "backward": causal, "shape": [*shape[:5], h]}
+        for h in (128, 64) for causal in (False, True) if h == 64 or not causal
+    ]  # fmt: skip
+    found += [{**base, "quant": quant} for quant in both] + [
+        {**base, "quant": None, "rule": "causal"}
+    ]
     found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
     found += [
         {**base, "quant": quant, "rule": "causal", "shape": [*shape[:5], head_dim], "block": block}
@@ -332,14 +335,18 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
         timing = benchmark(kernel_of(length, size), operands_of(case, arrays, size),
                            repeats=repeats)  # fmt: skip
         rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
-    for density, mask in masks.items():
-        timing = benchmark(listed, operands, mask, repeats=repeats)
-        share = share_of(density, length // block_kv)
-        row = {"name": "listed", "density": share} | numbers(case, timing, share)
-        for dense in rows[: 1 + (case["quant"] is not None)]:
-            over = row["milliseconds"] / (share * dense["milliseconds"])
-            row[f"over density x {dense['name']}"] = over
-        rows.append(row)
+    single = case["quant"] and block_q >= 128  # else there is only one way
+    kernels = {"listed": listed} | ({"listed, tile by tile": kernel_of(length, block_kv)} if single
+                                    else {})  # fmt: skip
+    for name, call in kernels.items():
+        for density, mask in masks.items():
+            timing = benchmark(call, operands, mask, repeats=repeats)
+            share = share_of(density, length // block_kv)
+            row = {"name": name, "density": share} | numbers(case, timing, share)
+            for dense in rows[: 1 + (case["quant"] is not None)]:
+                over = row["milliseconds"] / (share * dense["milliseconds"])
+                row[f"over density x {dense['name']}"] = over
+            rows.append(row)
     timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
     rows.append({"name": "order and ranges of the lists", "milliseconds": timing.median * 1e3})
     return check | {"rows": rows}

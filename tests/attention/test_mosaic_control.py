@@ -49,18 +49,20 @@ class PlainSteps(Steps):
     def wait_scores(self, scores):
         return scores
 
-    def softmax(self, scores, m, row_scale, col_scale, shift, position):
+    def softmax(self, scores, m, row_scale, col_scale, shift, positions):
         x = scores[0] * row_scale[:, None]  # [64, kv]
         if col_scale:
             x = x * jnp.concatenate(
                 [jnp.tile(s, x.shape[1] // 8 // len(col_scale)) for s in col_scale]
             )
-        if position:
+        width = x.shape[1] // max(1, len(positions))
+        for part, position in enumerate(positions):
             row = position["row"] + jnp.arange(64)[:, None]
-            col = position["col"] + jnp.arange(x.shape[1])[None]
+            col = position["col"] + jnp.arange(x.shape[1])[None] - part * width
             ok = (row < position["q_len"]) & (col < position["kv_len"])
             ok &= col - row <= position.get("max_diff", 2**30)
             ok &= col - row >= position.get("min_diff", -(2**30))
+            ok |= jnp.arange(x.shape[1]) // width != part
             x = jnp.where(ok, x, -jnp.inf)
         new = jnp.maximum(m, jnp.maximum(x.max(1), NO_MAX))
         p = jnp.where(x == -jnp.inf, 0.0, jnp.exp2(x - new[:, None]))
@@ -69,7 +71,8 @@ class PlainSteps(Steps):
 
     def values(self, p, v_ref, part):
         v = read(v_ref)
-        v = v if self.variant.pv == "half" else v.T
+        if self.variant.pv != "half":
+            v = jnp.concatenate([*v], 1).T if v.ndim == 3 else v.T
         end = (part + 1) * self.part + (self.variant.ones if part == self.parts - 1 else 0)
         return p @ v[:, part * self.part : end]
 
@@ -94,7 +97,9 @@ class PlainSteps(Steps):
 
     def write_ones(self, v_ref):
         if self.variant.ones:
-            v_ref[pl.ds(self.head_dim, 8)] = jnp.ones((8, self.config.block_kv), self.pv_dtype)
+            rows, width = pl.ds(self.head_dim, 8), self.config.block_kv // self.pieces
+            for piece in [()] if self.pieces == 1 else [(i,) for i in range(self.pieces)]:
+                v_ref[*piece, rows] = jnp.ones((8, width), self.pv_dtype)
 
 
 @pytest.fixture
@@ -130,7 +135,7 @@ def raw_operands(rng, t, s, n, h):
 def listed(t, s, mask, block_q=128):
     """Tiles of 64 keys for two heads; one row lists none, one a tile in its middle only."""
     kept = np.random.default_rng(1).random((1, 2, -(-t // block_q), -(-s // 64))) < 0.6
-    kept[0, 0, 1], kept[0, 1, 0] = False, [False, True, False]
+    kept[0, 0, 1], kept[0, 1, 0] = False, np.arange(-(-s // 64)) == 1
     return BlockMask.from_blocks(jnp.asarray(kept), t, s, block_q=block_q, block_kv=64, mask=mask)
 
 
@@ -147,6 +152,8 @@ def listed(t, s, mask, block_q=128):
         (raw_operands, Mask.causal(20), 300, 170, 64, "hold"),
         (half_operands, listed(300, 170, Mask.causal(20)), 300, 170, 64, "hold"),
         (raw_operands, listed(200, 192, None), 200, 192, 64, "hold"),
+        (half_operands, listed(260, 260, Mask.causal(90)), 260, 260, 64, "joined"),
+        (raw_operands, listed(200, 330, None), 200, 330, 64, "joined"),
         (half_operands, listed(300, 170, Mask.causal(20), 64), 300, 170, 64, "hold"),
         (raw_operands, listed(150, 192, None, 64), 150, 192, 64, "none"),
     ],
@@ -154,7 +161,9 @@ def listed(t, s, mask, block_q=128):
 def test_control_flow(plain_steps, make, mask, t, s, h, schedule):
     """Two blocks share the query tiles of two heads; the interpreter looks for races."""
     operands = make(np.random.default_rng(0), t, s, 2, h)
-    config = Config(block_kv=64, qk_split=1, num_sms=2, schedule=schedule)
+    joined = 2 if schedule == "joined" else 1
+    schedule = "hold" if joined == 2 else schedule
+    config = Config(block_kv=64 * joined, qk_split=1, num_sms=2, schedule=schedule)
     with gpu_interpret_mode(detect_races=True):
         out, lse = jax.jit(
             lambda x: mosaic_sm90.attention_forward(

@@ -9,7 +9,7 @@ import pytest
 import warpgroup
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import AttentionConfig, api, mosaic_sm90, xla
 from pallas_kernels.ops.attention import dot_product_attention as attention
 from pallas_kernels.ops.attention.partition import partitioned
@@ -127,6 +127,24 @@ def test_wrapped_kernel_with_everything():
     want, want_lse = run(*plain, forward=xla.attention, is_causal=True, quant="sage2", **arguments)
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("lists", [(4, 4), (1, 4), (4, 1)])
+def test_each_device_gets_its_own_lists_of_tiles(lists):
+    over, plain = mesh(2, 2), inputs(2, heads=4)
+    kept = jnp.asarray(np.random.default_rng(2).random((*lists, 4, 4)) < 0.6)
+    mask = BlockMask.from_blocks(kept, 32, 32, block_q=8, block_kv=8, mask=Mask.causal(3))
+
+    def listed(query, key, value, bias, sinks, mask, spec):
+        want = tuple(min(x, y) for x, y in zip(lists, (2, 2), strict=True))
+        assert spec.batch == 4 or mask.kv_indices.shape[:2] == want
+        return xla.attention(query, key, value, bias, sinks, mask.as_mask(), spec)
+
+    step = jax.jit(functools.partial(run, forward=partitioned(listed)))
+    out, lse = step(*place(plain, over), mask=mask)
+    want, want_lse = run(*plain, forward=xla.attention, mask=mask.as_mask())
+    np.testing.assert_allclose(out, want, atol=1e-6)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-6)
 
 
 def test_heads_that_do_not_split_are_gathered():

@@ -457,29 +457,39 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
     else:
         lo, mid_lo, mid_hi, hi = x["tiles"][b, q_tile] if plan.dynamic else plan.kv_tiles(q_tile)
         tiles = np.arange(hi)
+    joined, tile_kv = plan.joined, kv // plan.joined
+    take = lambda array, parts, axis: np.concatenate(  # noqa: E731
+        [window(array, tile * tile_kv, tile_kv, axis) for tile in parts], axis
+    )
     out = [ptx.f32(0)] * (plan.head_dim // 2)
     total, m = [ptx.f32(0)] * 2, [ptx.f32(tile_math.NO_MAX)] * 2
-    for place in reversed(range(lo, hi)):
-        tile = int(tiles[place])
-        k = window(x["k"][b, :, head], tile * kv, kv, 0)
+    for place in range(hi - 1, lo - 1, -joined):
+        places = range(place, place - joined, -1)
+        parts = [int(tiles[max(p, 0)]) for p in places]
+        k = take(x["k"][b, :, head], parts, 0)
         score_type = np.int32 if variant.qk == "int8" else np.float32
         scores = accumulator((q @ k.T).astype(score_type))
-        masked = plan.needs_mask and not mid_lo <= place < mid_hi
-        if masked:
+        masked = plan.needs_mask and not all(mid_lo <= p < mid_hi for p in places)
+        for part, (p, tile) in enumerate(zip(places, parts, strict=True)):
+            if not masked:
+                break
             ids = {}
+            first = tile * tile_kv
             if plan.segmented:
                 ids = {
                     "q_ids": per_row(x["q_ids"][b, q_start : q_start + 64]),
-                    "kv_ids": per_column(x["kv_ids"][b, tile * kv : tile * kv + kv]),
+                    "kv_ids": per_column(x["kv_ids"][b, first : first + tile_kv]),
                 }
                 ids["q_ids"] = [v.astype(np.int32) for v in ids["q_ids"]]
-            where = tile_math.Position(ptx.i32(q_start), ptx.i32(tile * kv), **fields, **ids)
-            scores = tile_math.mask_scores(scores, where, variant.qk == "int8")
-        blocks = kv // plan.scale_block
+            limits = fields if p >= 0 else {**fields, "kv_len": ptx.i32(0)}
+            where = tile_math.Position(ptx.i32(q_start), ptx.i32(first), **limits, **ids)
+            own = slice(part * len(scores) // joined, (part + 1) * len(scores) // joined)
+            scores[own] = tile_math.mask_scores(scores[own], where, variant.qk == "int8")
+        blocks = tile_kv // plan.scale_block
         col_scale = []
         if "k_scale" in x:
-            part = x["k_scale"][b, head, tile * blocks : (tile + 1) * blocks]
-            col_scale = [s for block in part for s in per_column(block)]
+            of = [x["k_scale"][b, head, tile * blocks : (tile + 1) * blocks] for tile in parts]
+            col_scale = [s for block in np.concatenate(of) for s in per_column(block)]
         tops = ()
         if config.qk_split == 2:
             first = scores[: len(scores) // 2]
@@ -488,9 +498,9 @@ def one_group(plan, x, scale, q_tile, q_start, b, n):
             variant, scores, m, row_scale, col_scale, shift, masked=masked, tops=tops
         )
         if variant.pv == "half":
-            v = window(x["v"][b, :, head], tile * kv, kv, 0)
+            v = take(x["v"][b, :, head], parts, 0)
         else:  # below the values lie rows of ones
-            v = window(x["v"][b, head], tile * kv, kv, 1).T
+            v = take(x["v"][b, head], parts, 1).T
             v = np.concatenate([v, np.ones((kv, 8))], 1)
         operand = from_operand(
             p, np.dtype(E4M3) if variant.pv == "e4m3" else jnp.dtype(variant.half)

@@ -124,33 +124,43 @@ def _token_rule(mask: Mask | BlockMask | None) -> Mask:
 
 
 def _config(variant: Variant, head_dim: int, rule: Mask, blocks, block_kv=None) -> Config:
-    """The heuristic's sizes, with the keys per tile of a block mask if there is one."""
+    """The heuristic's sizes, with whole tiles of a block mask if there is one."""
+    config = heuristic(variant, head_dim, bool(rule.segments), block_kv)
     if blocks is None:
-        return heuristic(variant, head_dim, bool(rule.segments), block_kv)
-    config = heuristic(variant, head_dim, bool(rule.segments), blocks.block_kv)
+        return config
+    own, tile_kv = blocks.block_q < config.block_q, blocks.block_kv
+    # Two small tiles make up one of the size that is fastest; lists of one warpgroup stay single.
+    if not own:
+        tile_kv = max(tile_kv, min(2 * tile_kv, config.block_kv))
+    config = heuristic(variant, head_dim, bool(rule.segments), tile_kv)
     # A warpgroup with few tiles of its own would wait for the other's token at each tile.
-    own = blocks.block_q < config.block_q
     return dataclasses.replace(config, schedule="none") if own else config
 
 
 def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> Plan:
     """Static facts of a launch."""
-    if blocks is not None and (
-        (blocks.block_q % config.block_q and (blocks.block_q, config.num_compute) != (ROWS, 2))
-        or blocks.block_kv != config.block_kv
-    ):
-        raise NotImplementedError(
-            f"a tile of {blocks.block_q} x {blocks.block_kv} must be one or several of the "
-            f"kernel's below each other, {config.block_q} x {config.block_kv}, or one warpgroup's"
-        )
+    tile_kv = config.block_kv
+    if blocks is not None:
+        tile_kv, halves = blocks.block_kv, (blocks.block_q, config.num_compute) == (ROWS, 2)
+        joined = config.block_kv // tile_kv
+        if (
+            (blocks.block_q % config.block_q and not halves)
+            or joined not in ((1,) if halves else (1, 2))
+            or config.block_kv % tile_kv
+        ):
+            raise NotImplementedError(
+                f"a tile of {blocks.block_q} x {tile_kv} must be one of the kernel's, "
+                f"{config.block_q} x {config.block_kv}, several below each other, half of its keys "
+                "or one warpgroup's rows"
+            )
     batch, _, num_heads, head_dim = operands.q.shape
     keys, num_kv_heads = operands.k.shape[1:3]
-    scale_block = config.block_kv
+    scale_block = tile_kv
     if operands.k_scale is not None:
         scale_block = keys // operands.k_scale.shape[2]
-        if config.block_kv % scale_block or keys % config.block_kv:
+        if tile_kv % scale_block or keys % tile_kv:
             raise ValueError(
-                f"the scales of K must cover whole tiles of block_kv={config.block_kv} keys; got "
+                f"the scales of K must cover whole tiles of block_kv={tile_kv} keys; got "
                 f"{operands.k_scale.shape[2]} blocks of {scale_block} keys"
             )
     limits = (mask.min_diff, mask.max_diff)
@@ -163,6 +173,7 @@ def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> 
         config, variant, batch, q_len, kv_len, num_heads, num_kv_heads, head_dim, scale_block,
         *static, bounded, dynamic, bool(mask.segments), config.fuse_q,
         0 if blocks is None else blocks.block_q,
+        config.block_kv // tile_kv,
     )  # fmt: skip
 
 
@@ -330,8 +341,8 @@ def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=No
     del bias
     head_dim = _padded(spec.head_dim)
     rules, quant = _token_rule(mask), spec.quant
+    blocks = mask if isinstance(mask, BlockMask) else None
     if not isinstance(config, Config):
-        blocks = mask if isinstance(mask, BlockMask) else None
         config = _config(variant_of(spec), head_dim, rules, blocks, config)
         num_sms = current_device().num_sms or config.num_sms
         config = dataclasses.replace(config, num_sms=num_sms)
@@ -343,8 +354,9 @@ def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=No
     q, k, v = (jnp.pad(x, pad) if pad[3][1] else x for x in arrays)
     operands = AttentionOperands(q, k, v)
     if quant is not None:
+        scale_block = config.block_kv if blocks is None else blocks.block_kv
         operands = quantize_qkv(
-            q, k, v, scale_block=config.block_kv, smooth_k=quant.smooth_k,
+            q, k, v, scale_block=scale_block, smooth_k=quant.smooth_k,
             qk="int8" if quant.qk == "int8" else "e4m3", pv=variant_of(spec).pv,
             leave_q=config.fuse_q, **lengths,
         )  # fmt: skip

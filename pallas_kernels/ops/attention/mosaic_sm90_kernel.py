@@ -82,10 +82,21 @@ def _offsets(ref, swizzle, leading, stride, offsets) -> list[ir.Value]:
 def _k_major(ref, swizzle: int, first_row: int = 0) -> list[ir.Value]:
     """Descriptors, one per 32 bytes of columns, of an operand [rows, k] with k contiguous.
 
-    The operand is tiled (rows/8, k/swizzle, 8, swizzle) in shared memory.
+    The operand is tiled (rows/8, k/swizzle, 8, swizzle) in shared memory, or comes as parts of its
+    columns, one atom wide, that are tiled (parts, rows/8, 1, 8, swizzle).
     """
-    k_tiles = ir.MemRefType(ref.type).shape[1]
+    shape = ir.MemRefType(ref.type).shape
     atom = 8 * swizzle
+    if len(shape) == 5:
+        parts, row_tiles = shape[:2]
+        start = first_row // 8 * atom
+        offsets = [
+            start + a * row_tiles * atom + 32 * i
+            for a in range(parts)
+            for i in range(swizzle // 32)
+        ]
+        return _offsets(ref, swizzle, 0, atom, offsets)
+    k_tiles = shape[1]
     start = first_row // 8 * k_tiles * atom
     offsets = [start + a * atom + 32 * i for a in range(k_tiles) for i in range(swizzle // 32)]
     return _offsets(ref, swizzle, 0, k_tiles * atom, offsets)
@@ -208,10 +219,12 @@ class Steps:
         self.config, self.variant, self.head_dim = config, variant, head_dim
         kv, self.part = config.block_kv, PART[head_dim]
         self.parts = head_dim // self.part
+        # V of 8 bits lies in one piece for each listed tile, so that each is copied whole.
+        self.pieces = plan.joined if variant.pv == "e4m3" else 1
         self.k_transforms = _transforms(_swizzle(head_dim * variant.qk_bytes), variant.qk_bytes)
         wide = self.part * 2 if variant.pv == "half" else V_SWIZZLE
         # A tile of 64 8-bit tokens has rows of 64 bytes.
-        self.v_swizzle = min(_swizzle(wide), kv * variant.pv_bytes)
+        self.v_swizzle = min(_swizzle(wide), kv // self.pieces * variant.pv_bytes)
         self.v_transforms = _transforms(self.v_swizzle, variant.pv_bytes)
         half = jnp.dtype(variant.half)
         self.qk_dtype = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn, "half": half}[variant.qk]
@@ -283,7 +296,7 @@ class Steps:
         outs = [self.scores_type] * split + [self.tops_type] * (split - 1)
         return _inline(body, [(half, _ACC) for half in scores], outs)
 
-    def softmax(self, scores, m, row_scale, col_scale, shift, position):
+    def softmax(self, scores, m, row_scale, col_scale, shift, positions):
         """P as an operand, new maxima, factors on old sums, and row sums of 16-bit P.
 
         Args:
@@ -292,30 +305,34 @@ class Steps:
             row_scale: array of a scale per row.
             col_scale: list of arrays [8] of column scales.
             shift: list of none or one array per row, for a soft cap.
-            position: dictionary of the fields of `Position`, empty where nothing is masked.
+            positions: dictionaries of the fields of `Position`, one for each part of the tile from
+                elsewhere in K; none where nothing is masked.
         """
         special = {"q_ids": _ROW, "kv_ids": _COL}
         inputs = [(x, _ACC) for x in scores] + [(m, _ROW), (row_scale, _ROW)]
         inputs += [(x, _COL) for x in col_scale] + [(x, _ROW) for x in shift]
-        inputs += [(x, special.get(name, _SCALAR)) for name, x in position.items()]
-        counts = (len(scores), 1, 1, len(col_scale), len(shift), len(position))
+        where = [item for position in positions for item in position.items()]
+        inputs += [(x, special.get(name, _SCALAR)) for name, x in where]
+        counts = (len(scores), 1, 1, len(col_scale), len(shift), *map(len, positions))
         split, is_int = self.config.qk_split, self.variant.qk == "int8"
 
         def body(*given):
             rest = iter(given)
-            scores, (m,), (row_scale,), col_scale, shift, where = (
+            scores, (m,), (row_scale,), col_scale, shift, *where = (
                 [next(rest) for _ in range(count)] for count in counts
             )
             tile = [r for half in scores[:split] for r in half]
-            if position:
+            parts = len(positions)
+            for part, (position, values) in enumerate(zip(positions, where, strict=True)):
                 fields = {
-                    name: values if name in special else values[0]
-                    for name, values in zip(position, where, strict=True)
+                    name: x if name in special else x[0]
+                    for name, x in zip(position, values, strict=True)
                 }
-                tile = tile_math.mask_scores(tile, Position(**fields), is_int)
+                own = slice(part * len(tile) // parts, (part + 1) * len(tile) // parts)
+                tile[own] = tile_math.mask_scores(tile[own], Position(**fields), is_int)
             p, m, alpha, sums = tile_math.softmax(
                 self.variant, tile, m, row_scale, [s for block in col_scale for s in block],
-                shift[0] if shift else (), masked=bool(position),
+                shift[0] if shift else (), masked=bool(positions),
                 tops=[r for half in scores[split:] for r in half],
             )  # fmt: skip
             return [_opaque(p), m, alpha, *([sums] if sums else [])]
@@ -402,13 +419,16 @@ class Steps:
         """Fills the eight rows of ones below V^T in one stage; with equal bytes swizzle is moot."""
         if not self.variant.ones:
             return
-        kv = self.config.block_kv
+        kv = self.config.block_kv // self.pieces
+        size = (self.head_dim + 8) * kv
 
         def body(v):
-            for start in range(0, 8 * kv, 128 * 4):
-                offset = ptx.add(ptx.mul(ptx.thread(), ptx.i32(4)), ptx.i32(self.head_dim * kv))
-                where = ptx.address(v, ptx.widen(ptx.add(offset, ptx.i32(start))))
-                ptx.asm("st.shared.b32 [$0], $1;", "", [where, ptx.i32(0x38383838)], effects=True)
+            for first in range(self.head_dim * kv, self.pieces * size, size):
+                for start in range(0, 8 * kv, 128 * 4):
+                    offset = ptx.add(ptx.mul(ptx.thread(), ptx.i32(4)), ptx.i32(first))
+                    where = ptx.address(v, ptx.widen(ptx.add(offset, ptx.i32(start))))
+                    word = ptx.i32(0x38383838)
+                    ptx.asm("st.shared.b32 [$0], $1;", "", [where, word], effects=True)
             return []
 
         _inline(body, [(v_ref, self.v_transforms)])
@@ -431,7 +451,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
     steps = Steps(plan)
     i32 = jnp.int32
     groups = plan.num_heads // plan.num_kv_heads
-    part = PART[head_dim]
+    part, joined, tile_kv = PART[head_dim], plan.joined, kv // plan.joined
 
     def limits(refs, b):
         """Fields of `Position` that do not depend on the tile."""
@@ -462,6 +482,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         """Number of a K/V tile from its place, which may lie before the first or after the last."""
         last = refs["list"].shape[-1] - 1
         return list_entry(refs, "list", b, n, row, lax.clamp(i32(0), place, i32(last)))
+
+    def listed_tiles(refs, place, b, n, q_tile):
+        """The tiles of one step, whose first lies at a place of the query tile's list."""
+        row = div(q_tile, plan.listed // config.block_q)
+        return [tile_at(refs, place - i, b, n, row) for i in range(joined)]
 
     def merged(refs, q_tile, b, n):
         """Walks over the tiles that either warpgroup's rows list, from the last to the first.
@@ -505,13 +530,19 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         (q_ready, k_ready, v_ready), (q_free, k_free, v_free) = ready, free
         q_target = raw_smem[0] if plan.raw_q else q_smem
 
-        def load_v(b, head, tokens, slot):
+        def load_v(b, head, tokens, slot, part):
             if variant.pv == "half":
-                source, target = refs["v"].at[b, tokens, head], v_smem.at[slot]
+                source = refs["v"].at[b, tokens, head]
+                target = v_smem.at[slot, *rows_of(part)]
             else:
                 source = refs["v"].at[b, head, :, tokens]
-                target = v_smem.at[slot, pl.ds(0, head_dim)]
+                piece = (part,) if joined > 1 else ()
+                target = v_smem.at[slot, *piece, pl.ds(0, head_dim)]
             plgpu.copy_gmem_to_smem(source, target, v_ready.at[slot])
+
+        def rows_of(part):
+            """Where a listed tile goes within a slot; a slot of one tile is not cut."""
+            return (pl.ds(part * tile_kv, tile_kv),) if joined > 1 else ()
 
         def one_tile(index, step):
             q_tile, b, n = plan.tile_of(index)
@@ -522,14 +553,15 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 plgpu.barrier_wait(q_free.at[w])
                 plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, n], q_target.at[w], q_ready.at[w])
 
-            def load(step, tile):
-                tokens, slot = pl.ds(tile * kv, kv), slot_of(step)
+            def load(step, *tiles):
+                tokens, slot = [pl.ds(tile * tile_kv, tile_kv) for tile in tiles], slot_of(step)
                 plgpu.barrier_wait(k_free.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    refs["k"].at[b, tokens, kv_head], k_smem.at[slot], k_ready.at[slot]
-                )
+                for part, t in enumerate(tokens):
+                    target = k_smem.at[slot, *rows_of(part)]
+                    plgpu.copy_gmem_to_smem(refs["k"].at[b, t, kv_head], target, k_ready.at[slot])
                 plgpu.barrier_wait(v_free.at[slot])
-                load_v(b, kv_head, tokens, slot)
+                for part, t in enumerate(tokens):
+                    load_v(b, kv_head, t, slot, part)
                 return step + 1
 
             if plan.paired:
@@ -542,13 +574,14 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return lax.while_loop(lambda x: nearest(x[1]) >= 0, load_merged, (step, walk))[0]
 
             def load_listed(i, state):
-                then = tile_at(refs, hi - 2 - i, b, n, row)
-                return load(state[0], state[1]), then
+                step, *tiles = state
+                then = listed_tiles(refs, hi - 1 - (i + 1) * joined, b, n, q_tile)
+                return load(step, *tiles), *then
 
             if plan.listed:
-                row = div(q_tile, plan.listed // config.block_q)
-                first = tile_at(refs, hi - 1, b, n, row)
-                return lax.fori_loop(i32(0), hi - lo, load_listed, (step, first))[0]
+                first = listed_tiles(refs, hi - 1, b, n, q_tile)
+                count = div(hi + joined - 1, joined)
+                return lax.fori_loop(i32(0), count, load_listed, (step, *first))[0]
             return lax.fori_loop(i32(0), hi - lo, lambda i, step: load(step, hi - 1 - i), step)
 
         for_each_tile(refs, one_tile)
@@ -610,7 +643,7 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             kv_head = div(n, groups)
             fixed = limits(refs, b)
             lo, mid_lo, mid_hi, hi = kv_range(refs, q_tile, b, n, wg)
-            end = step0 + (hi - lo)
+            end = step0 + (hi - lo if joined == 1 else div(hi + joined - 1, joined))
             q_start = q_tile * config.block_q + wg * ROWS
             factor = variant.logit_factor(scale)
             capped = variant.soft_cap is not None
@@ -630,22 +663,28 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 ids = refs["q_ids"].at[b, pl.ds(q_start, ROWS)]
                 fixed["q_ids"] = plgpu.load(ids, layout=_ROW, optimized=False)
 
-            def column_scales(tile):
+            def column_scales(tiles):
                 if "k_scale" not in refs:
                     return []
-                blocks = kv // plan.scale_block
-                rows = [refs["k_scale"].at[b, kv_head, tile * blocks + i] for i in range(blocks)]
+                blocks = tile_kv // plan.scale_block
+                rows = [
+                    refs["k_scale"].at[b, kv_head, tile * blocks + i]
+                    for tile in tiles
+                    for i in range(blocks)
+                ]
                 return [plgpu.load(row, layout=_COL, optimized=False) for row in rows]
 
-            def position(tile):
-                where = {"row": q_start, "col": tile * kv, **fixed}
+            def position(tile, place=None):
+                where = {"row": q_start, "col": tile * tile_kv, **fixed}
+                if place is not None:  # Before the list's first place there is no tile.
+                    where["kv_len"] = jnp.where(place < 0, i32(0), where["kv_len"])
                 if plan.segmented:
-                    where["kv_ids"] = load_columns("kv_ids", b, tile * kv, kv)
+                    where["kv_ids"] = load_columns("kv_ids", b, tile * tile_kv, tile_kv)
                 return where
 
-            def visit(slot, tile, is_last, carry, is_masked):
+            def visit(slot, tiles, is_last, carry, positions):
                 outs, total, m = carry
-                col_scale = column_scales(tile)
+                col_scale = column_scales(tiles)
                 plgpu.barrier_wait(k_ready.at[slot])
                 with jax.named_scope("scores"):
                     scores = steps.issue_scores(q_smem.at[wg], k_smem.at[slot])
@@ -655,9 +694,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 if not plan.raw_q:  # After a tile's last scores, the next tile's Q may be loaded.
                     pl.when(is_last())(lambda: plgpu.barrier_arrive(q_free.at[wg]))
                 with jax.named_scope("softmax"):
-                    where = position(tile) if is_masked else {}
                     p, m, alpha, *sums = steps.softmax(
-                        scores, m, row_scale[0], col_scale, shift, where
+                        scores, m, row_scale[0], col_scale, shift, positions()
                     )
                 plgpu.barrier_wait(v_ready.at[slot])
                 take_token()
@@ -682,14 +720,23 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 take_token()
                 plgpu.barrier_arrive(v_free.at[slot])
 
+            def times(turns):
+                """Places that so many steps take."""
+                return turns if joined == 1 else turns * joined
+
             def one_step(step, carry, is_masked):
-                outs, total, m, *listed = carry
-                slot, place = slot_of(step), hi - 1 - (step - step0)
-                tile = listed[0] if listed else place
-                # A load takes its time: the next tile's number is asked for one step ahead.
-                then = [tile_at(refs, place - 1, b, n, row) for _ in listed]
+                outs, total, m, *tiles = carry
+                slot, place = slot_of(step), hi - 1 - times(step - step0)
+                # A load takes its time: the next step's tiles are asked for one step ahead.
+                then = listed_tiles(refs, place - joined, b, n, q_tile) if tiles else []
+                tiles = tiles or [place]
+                places = [place - i for i in range(joined)] if joined > 1 else [None]
+
+                def positions():
+                    return list(map(position, tiles, places)) if is_masked else []
+
                 is_last = lambda: step == end - 1  # noqa: E731
-                return (*visit(slot, tile, is_last, (outs, total, m), is_masked), *then)
+                return *visit(slot, tiles, is_last, (outs, total, m), positions), *then
 
             def run(begin, stop, carry, is_masked):
                 step_fn = functools.partial(one_step, is_masked=is_masked)
@@ -706,7 +753,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                     is_last = nearest(then) < 0
 
                     def seen(is_masked):
-                        return lambda carry: visit(slot, tile, lambda: is_last, carry, is_masked)
+                        positions = lambda: [position(tile)] if is_masked else []  # noqa: E731
+                        return lambda x: visit(slot, [tile], lambda: is_last, x, positions)
 
                     def unseen(carry):
                         skip(slot, is_last)
@@ -728,14 +776,16 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             take_token()
             carry = steps.start()
             if plan.listed and not plan.paired:
-                row = div(q_tile, plan.listed // config.block_q)
-                carry = (*carry, tile_at(refs, hi - 1, b, n, row))
+                carry = (*carry, *listed_tiles(refs, hi - 1, b, n, q_tile))
             if plan.paired:
                 end, carry = run_merged(carry)
             elif plan.needs_mask:  # From the last keys to the first: masked, without masks, masked.
                 two_sided = plan.bounded[0] or plan.dynamic or plan.listed
                 right_end = step0 + (hi - mid_hi)
                 left_start = step0 + (hi - mid_lo) if two_sided else end
+                if joined > 1:  # A step is masked if one of its tiles is, or is missing.
+                    right_end = step0 + div(hi - mid_hi + joined - 1, joined)
+                    left_start = jnp.maximum(step0 + div(hi - mid_lo, joined), right_end)
                 carry = run(step0, right_end, carry, True)
                 carry = run(right_end, left_start, carry, False)
                 if two_sided:
@@ -775,7 +825,9 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         refs = dict(zip((*names, "out", "lse"), refs, strict=True))
         itemsize = jnp.dtype(out_dtype).itemsize
         rows = (compute, ROWS)
-        v_shape = (kv, head_dim) if variant.pv == "half" else (head_dim + variant.ones, kv)
+        v_shape = (kv, head_dim)
+        if variant.pv != "half":
+            v_shape = (joined, head_dim + variant.ones, tile_kv)[joined == 1 :]
         smem = [
             plgpu.SMEM((*rows, head_dim), steps.qk_dtype, transforms=steps.k_transforms),
             plgpu.SMEM((stages, kv, head_dim), steps.qk_dtype, transforms=steps.k_transforms),
@@ -790,7 +842,8 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
         raw = [plgpu.SMEM((*rows, head_dim), jnp.dtype(variant.half))]
         raw += [plgpu.SMEM(rows, jnp.float32)] * 2  # scales, and products with the mean key
         smem.append(raw * plan.raw_q)
-        ready = [plgpu.Barrier(num_barriers=count) for count in (compute, stages, stages)]
+        ready = [plgpu.Barrier(num_barriers=compute)]
+        ready += [plgpu.Barrier(num_arrivals=joined, num_barriers=stages) for _ in range(2)]
         free = [plgpu.Barrier(num_barriers=compute)]
         free += [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in range(2)]
 

@@ -210,6 +210,7 @@ class Plan:
         listed: query rows of one row of a `BlockMask`, whose lists of tiles come as arrays, or 0
             where tiles follow from the rules. One row is for several query tiles or, with 64, for
             one warpgroup, whose two rows share the ring of K and V.
+        joined: listed tiles that make up one tile of the kernel.
     """
 
     config: Config
@@ -228,6 +229,7 @@ class Plan:
     segmented: bool = False
     raw_q: bool = False
     listed: int = 0
+    joined: int = 1
 
     @property
     def paired(self) -> bool:
@@ -257,7 +259,9 @@ class Plan:
     @property
     def needs_mask(self) -> bool:
         """Whether some tile needs a mask."""
-        return any(self.bounded) or self.dynamic or self.kv_len % self.config.block_kv != 0
+        # The last of joined tiles may be missing.
+        ragged = self.kv_len % self.config.block_kv != 0 or self.joined > 1
+        return any(self.bounded) or self.dynamic or ragged
 
     def tile_of(self, index):
         """Query tile, batch and head of a linear index, traced or not.

@@ -201,6 +201,8 @@ def softmax(variant: Variant, scores, m, row_scale, col_scale, shift=(), *, mask
                 group = scores[4 * b * per_block : 4 * (b + 1) * per_block][2 * h + c :: 4]
                 if tops and blocks == 1 and not masked:
                     group = [tops[2 * h + c], *group[tiles // 2 :]]
+                elif tops and blocks == 2 and b == 0 and not masked:
+                    group = [tops[2 * h + c]]
                 top = maximum(group, is_int)
                 value = ptx.to_float(top) if is_int else top
                 value = _logit(variant, value, scale[h][b][c], shift[h] if shift else None)
