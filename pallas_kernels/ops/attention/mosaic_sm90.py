@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels._device import current_device
 from pallas_kernels.masks import BlockMask, Mask
+from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention import sparse, xla
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import launch
 from pallas_kernels.ops.attention.mosaic_sm90_plan import (
@@ -31,7 +32,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import (
     work_table,
 )
 from pallas_kernels.ops.attention.mosaic_sm90_tile import ROWS, Variant
-from pallas_kernels.ops.attention.partition import partitioned
+from pallas_kernels.ops.attention.partition import partitioned, partitioned_gradient
 from pallas_kernels.ops.attention.reference import clean
 from pallas_kernels.ops.attention.spec import AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS, AttentionOperands, quantize_qkv
@@ -317,6 +318,8 @@ def _attention_fwd(query, key, value, bias, sinks, mask, spec, config):
 def _attention_bwd(spec, config, saved, cotangents):
     del config
     query, key, value, _, sinks, mask, out, lse = saved
+    if backward.MEASURED and _has_gradient_kernel(spec, mask):
+        return _kernel_gradient(spec, saved, cotangents)
     if isinstance(mask, BlockMask):
         saved = (query, key, value, sinks, mask, out, lse)
         *grads, d_sinks, _, _ = sparse._backward(spec, saved, cotangents)
@@ -325,6 +328,36 @@ def _attention_bwd(spec, config, saved, cotangents):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _has_gradient_kernel(spec: AttentionSpec, mask: Mask | BlockMask) -> bool:
+    """Whether the kernels' own backward serves a call; else it is XLA's."""
+    static = not isinstance(mask, BlockMask) and not jax.tree.leaves(mask)
+    return static and spec.soft_cap is None and spec.head_dim <= max(backward.HEAD_DIMS)
+
+
+def _kernel_gradient(spec: AttentionSpec, saved, cotangents):
+    """The unquantised gradient from the saved log-sum-exp, by `mosaic_sm90_backward`."""
+    query, key, value, _, sinks, mask, out, lse = saved
+    d_out, d_lse = cotangents
+    empty = jnp.isneginf(lse)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    delta = jnp.where(empty, 0.0, delta)
+    head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
+    pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
+    arrays = (*clean(query, key, value, mask, spec), d_out)
+    arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
+    run = functools.partial(
+        backward.gradient, scale=spec.scale, min_diff=mask.min_diff, max_diff=mask.max_diff
+    )
+    sums = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+    grads = partitioned_gradient(run, spec)(*arrays, *sums)
+    d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)
+    d_sinks = None
+    if sinks is not None:
+        p_sink = jnp.exp(sinks.astype(jnp.float32) - jnp.where(empty, 0.0, lse))  # [B, T, N]
+        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+    return d_query, d_key, d_value, None, d_sinks, None
 
 
 @functools.lru_cache(maxsize=64)

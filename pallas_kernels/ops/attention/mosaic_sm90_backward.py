@@ -30,6 +30,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
 
 HEAD_DIMS = (64, 128)
 COMPUTE = 2  # warpgroups
+MEASURED = False  # whether they ran on a GPU; until then gradients are XLA's
 _ACC = plgpu.Layout.WGMMA
 _SIDE = {"q": _ACC.reduce(1), "kv": _ACC.reduce(0)}  # of numbers per query
 
@@ -193,9 +194,10 @@ def _kernel(side: str, plan: Plan, groups: int, scale: float, dtype):
             if of_queries:
                 plgpu.barrier_arrive(free[1].at[slot])
             p = jnp.exp2(scores * (scale * LOG2E) - wide(lse))
-            if is_masked:
-                p = jnp.where(allowed(i), p, 0.0)
             d_s = p * (d_p - wide(delta))
+            if is_masked:
+                ok = allowed(i)
+                p, d_s = jnp.where(ok, p, 0.0), jnp.where(ok, d_s, 0.0)
             parts = ((d_s, first),) if of_queries else ((d_s, first), (p, second))
             sums = _add(sums, parts)
             if not of_queries:

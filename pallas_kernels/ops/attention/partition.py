@@ -65,6 +65,62 @@ def partitioned(forward: Forward, dimensions: Callable | None = None) -> Forward
     return call
 
 
+def partitioned_gradient(gradient: Callable, spec: AttentionSpec) -> Callable:
+    """`partitioned` for a gradient: every device computes its batch entries and key/value heads.
+
+    The query heads of a key/value head stay together, since they add to one dK and dV.
+
+    Args:
+      gradient: ``(query, key, value, d_out, lse, delta) -> (d_query, d_key, d_value)`` with lse and
+        delta [B, N, T]; closes over no arrays.
+      spec: static facts.
+
+    Returns:
+      A callable with the signature and meaning of `gradient`.
+    """
+    names = ("btnh", "bskh", "bskh", "btnh", "bnt", "bnt")
+    rule, sizes, whole = _rule(names, spec, results=names[:3], splits="bk")
+
+    def run(query, key, value, d_out, lse, delta):
+        return tuple(gradient(query, key, value, d_out, lse, delta))
+
+    def shardings(mesh, arguments, dims):
+        split = _split(mesh, arguments[0], spec)
+        split = dataclasses.replace(split, heads=split.kv_heads)
+        return tuple(NamedSharding(mesh, split.spec_of(each)) for each in dims)
+
+    def partition(mesh, arguments, results):
+        outs = shardings(mesh, arguments, names[:3])
+        return mesh, run, outs, shardings(mesh, arguments, names)
+
+    def infer(mesh, arguments, results):
+        return shardings(mesh, arguments, names[:3])
+
+    split_call = custom_partitioning(run)
+    split_call.def_partition(
+        partition, infer_sharding_from_operands=infer, sharding_rule=rule,
+        need_replication_factors=whole, **sizes,
+    )  # fmt: skip
+
+    @custom_vmap
+    def call(*arrays):
+        # Inside shard_map the arrays are local already, and nothing is left to split.
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return (run if manual else split_call)(*arrays)
+
+    @call.def_vmap
+    def _fold(size, in_batched, *arrays):
+        wide = dataclasses.replace(spec, batch=size * spec.batch)
+        folded = [
+            (x if has else jnp.broadcast_to(x, (size, *x.shape))).reshape(-1, *x.shape[1 + has :])
+            for x, has in zip(arrays, in_batched, strict=True)
+        ]
+        grads = partitioned_gradient(gradient, wide)(*folded)
+        return tuple(x.reshape(size, -1, *x.shape[1:]) for x in grads), (True,) * 3
+
+    return call
+
+
 # -- what the axes of each array are ---------------------------------------------------------------
 
 
@@ -93,7 +149,9 @@ def _broadcast(names, x) -> tuple[str, ...]:
     return tuple("." if size == 1 else name for name, size in zip(names, x.shape, strict=True))
 
 
-def _rule(names, spec: AttentionSpec) -> tuple[str, dict[str, int], tuple[str, ...]]:
+def _rule(
+    names, spec: AttentionSpec, results=("btnh", "btn"), splits="bkg"
+) -> tuple[str, dict[str, int], tuple[str, ...]]:
     """Shardy's rule, sizes of the factors it cannot see, and the factors that stay whole.
 
     Query heads are the product of key/value heads (major) and the queries of each (minor).
@@ -108,10 +166,10 @@ def _rule(names, spec: AttentionSpec) -> tuple[str, dict[str, int], tuple[str, .
 
     operand = lambda dims: " ".join(axis(name) for name in dims)  # noqa: E731
     operands = ", ".join(operand(dims) for dims in names)
-    rule = f"{operands} -> {operand('btnh')}, {operand('btn')}"
+    rule = f"{operands} -> {', '.join(map(operand, results))}"
     # Shardy wants them in the order in which they appear.
     factors = dict.fromkeys(re.findall(r"\w+", rule))
-    whole = tuple(name for name in factors if name not in ("b", "k", "g"))
+    whole = tuple(name for name in factors if name not in splits)
     return rule, ({"g": spec.groups} if both else {}), whole
 
 
