@@ -70,6 +70,7 @@ def cases() -> list[Case]:
         fast(implementation="cudnn"),
         *(fast(store=s, layout=w) for s in ("bfloat16", "int8") for w in ("ragged", "even")),
         *(fast(store=s, layout="kept") for s in ("bfloat16", "int8")),
+        *(fast(store=s, layout="kept", tile=16) for s in ("bfloat16", "int8")),
         fast(store="int4"),
         *(fast(store=s, positions=True) for s in ("bfloat16", "int8")),
     ]
@@ -84,6 +85,7 @@ def cases() -> list[Case]:
         right(steps=3, positions=True, ragged=True),
         right(store="fp8_e4m3", positions=True, ragged=True, window=500),
         right(store="int8", tile=128, positions=True, ragged=True),
+        right(head_dim=64, tile=16, positions=True, ragged=True, steps=2),
         right(capacity=30000, batch=1, ragged=True),
         right(capacity=1, heads=7, kv_heads=1),
     ]
@@ -162,6 +164,7 @@ def spec_of(case: Case, store: str) -> DecodeSpec:
     return DecodeSpec(
         case["batch"], case.get("steps", 1), case["capacity"], case["heads"], case["kv_heads"],
         case["head_dim"], case.get("dtype", "bfloat16"), store, case["head_dim"] ** -0.5,
+        tile=case.get("tile", 0),
     )  # fmt: skip
 
 
@@ -169,7 +172,8 @@ def stored_bytes(case: Case) -> float:
     """Bytes of the live slots."""
     bits = {"bfloat16": 16, "float16": 16, "int4": 4}.get(case["store"], 8)
     per_slot = 2 * case["head_dim"] * bits / 8
-    per_slot += {16: 0, 8: 8, 4: 16}[bits] + 4 * bool(case.get("positions"))
+    positions = case.get("positions") or case.get("tile")
+    per_slot += {16: 0, 8: 8, 4: 16}[bits] + 4 * bool(positions)
     return float(lengths(case).sum()) * per_slot
 
 
@@ -282,17 +286,23 @@ def fast_call(case: Case):
     if implementation == "xla":
         attend = functools.partial(decode_attention, implementation="xla")
         return attend, (query, keys, values, length)
-    places = None
-    if case.get("positions"):
+    places = table = None
+    if case.get("positions") or case.get("tile"):
         places = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32), (b, k, c)) + 0
+    if tile := case.get("tile"):  # every head's tiles lie together, which is what packing yields
+        table = jnp.arange(k * c // tile, dtype=jnp.int32).reshape(1, k, -1).repeat(b, 0)
+        paged = lambda x: x.reshape(b, k * c // tile, tile, *x.shape[3:])  # noqa: E731
+        keys, values, places = jax.block_until_ready(
+            jax.jit(functools.partial(jax.tree.map, paged))((keys, values, places))
+        )
     spec, config = spec_of(case, case["store"]), mosaic_sm90.Config(**case.get("config", {}))
 
-    def attend(query, keys, values, length, places, last):
+    def attend(query, keys, values, length, places, last, table):
         return mosaic_sm90.attention(
-            query, keys, values, length, places, last, None, None, None, spec, config
+            query, keys, values, length, places, last, table, None, None, spec, config
         )
 
-    return attend, (query, keys, values, length, places, last)
+    return attend, (query, keys, values, length, places, last, table)
 
 
 def run_scores(case: Case) -> dict[str, float]:

@@ -114,14 +114,19 @@ def test_positions_and_several_tokens(store):
     compare(store, t=3, positions=positions, at=at, poison=hidden, offset=True)
 
 
-def test_tiles_of_a_pool():
-    table = jnp.array([[[2, 0, -1], [1, 3, -1]]])
-    positions = np.full((1, 5, 64), -1)
-    positions[0, [2, 1]], positions[0, [0, 3]] = np.arange(64), np.arange(64, 128)
-    length, at = jnp.array([[100, 128]]), jnp.array([[120]])
-    poison = positions < 0
-    compare("int8", k=2, c=192, length=length, positions=jnp.asarray(positions), at=at,
-            table=table, poison=poison)  # fmt: skip
+@pytest.mark.parametrize(("tile", "h"), [(64, 128), (16, 64)])
+def test_tiles_of_a_pool(tile, h):
+    """Two heads, whose slots lie in tiles handed out in any order, and a tile that is nobody's."""
+    length = np.array([[100, 128]])
+    table, positions = np.full((1, 2, 192 // tile), -1), np.full((1, 256 // tile, tile), -1)
+    free = iter(np.random.default_rng(0).permutation(256 // tile))
+    for head, live in enumerate(length[0]):
+        for number in range(-(-live // tile)):
+            table[0, head, number] = place = next(free)
+            positions[0, place] = np.arange(tile) + number * tile
+            positions[0, place, max(live - number * tile, 0) :] = -1
+    compare("int8", h=h, k=2, c=192, length=jnp.asarray(length), positions=jnp.asarray(positions),
+            at=jnp.array([[120]]), table=jnp.asarray(table), poison=positions < 0)  # fmt: skip
 
 
 def test_capacity_that_is_no_multiple_of_four():
@@ -222,7 +227,7 @@ def test_named_it_runs_and_unnamed_it_does_not():
         ({"head_dim": 80}, "serves head_dim 64 and 128; got 80"),
         ({"store": "nvfp4"}, "reads caches stored as bfloat16, float16, int8, .*; got nvfp4"),
         ({"plain": False}, "one float32 scale per slot"),
-        ({"tile": 48}, "tiles of a multiple of 64 slots; got 48"),
+        ({"tile": 24}, "tiles of a multiple of 16 slots; got 24"),
         ({"batch": 40000}, "got 80000"),
         ({"capacity": 0}, "at least one slot"),
     ],

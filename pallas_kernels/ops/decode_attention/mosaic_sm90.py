@@ -142,8 +142,9 @@ class Plan:
 
     @property
     def units(self) -> int:
-        """Units of a step. More would cost registers, of which three blocks share what there is."""
-        return self.config.units or 128 // self.spec.head_dim
+        """Units of a step, which lies in one tile; three blocks share the registers there are."""
+        units = self.config.units or 128 // self.spec.head_dim
+        return math.gcd(units, self.spec.tile // UNIT) if self.spec.tile else units
 
     @property
     def step(self) -> int:
@@ -186,8 +187,8 @@ def unsupported_reason(spec: DecodeSpec) -> str | None:
         )
     if not spec.capacity:
         return "the sm90 decode kernel takes caches of at least one slot"
-    if spec.tile % (UNIT * 4):
-        return f"the sm90 decode kernel takes tiles of a multiple of 64 slots; got {spec.tile}"
+    if spec.tile % UNIT:
+        return f"the sm90 decode kernel takes tiles of a multiple of 16 slots; got {spec.tile}"
     if spec.batch * spec.num_kv_heads > 65535:
         return (
             "the sm90 decode kernel takes up to 65535 rows times key heads; got "
