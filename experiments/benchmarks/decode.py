@@ -45,6 +45,7 @@ STORES = {
     "fp8_e4m3": lambda x: quantize(x, "fp8_e4m3", axis=-1),
     "fp8_e5m2": lambda x: quantize(x, "fp8_e5m2", axis=-1),
     "int4": lambda x: quantize(x, "int4", axis=-1, asymmetric=True).pack(-1),
+    "nvfp4": lambda x: quantize(x, "nvfp4", axis=-1, two_level=False).pack(-1),
 }
 LARGE = {"batch": 16, "heads": 32, "kv_heads": 8, "head_dim": 128, "capacity": 32768}
 
@@ -72,12 +73,15 @@ def cases() -> list[Case]:
         *(fast(store=s, layout="kept") for s in ("bfloat16", "int8")),
         *(fast(store=s, layout="kept", tile=16) for s in ("bfloat16", "int8")),
         fast(store="int4"),
+        fast(store="nvfp4"),
         *(fast(store=s, positions=True) for s in ("bfloat16", "int8")),
     ]
     features = [
         right(head_dim=64, store="int8", ragged=True),
         right(head_dim=64, ragged=True),
         right(store="int4", head_dim=64),
+        right(store="nvfp4", ragged=True),
+        right(store="nvfp4", head_dim=64, tile=16, positions=True, ragged=True),
         right(store="float16", dtype="float32", ragged=True),
         right(store="fp8_e5m2", offset=True),
         right(window=300, num_sinks=5, soft_cap=20.0, sinks=True, ragged=True),
@@ -170,10 +174,13 @@ def spec_of(case: Case, store: str) -> DecodeSpec:
 
 def stored_bytes(case: Case) -> float:
     """Bytes of the live slots."""
-    bits = {"bfloat16": 16, "float16": 16, "int4": 4}.get(case["store"], 8)
+    bits = {"bfloat16": 16, "float16": 16, "int4": 4, "nvfp4": 4}.get(case["store"], 8)
+    scales = {16: 0, 8: 8, 4: 16}[bits]
+    if case["store"] == "nvfp4":
+        scales = case["head_dim"] // 8
     per_slot = 2 * case["head_dim"] * bits / 8
     positions = case.get("positions") or case.get("tile")
-    per_slot += {16: 0, 8: 8, 4: 16}[bits] + 4 * bool(positions)
+    per_slot += scales + 4 * bool(positions)
     return float(lengths(case).sum()) * per_slot
 
 

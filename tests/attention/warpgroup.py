@@ -154,6 +154,7 @@ INTS = {
     "xor.b32": np.bitwise_xor,
     "prmt.b32": permute,
     "sub.rn.f16x2": lambda a, b: words(halves(a) - halves(b)),
+    "mul.rn.f16x2": lambda a, b: words(halves(a) * halves(b)),
     "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
     "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
     "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],
@@ -273,6 +274,14 @@ class Machine:
     def memory(self, opcode, operands, active):
         place = next(x for x in operands if x.startswith("["))
         names = self.halves(next(x for x in operands if not x.startswith("[")))
+        if opcode.endswith((".u8", ".u16")):
+            size = int(opcode.rpartition(".u")[2]) // 8
+            address_of = self.registers[place.strip("[]")]
+            index = address_of.items(size, active)[:, None] + np.arange(size)
+            narrow = np.zeros((128, 4), np.uint8)
+            narrow[active, :size] = address_of.array.reshape(-1).view(np.uint8)[index]
+            self.registers[names[0]] = narrow.view(np.int32)[:, 0]
+            return
         address = self.registers[place.strip("[]")]
         where = address.items(4 * len(names), active)
         words = address.array.reshape(-1).view(np.uint8)

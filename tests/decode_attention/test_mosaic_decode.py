@@ -25,6 +25,7 @@ STORES = {
     "fp8_e4m3": lambda x: quantize(x, "fp8_e4m3", axis=-1),
     "fp8_e5m2": lambda x: quantize(x, "fp8_e5m2", axis=-1),
     "int4": lambda x: quantize(x, "int4", axis=-1, asymmetric=True).pack(-1),
+    "nvfp4": lambda x: quantize(x, "nvfp4", axis=-1, two_level=False).pack(-1),
     "int4_symmetric": lambda x: quantize(x, "int4", axis=-1).pack(-1),
 }
 
@@ -87,7 +88,7 @@ def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=150, length=None, 
 @pytest.mark.parametrize(
     ("store", "h"),
     [("bfloat16", 64), ("float16", 128), ("int8", 128), ("int8", 64), ("fp8_e4m3", 128),
-     ("fp8_e5m2", 64), ("int4", 128), ("int4_symmetric", 64)],
+     ("fp8_e5m2", 64), ("int4", 128), ("int4_symmetric", 64), ("nvfp4", 128), ("nvfp4", 64)],
 )  # fmt: skip
 def test_equals_the_oracle_on_the_same_codes(store, h):
     compare(store, h=h, length=jnp.array([[141]]), at=jnp.array([[140]]), dtype="float32")
@@ -105,7 +106,7 @@ def test_window_and_cap(num_sinks):
     compare(length=jnp.array([[140]]), at=jnp.array([[139]]), config={"blocks": 5}, **options)
 
 
-@pytest.mark.parametrize("store", ["bfloat16", "fp8_e4m3"])
+@pytest.mark.parametrize("store", ["bfloat16", "nvfp4"])
 def test_positions_and_several_tokens(store):
     """Slots that hold nothing may be NaN; three tokens of four heads are two blocks of rows."""
     hidden = np.random.default_rng(0).random((1, 1, 150)) < 0.2
@@ -225,7 +226,7 @@ def test_named_it_runs_and_unnamed_it_does_not():
     ("change", "message"),
     [
         ({"head_dim": 80}, "serves head_dim 64 and 128; got 80"),
-        ({"store": "nvfp4"}, "reads caches stored as bfloat16, float16, int8, .*; got nvfp4"),
+        ({"store": "mxfp8"}, "reads caches stored as bfloat16, float16, int8, .*; got mxfp8"),
         ({"plain": False}, "one float32 scale per slot"),
         ({"tile": 24}, "tiles of a multiple of 16 slots; got 24"),
         ({"batch": 40000}, "got 80000"),

@@ -17,6 +17,7 @@ from pallas_kernels.ops.decode_attention.spec import (
     IMPLEMENTATIONS,
     UNMEASURED,
     DecodeSpec,
+    has_nvfp4_scales,
     has_plain_scales,
     unsupported_reason,
 )
@@ -338,7 +339,7 @@ def _is_plain(key, value) -> bool:
     if not (isinstance(key, QTensor) and isinstance(value, QTensor)):
         return not isinstance(key, QTensor) and key.dtype == value.dtype
     kinds = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), store) for store in (key, value)]
-    return kinds[0] == kinds[1] and has_plain_scales(key)
+    return kinds[0] == kinds[1] and (has_plain_scales(key) or has_nvfp4_scales(key))
 
 
 def _length(length, spec: DecodeSpec) -> jax.Array:

@@ -59,20 +59,24 @@ class Store:
         bits: per code.
         half: 16-bit type of the products.
         order: channels of eight codes in the order in which widening yields them.
+        tile: channels that share an e4m3 scale; 0 for one float32 scale per slot, or none.
     """
 
     bits: int
     half: str = "float16"
     order: tuple[int, ...] = tuple(range(8))
+    tile: int = 0
 
 
+_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 STORES = {
     "bfloat16": Store(16, "bfloat16"),
     "float16": Store(16),
     "int8": Store(8),
     "fp8_e4m3": Store(8),
     "fp8_e5m2": Store(8),
-    "int4": Store(4, order=(0, 2, 4, 6, 1, 3, 5, 7)),
+    "int4": Store(4, order=_NIBBLES),
+    "nvfp4": Store(4, order=_NIBBLES, tile=16),
 }
 
 
@@ -122,8 +126,8 @@ class Plan:
 
     @property
     def scaled(self) -> bool:
-        """Slots have scales."""
-        return self.store.bits < 16
+        """Slots have float32 scales."""
+        return self.store.bits < 16 and not self.store.tile
 
     @property
     def rows(self) -> int:
@@ -183,7 +187,7 @@ def unsupported_reason(spec: DecodeSpec) -> str | None:
     if not spec.plain:
         return (
             "the sm90 decode kernel takes key and value stored alike, with one float32 scale per "
-            "slot and packed 4-bit codes"
+            "slot (nvfp4: one e4m3 scale per 16 channels) and packed 4-bit codes"
         )
     if not spec.capacity:
         return "the sm90 decode kernel takes caches of at least one slot"
@@ -261,7 +265,17 @@ def mma(acc, a, b, half: str):
 
 
 def _code_bytes(store: str, word):
-    """A word of codes as words of one code per byte, biased to be unsigned if integers."""
+    """A word of codes as words of one code per byte.
+
+    Integers are biased to be unsigned; e2m1 has its bits where those of a float16 are.
+    """
+    if store == "nvfp4":
+        text = (
+            "{ .reg .b32 s, v; shl.b32 s, $2, 4; and.b32 s, s, $3; shl.b32 v, $2, 1;\n"
+            "and.b32 v, v, $4; or.b32 $0, s, v;\n"
+            "and.b32 s, $2, $3; shr.u32 v, $2, 3; and.b32 v, v, $4; or.b32 $1, s, v; }"
+        )
+        return ptx.asm(text, "rr", [word, _word(0x80808080), _word(0x0E0E0E0E)])
     if store == "int8":
         return [ptx.asm("xor.b32 $0, $1, $2;", "r", [word, _word(0x80808080)])[0]]
     if store == "int4":
@@ -274,7 +288,13 @@ def _code_bytes(store: str, word):
 
 
 def _widened(store: str, word):
-    """Four codes as two words of two float16."""
+    """Four codes, a byte each, as two words of two float16."""
+    if store == "nvfp4":  # the byte is the upper one of a float16 2^14 times too small
+        text = (
+            "{ .reg .b32 lo, hi; prmt.b32 lo, $2, $3, 5124; prmt.b32 hi, $2, $3, 13348;\n"
+            "mul.rn.f16x2 $0, lo, $4; mul.rn.f16x2 $1, hi, $4; }"
+        )
+        return ptx.asm(text, "rr", [word, ptx.i32(0), _word(0x74007400)])
     if store.startswith("fp8"):
         kind = store.removeprefix("fp8_")
         text = (
@@ -291,16 +311,46 @@ def _widened(store: str, word):
     return ptx.asm(text, "rr", [word, _word(0x64646464), offset])
 
 
+def _tile_scales(a, b=None):
+    """Two e4m3 scales as float16: those in the lower bytes of a word, or of two words."""
+    pair = a if b is None else permute(a, b, 0x0040)
+    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }"
+    return ptx.asm(text, "r", [pair])[0]
+
+
+def _times(word, scales):
+    """Products of two pairs of float16; those of e2m1 and e4m3 are exact."""
+    return ptx.asm("mul.rn.f16x2 $0, $1, $2;", "r", [word, scales])[0]
+
+
 def key_pairs(store: str, words):
-    """Codes of one key as words of two 16-bit numbers, in the order of `Store.order`."""
+    """Codes of one key as words of two 16-bit numbers, in the order of `Store.order`.
+
+    With scales per tile the last word holds those of the codes' tiles.
+    """
     if STORES[store].bits == 16:
         return words
-    return [pair for word in words for part in _code_bytes(store, word)
-            for pair in _widened(store, part)]  # fmt: skip
+    *words, tiles = words if STORES[store].tile else (*words, None)
+    pairs = [[pair for part in _code_bytes(store, word) for pair in _widened(store, part)]
+             for word in words]  # fmt: skip
+    if tiles is not None:
+        scales = _tile_scales(tiles)
+        scales = [permute(scales, scales, selector) for selector in (0x1010, 0x3232)]
+        per = STORES[store].tile * STORES[store].bits // 32  # words of a tile
+        pairs = [[_times(pair, scales[i // per]) for pair in some] for i, some in enumerate(pairs)]
+    return [pair for some in pairs for pair in some]
 
 
 def value_pairs(store: str, first, second):
-    """Codes of two tokens as words (first's, second's), one per channel, in `Store.order`."""
+    """Codes of two tokens as words (first's, second's), one per channel, in `Store.order`.
+
+    With scales per tile the last words hold that of the codes' tile.
+    """
+    scales = None
+    if STORES[store].tile:
+        *first, a = first
+        *second, b = second
+        scales = _tile_scales(a, b)
     out = []
     for a, b in zip(first, second, strict=True):
         if STORES[store].bits == 16:
@@ -310,7 +360,7 @@ def value_pairs(store: str, first, second):
         for x, y in parts:
             for selector in (0x5140, 0x7362):
                 out += _widened(store, permute(x, y, selector))
-    return out
+    return out if scales is None else [_times(pair, scales) for pair in out]
 
 
 class _Thread:
@@ -373,15 +423,28 @@ class _Thread:
             home = ptx.sub(home, begin)
         return ptx.add(home, slot)
 
-    def _codes(self, ref, row, place, width, lanes):
-        offset = ptx.add(bytes_at(row, self.plan.row_bytes), bytes_at(place, width))
-        pieces = self.plan.row_bytes // (lanes * width)
-        cache = self.plan.config.cache
-        return [
+    def _codes(self, name, row, place, width, lanes):
+        plan = self.plan
+        offset = ptx.add(bytes_at(row, plan.row_bytes), bytes_at(place, width))
+        pieces = plan.row_bytes // (lanes * width)
+        words = [
             word
             for i in range(pieces)
-            for word in load(ref, ptx.add(offset, ptx.i64(i * lanes * width)), width, cache)
-        ]
+            for word in load(
+                self.refs[name], ptx.add(offset, ptx.i64(i * lanes * width)), width,
+                plan.config.cache,
+            )
+        ]  # fmt: skip
+        if plan.store.tile:
+            # Lanes and tiles share the row: so many tiles per lane, or lanes per tile.
+            tiles = plan.spec.head_dim // plan.store.tile
+            size = max(tiles // lanes, 1)
+            place = ptx.div(ptx.mul(place, ptx.i32(tiles)), ptx.i32(lanes))
+            where = ptx.add(bytes_at(row, tiles), ptx.widen(place))
+            text = f"ld.global.nc.u{8 * size} $0, [$1];"
+            ref = self.refs[f"{name}_scale"]
+            words += ptx.asm(text, "r", [ptx.address(ref, where)], effects=True)
+        return words
 
     def keys(self, i, page):
         """Words of K, [unit][2]."""
@@ -389,7 +452,7 @@ class _Thread:
         return [
             [
                 self._codes(
-                    self.refs["k"],
+                    "k",
                     self.row(start, page, ptx.add(self.k_token, ptx.i32(UNIT * u + 2 * e))),
                     self.c, self.k_width, 4,
                 )
@@ -404,7 +467,7 @@ class _Thread:
         return [
             [
                 self._codes(
-                    self.refs["v"],
+                    "v",
                     self.row(start, page, ptx.add(self.v_token, ptx.i32(UNIT * u + t))),
                     self.g, self.v_width, 8,
                 )
@@ -1056,7 +1119,7 @@ def attention(
         args["offset"] = key_offset.astype(jnp.float32)
     for name, store in (("k", key), ("v", value)):
         args[name] = store.qvalue if isinstance(store, QTensor) else store
-        if plan.scaled:
+        if isinstance(store, QTensor):
             args[f"{name}_scale"] = store.scale
         if plan.zero_point:
             args[f"{name}_zero"] = store.zero_point

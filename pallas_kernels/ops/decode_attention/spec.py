@@ -39,8 +39,8 @@ class DecodeSpec:
       soft_cap: bound of the logits, ``cap * tanh(x / cap)``, or None.
       window: tokens that a query sees, itself included, or None.
       num_sinks: first positions that a window does not hide.
-      plain: key and value are stored alike, with no scales or one of float32 per slot, and 4-bit
-        codes packed along the head.
+      plain: key and value are stored alike, with no scales, one of float32 per slot or (nvfp4) one
+        of e4m3 per 16 channels, and 4-bit codes packed along the head.
     """
 
     batch: int
@@ -100,10 +100,32 @@ def has_plain_scales(store: QTensor) -> bool:
     False
     """
     return (
-        store.scale.shape[3] == 1
+        store.qtype != "nvfp4"
+        and store.scale.shape[3] == 1
         and store.scale.dtype == jnp.float32
         and not any(store.padding)
         and (store.packed_axis == -1 or store.qvalue.dtype not in FOUR_BIT_DTYPES)
+    )
+
+
+def has_nvfp4_scales(store: QTensor) -> bool:
+    """Whether a store is packed nvfp4 with one e4m3 scale per 16 channels.
+
+    Args:
+      store: [B, K, C, H].
+
+    Returns:
+      True or False.
+
+    >>> has_nvfp4_scales(QTensor(jnp.zeros((1, 1, 2, 4), jnp.int8), jnp.ones((1, 1, 2, 1))))
+    False
+    """
+    return (
+        store.qtype == "nvfp4"
+        and store.scale.shape[3] * 16 == store.shape[3]
+        and store.scale.dtype == jnp.float8_e4m3fn
+        and not any(store.padding)
+        and store.packed_axis == -1
     )
 
 
