@@ -520,6 +520,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
             lo, _, _, hi = kv_range(refs, q_tile, b, n)
+            # What leads to the first K/V tile is asked for before the wait for Q's place.
+            if plan.paired:
+                walk, following = merged(refs, q_tile, b, n)
+            elif plan.listed:
+                first = listed_tiles(refs, hi - 1, b, n, q_tile)
             for w in range(compute):
                 rows = pl.ds(q_tile * config.block_q + w * ROWS, ROWS)
                 plgpu.barrier_wait(q_free.at[w])
@@ -537,7 +542,6 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return step + 1
 
             if plan.paired:
-                walk, following = merged(refs, q_tile, b, n)
 
                 def load_merged(state):
                     then = following(state[1])
@@ -551,7 +555,6 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return load(step, *tiles), *then
 
             if plan.listed:
-                first = listed_tiles(refs, hi - 1, b, n, q_tile)
                 count = div(hi + joined - 1, joined)
                 return lax.fori_loop(i32(0), count, load_listed, (step, *first))[0]
             return lax.fori_loop(i32(0), hi - lo, lambda i, step: load(step, hi - 1 - i), step)
@@ -719,11 +722,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 end, _, carry = lax.while_loop(lambda x: nearest(x[1]) >= 0, one_step, state)
                 return end, carry
 
+            single = plan.listed and not plan.paired
+            first = listed_tiles(refs, hi - 1, b, n, q_tile) if single else []
             plgpu.barrier_wait(q_ready.at[wg])
             take_token()
-            carry = steps.start()
-            if plan.listed and not plan.paired:
-                carry = (*carry, *listed_tiles(refs, hi - 1, b, n, q_tile))
+            carry = (*steps.start(), *first)
             if plan.paired:
                 end, carry = run_merged(carry)
             elif plan.needs_mask:  # From the last keys to the first: masked, without masks, masked.
