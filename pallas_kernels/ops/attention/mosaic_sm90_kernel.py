@@ -26,6 +26,11 @@ Where the speed comes from:
 * A persistent grid hides one query tile's epilogue and the next one's first loads. A table made at
   trace time hands out tiles, longest first under a causal mask, as a dynamic scheduler would.
 
+Which tiles of keys a query tile visits follows from the rules, or comes as lists (block masks). A
+list is walked from its end; its places, not the tiles' numbers, say what needs a mask. Two listed
+tiles may fill one slot of the ring, and two warpgroups may have lists of their own, of which each
+tile in either is loaded once.
+
 Measured and left out, since they did not help on an H200: starting the next tile's scores before
 this tile's values are summed (ptxas inserts a full wait), 128 keys per tile with two or three
 compute warpgroups, a cubic polynomial for part of the exp2, exp2 in half precision, integer
