@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference
+from pallas_kernels.ops.attention.mosaic_sm90_backward import gradient
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
 
 pytestmark = pytest.mark.gpu
@@ -82,3 +83,26 @@ def test_listed_tiles(quant, bound, rule, block):
     kept = kept.at[:, 1, 2].set(False)  # rows of queries without keys
     mask = BlockMask.from_blocks(kept, t, s, block_q=block[0], block_kv=block[1], mask=rule)
     assert _run(2, t, s, 4, 2, 128, mask, quant=quant) < bound
+
+
+@pytest.mark.parametrize("bounds", [{}, {"max_diff": 0}, {"max_diff": 9, "min_diff": -70}])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradient_kernels(bounds, head_dim):
+    b, t, s, n, k = 2, 1000, 777, 4, 2
+    keys = jax.random.split(jax.random.key(7), 4)
+    shapes = ((b, t, n, head_dim), (b, s, k, head_dim), (b, s, k, head_dim), (b, t, n, head_dim))
+    arrays = [
+        jax.random.normal(i, x).astype(jnp.bfloat16) for i, x in zip(keys, shapes, strict=True)
+    ]
+    spec = AttentionSpec(b, t, s, n, k, head_dim, "float32", head_dim**-0.5)
+    q, k_, v, d_out = (x.astype(jnp.float32) for x in arrays)
+    with jax.default_matmul_precision("highest"):
+        run = lambda *x: reference.attention(*x, None, None, Mask(**bounds), spec)  # noqa: E731
+        (out, lse), pull = jax.vjp(run, q, k_, v)
+        want = pull((d_out, jnp.zeros_like(lse)))
+    sums = lse.swapaxes(1, 2), (out * d_out).sum(-1).swapaxes(1, 2)
+    step = jax.jit(lambda *x: gradient(*x, scale=spec.scale, **bounds))
+    got, again = step(*arrays, *sums), step(*arrays, *sums)
+    for x, y, z in zip(got, again, want, strict=True):
+        assert (x == y).all()
+        assert float(jnp.abs(x - z).sum() / jnp.abs(z).sum()) < 0.01

@@ -27,6 +27,11 @@ Where the speed comes from:
 * A persistent grid hides one query tile's epilogue and the next one's first loads. A table made at
   trace time hands out tiles, longest first under a causal mask, as a dynamic scheduler would.
 
+Which tiles of keys a query tile visits follows from the rules, or comes as lists (block masks). A
+list is walked from its end; its places, not the tiles' numbers, say what needs a mask. Two listed
+tiles may fill one slot of the ring, and two warpgroups may have lists of their own, of which each
+tile in either is loaded once.
+
 Measured and left out, since they did not help on an H200: starting the next tile's scores before
 this tile's values are summed (ptxas inserts a full wait), 128 keys per tile with two or three
 compute warpgroups, a cubic polynomial for part of the exp2, exp2 in half precision, integer
@@ -548,6 +553,11 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
             q_tile, b, n = plan.tile_of(index)
             kv_head = div(n, groups)
             lo, _, _, hi = kv_range(refs, q_tile, b, n)
+            # What leads to the first K/V tile is asked for before the wait for Q's place.
+            if plan.paired:
+                walk, following = merged(refs, q_tile, b, n)
+            elif plan.listed:
+                first = listed_tiles(refs, hi - 1, b, n, q_tile)
             for w in range(compute):
                 rows = pl.ds(q_tile * config.block_q + w * ROWS, ROWS)
                 plgpu.barrier_wait(q_free.at[w])
@@ -565,7 +575,6 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return step + 1
 
             if plan.paired:
-                walk, following = merged(refs, q_tile, b, n)
 
                 def load_merged(state):
                     then = following(state[1])
@@ -579,7 +588,6 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 return load(step, *tiles), *then
 
             if plan.listed:
-                first = listed_tiles(refs, hi - 1, b, n, q_tile)
                 count = div(hi + joined - 1, joined)
                 return lax.fori_loop(i32(0), count, load_listed, (step, *first))[0]
             return lax.fori_loop(i32(0), hi - lo, lambda i, step: load(step, hi - 1 - i), step)
@@ -771,12 +779,12 @@ def _kernel(plan: Plan, names: tuple[str, ...], scale: float, out_dtype):
                 end, _, carry = lax.while_loop(lambda x: nearest(x[1]) >= 0, one_step, state)
                 return end, carry
 
+            single = plan.listed and not plan.paired
+            first = listed_tiles(refs, hi - 1, b, n, q_tile) if single else []
             if not plan.raw_q:
                 plgpu.barrier_wait(q_ready.at[wg])
             take_token()
-            carry = steps.start()
-            if plan.listed and not plan.paired:
-                carry = (*carry, *listed_tiles(refs, hi - 1, b, n, q_tile))
+            carry = (*steps.start(), *first)
             if plan.paired:
                 end, carry = run_merged(carry)
             elif plan.needs_mask:  # From the last keys to the first: masked, without masks, masked.
