@@ -129,8 +129,8 @@ def test_wrapped_kernel_with_everything():
     np.testing.assert_allclose(lse, want_lse, atol=1e-5)
 
 
-@pytest.mark.parametrize("lists", [(4, 4), (1, 4), (4, 1)])
-def test_each_device_gets_its_own_lists_of_tiles(lists):
+def test_each_device_gets_its_own_lists_of_tiles():
+    lists = (1, 4)  # shared by the batch
     over, plain = mesh(2, 2), inputs(2, heads=4)
     kept = jnp.asarray(np.random.default_rng(2).random((*lists, 4, 4)) < 0.6)
     mask = BlockMask.from_blocks(kept, 32, 32, block_q=8, block_kv=8, mask=Mask.causal(3))
