@@ -244,7 +244,7 @@ def sparge_attention(
       block_q: queries per tile of the prediction, tokens.
       block_kv: keys per tile, tokens.
       quant: "sage2_per_block" (see `sparge_quant`), None for full precision, or another variant.
-      implementation: "xla", "reference" or None.
+      implementation: "mosaic" (sm90, without `pvthreshd`), "xla", "reference" or None.
       return_sparsity: also return the share of the work that was left out.
       **rules: `mask`, `scale`, `is_causal`, `segment_ids` and the other rules of
         `dot_product_attention`, but no bias.
