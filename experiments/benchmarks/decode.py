@@ -95,13 +95,12 @@ def cases() -> list[Case]:
     ]
     sizes = [
         fast(store=store, config=config)
-        for config in ({"blocks": 792}, {"blocks": 1584})
+        for config in ({"blocks": 396}, {"blocks": 1584}, {"blocks": 3168})
         for store in ("bfloat16", "int8", "fp8_e4m3")
     ]
     sizes += [
-        fast(store="bfloat16", positions=True, config={"blocks": 792}),
-        fast(store="int8", config={"units": 2, "blocks": 528}),
-        fast(store="int4", config={"units": 2, "blocks": 528}),
+        fast(store="int8", config={"units": 2, "blocks": 1056}),
+        fast(store="int4", config={"units": 2, "blocks": 1056}),
         fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
         fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
     ]

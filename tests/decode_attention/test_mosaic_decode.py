@@ -214,12 +214,13 @@ def test_scores_lower_for_cuda():
         jax.eval_shape(run, jax.ShapeDtypeStruct(q.shape, jnp.float32), k, lse)
 
 
-def test_named_it_runs_and_unnamed_it_does_not():
+def test_chosen_where_it_was_measured():
     with abstract_gpu():
-        unnamed = explain("decode_attention", *_shapes("int8", 128))
-        named = explain("decode_attention", *_shapes("int8", 128), implementation="mosaic")
-    assert unnamed.implementation == "xla" and "not been measured" in unnamed.rejected["mosaic"]
-    assert named.implementation == "mosaic"
+        one = explain("decode_attention", *_shapes("int8", 128))
+        many = explain("decode_attention", *_shapes("int8", 128, t=3))
+        named = explain("decode_attention", *_shapes("int8", 128, t=3), implementation="mosaic")
+    assert one.implementation == named.implementation == "mosaic"
+    assert many.implementation == "xla" and "12 query rows share" in many.rejected["mosaic"]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from pallas_kernels.ops.attention.partition import partitioned
 from pallas_kernels.ops.decode_attention import reference, xla
 from pallas_kernels.ops.decode_attention.spec import (
     IMPLEMENTATIONS,
-    UNMEASURED,
     DecodeSpec,
     has_nvfp4_scales,
     has_plain_scales,
+    unmeasured_reason,
     unsupported_reason,
 )
 from pallas_kernels.ops.quantize.api import quantize
@@ -274,7 +274,7 @@ def _reasons(spec: DecodeSpec, implementation: str | None) -> dict[str, str | No
     device = current_device()
     reasons = {name: unsupported_reason(spec, device, name) for name in IMPLEMENTATIONS}
     if implementation is None:
-        reasons["mosaic"] = reasons["mosaic"] or UNMEASURED
+        reasons["mosaic"] = reasons["mosaic"] or unmeasured_reason(spec)
     return reasons
 
 

@@ -13,10 +13,7 @@ from pallas_kernels.formats.qtensor import QTensor
 
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 _SPLIT = 1024  # cached tokens per split by default
-# Why ``implementation=None`` passes over the Hopper kernel. None once it has been measured.
-UNMEASURED: str | None = (
-    "the sm90 decode kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
-)
+_MEASURED_ROWS = 8  # query rows of a key/value head that one pass over the cache serves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,3 +170,24 @@ def device_reason(device: Device) -> str | None:
     if device.compute_capability is not None and device.compute_capability[0] != 9:
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
     return None
+
+
+def unmeasured_reason(spec: DecodeSpec) -> str | None:
+    """Why ``implementation=None`` passes over a kernel that could serve a call, or None.
+
+    Args:
+      spec: the call.
+
+    Returns:
+      One sentence, or None.
+
+    >>> unmeasured_reason(DecodeSpec(1, 1, 64, 8, 2, 128, "bfloat16", "int8", 0.1)) is None
+    True
+    """
+    rows = spec.groups * spec.q_len
+    if rows <= _MEASURED_ROWS:
+        return None
+    return (
+        f"{rows} query rows share a key head; the sm90 kernel reads the cache once for every "
+        f"{_MEASURED_ROWS} and was measured with no more; implementation='mosaic' runs it"
+    )
