@@ -15,7 +15,6 @@ from pallas_kernels import FORMATS, QUANTS
 from pallas_kernels._device import describe
 from pallas_kernels.ops.attention.spec import (
     IMPLEMENTATIONS,
-    UNMEASURED,
     AttentionSpec,
     unsupported_reason,
 )
@@ -31,11 +30,7 @@ def attention_rows() -> list[str]:
         spec = AttentionSpec(1, 4096, 4096, 8, 8, 128, "bfloat16", 128**-0.5)
         spec = spec if name is None else _with_quant(spec, name)
         for device, facts in DEVICES.items():
-            yes = {"mosaic": f"yes, but {UNMEASURED}"} if UNMEASURED else {}
-            cells = [
-                unsupported_reason(spec, facts, each) or yes.get(each, "yes")
-                for each in IMPLEMENTATIONS
-            ]
+            cells = [unsupported_reason(spec, facts, each) or "yes" for each in IMPLEMENTATIONS]
             lines.append(f"| {f'`{name}`' if name else 'none'} | {device} | {' | '.join(cells)} |")
     return lines
 

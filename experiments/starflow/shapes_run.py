@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
 from pathlib import Path
 
@@ -140,6 +140,11 @@ class Stages:
         except TimeoutError:
             return False
         return not self.late
+
+    def settle(self) -> None:
+        """Wait until nothing compiles, so that the host is free; at most half the time left."""
+        left = min(2e6, self.deadline - time.perf_counter())
+        wait(self.pending.values(), max(0.0, 0.5 * left))
 
     def log(self, name: str, seconds: float) -> None:
         """Keep the seconds of a stage and say them."""
@@ -284,6 +289,8 @@ def _run_stages(size, preset, budget, seed, output: Path, stages: Stages) -> dic
     models = _models(trained.averaged)
     model = models["float32"]
     keep(noisy=_training_facts(trained), loss_curve=[float(v) for v in _thin(trained.losses)])
+    with stages.stage("waiting for compilations"):
+        stages.settle()
     sampling_study(models, rows, preset, seed, stages, keep)
     with stages.stage("caches"):
         keep(cache=_cache_rows(model, preset, size, labels, stages))

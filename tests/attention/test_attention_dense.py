@@ -347,7 +347,7 @@ def test_explain_needs_only_shapes(caplog):
     assert said.implementation == "xla" and "GPU" in said.rejected["mosaic"]
     assert any("unquantised flash backward" in note for note in said.notes)
     with abstract_gpu():
-        assert "sm90" in explain("attention", x, x, x).rejected["mosaic"]
+        assert explain("attention", x, x, x).implementation == "mosaic"
     with pytest.raises(
         NotImplementedError, match=r"mosaic.*These implementations take the call: xla"
     ):

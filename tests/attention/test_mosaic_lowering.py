@@ -120,13 +120,13 @@ def test_inline_ptx_assembles(monkeypatch, tmp_path):
 # -- dispatch --------------------------------------------------------------------------------------
 
 
-def test_named_it_runs_and_unnamed_it_does_not():
+def test_chosen_where_it_serves():
     x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
     with abstract_gpu():
         unnamed = explain("attention", x, x, x, quant="sage2")
-        named = explain("attention", x, x, x, quant="sage2", implementation="mosaic")
-    assert unnamed.implementation == "xla" and "not been measured" in unnamed.rejected["mosaic"]
-    assert named.implementation == "mosaic" and "not yet measured" in named.notes[0]
+        biased = explain("attention", x, x, x, jnp.zeros((1, 1, 128, 128)), quant="sage2")
+    assert unnamed.implementation == "mosaic" and "as fine as" in unnamed.notes[0]
+    assert biased.implementation == "xla" and "bias" in biased.rejected["mosaic"]
 
     def loss(x):
         out = dot_product_attention(x, x, x, quant="sage2", is_causal=True, implementation="mosaic")

@@ -124,7 +124,7 @@ def dot_product_attention(
         quant=quant,
         config=config,
     )
-    name = _dispatch.resolve("attention", implementation, _reasons(spec, implementation))
+    name = _dispatch.resolve("attention", implementation, _reasons(spec))
     out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
     if not batched:
         out, lse = out[0], lse[0]
@@ -170,7 +170,7 @@ def explain(*args, implementation: str | None = None, **kwargs) -> _dispatch.Exp
     """
     kwargs.pop("return_residual", None)
     spec = spec_of(*args, **kwargs)
-    choice = _dispatch.choose("attention", implementation, _reasons(spec, implementation))
+    choice = _dispatch.choose("attention", implementation, _reasons(spec))
     notes = () if choice.implementation is None else spec_lib.notes(spec, choice.implementation)
     return _dispatch.Explanation("attention", choice.implementation, choice.rejected, notes)
 
@@ -211,13 +211,11 @@ def spec_of(*args, **kwargs) -> AttentionSpec:
 _ARRAY = object()
 
 
-def _reasons(spec: AttentionSpec, implementation: str | None) -> dict[str, str | None]:
+def _reasons(spec: AttentionSpec) -> dict[str, str | None]:
     device = _device.current_device()
-    names = spec_lib.IMPLEMENTATIONS
-    reasons = {name: spec_lib.unsupported_reason(spec, device, name) for name in names}
-    if implementation is None and reasons["mosaic"] is None:
-        reasons["mosaic"] = spec_lib.UNMEASURED
-    return reasons
+    return {
+        name: spec_lib.unsupported_reason(spec, device, name) for name in spec_lib.IMPLEMENTATIONS
+    }
 
 
 # -- validation --------------------------------------------------------------------------------

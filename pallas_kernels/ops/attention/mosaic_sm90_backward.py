@@ -30,7 +30,6 @@ from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
 
 HEAD_DIMS = (64, 128)
 COMPUTE = 2  # warpgroups
-MEASURED = False  # whether they ran on a GPU; until then gradients are XLA's
 _ACC = plgpu.Layout.WGMMA
 _SIDE = {"q": _ACC.reduce(1), "kv": _ACC.reduce(0)}  # of numbers per query
 

@@ -244,7 +244,7 @@ def sparge_attention(
       block_q: queries per tile of the prediction, tokens.
       block_kv: keys per tile, tokens.
       quant: "sage2_per_block" (see `sparge_quant`), None for full precision, or another variant.
-      implementation: "xla", "reference" or None.
+      implementation: "mosaic" (sm90, without `pvthreshd`), "xla", "reference" or None.
       return_sparsity: also return the share of the work that was left out.
       **rules: `mask`, `scale`, `is_causal`, `segment_ids` and the other rules of
         `dot_product_attention`, but no bias.
@@ -290,7 +290,7 @@ def sparge_attention(
         topk = 0.5
     tiles = (block_q, block_kv) if blocks is None else (blocks.block_q, blocks.block_kv)
     spec = dataclasses.replace(spec, tiles=tiles, mask_kinds=(*spec.mask_kinds, "tiles"))
-    reasons = api._reasons(spec, implementation)
+    reasons = api._reasons(spec)
     if pvthreshd is not None:
         pvthreshd = _per_head("pvthreshd", pvthreshd, spec.num_heads)
         for name in ("mosaic", "reference"):

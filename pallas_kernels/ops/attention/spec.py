@@ -12,10 +12,6 @@ GRANULARITIES = ("per_tensor", "per_block", "per_warp", "per_thread", "per_token
 QK_FORMATS = ("int8", "int4", "fp8_e4m3", "nvfp4")
 PV_FORMATS = ("fp8_e4m3", "int8", "nvfp4", "fp16", "bf16", "half")
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
-# Why ``implementation=None`` passes over the Hopper kernel. None once it has been measured.
-UNMEASURED: str | None = (
-    "the sm90 kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,9 +315,6 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
     """
     said = []
     if implementation == "mosaic":
-        said.append(
-            "not yet measured on a GPU: compare with implementation='xla' before relying on it"
-        )
         if spec.quant is not None:
             said.append(
                 "scales are at least as fine as the variant asks: Q per row, K eight per tile of "
