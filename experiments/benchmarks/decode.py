@@ -440,6 +440,7 @@ def main(options: Options) -> None:
     deadline = time.monotonic() + options.time_budget
     waiting = [case for case in cases() if options.only in json.dumps(case)]
     command = f"python -m experiments.benchmarks.decode --time-budget {options.time_budget:g}"
+    command += f" --only {options.only}" * bool(options.only)
     report: dict[str, Any] = {"command": command, "rows": []}
     while waiting and time.monotonic() < deadline:
         with _process(options) as (process, lines):
