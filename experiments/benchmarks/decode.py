@@ -10,16 +10,10 @@ Cases run in a process of their own that is ended when it says nothing for ``--l
 kernel that hangs costs one case. ``--dry-run`` lowers every kernel for an abstract H200 instead.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,14 +24,14 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.benchmarks.attention import first_line, machine
+from experiments.benchmarks.attention import machine
+from experiments.benchmarks.gpu_session import Case, results, work
 from pallas_kernels import decode_attention, max_attention_weights, quantize, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, teraflops
 from pallas_kernels.ops.decode_attention import mosaic_sm90
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec
 
-Case = dict[str, Any]
 STORES = {
     "bfloat16": lambda x: x.astype(jnp.bfloat16),
     "float16": lambda x: x.astype(jnp.float16),
@@ -380,89 +374,32 @@ class Options:
     """Used by the program itself: read cases from standard input, one JSON a line."""
 
 
-def work(dry_run: bool) -> None:
-    """Answers every line of JSON with one."""
-    answer = os.dup(1)
-    os.dup2(2, 1)  # What libraries print must not come between the answers.
-    run = {"correct": run_correct, "fast": run_fast, "scores": run_scores}
-    os.write(answer, (json.dumps(machine()) + "\n").encode())
-    for line in sys.stdin:
-        case = json.loads(line)
-        try:
-            result = {"result": lower(case) if dry_run else run[case["stage"]](case)}
-        except Exception as error:  # any failure of a case is its result
-            result = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-        os.write(answer, (json.dumps(result) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _process(options: Options):
-    """A worker and the queue of its answers (None when it ends); killed with its children."""
-    command = [sys.executable, "-m", "experiments.benchmarks.decode", "--worker"]
-    command += ["--dry-run"] * options.dry_run
-    log = (options.output / "worker.log").open("a")
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read():
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        yield process, lines
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
-
-
-def _next(lines, limit: float) -> dict[str, Any]:
-    """One answer; "lost" says that the process is of no more use."""
-    try:
-        line = lines.get(timeout=limit)
-    except queue.Empty:
-        return {"failed": f"nothing for {limit:.0f} s: hung", "lost": True}
-    return {"failed": "the process ended", "lost": True} if line is None else json.loads(line)
+def run(case: Case) -> dict[str, Any]:
+    """Runs a case of any stage, and says where."""
+    runners = {"correct": run_correct, "fast": run_fast, "scores": run_scores}
+    return {"machine": machine(), **runners[case["stage"]](case)}
 
 
 def main(options: Options) -> None:
-    """Runs the cases in order; a new process takes over after one that hung or crashed."""
+    """Runs the cases in order, prints and writes after each."""
     if options.worker:
-        return work(options.dry_run)
+        return work(lower if options.dry_run else run)
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
-    waiting = [case for case in cases() if options.only in json.dumps(case)]
+    chosen = [case for case in cases() if options.only in json.dumps(case)]
     command = f"python -m experiments.benchmarks.decode --time-budget {options.time_budget:g}"
     command += f" --only {options.only}" * bool(options.only)
     report: dict[str, Any] = {"command": command, "rows": []}
-    while waiting and time.monotonic() < deadline:
-        with _process(options) as (process, lines):
-            facts = _next(lines, 120.0)
-            if "failed" in facts:
-                sys.exit(f"no worker: {facts['failed']}; see worker.log")
-            report |= facts
-            lost = False
-            while waiting and not lost and time.monotonic() < deadline:
-                case, begun = waiting.pop(0), time.monotonic()
-                process.stdin.write(json.dumps(case) + "\n")
-                process.stdin.flush()
-                answer = _next(lines, min(options.limit, max(10, deadline + 15 - begun)))
-                lost = answer.pop("lost", False)
-                seconds = round(time.monotonic() - begun, 1)
-                report["rows"].append({"case": case, **answer, "seconds": seconds})
-                _add_shares(report["rows"])
-                text = json.dumps(report, indent=1)
-                (options.output / "decode.json").write_text(text + "\n")
-                console.print(_line(report["rows"][-1]), highlight=False, soft_wrap=True)
+    for case, answer in results(chosen, options, deadline, "decode"):
+        report |= answer.get("result", {}).pop("machine", {})
+        report["rows"].append({"case": case, **answer, "seconds": round(answer["seconds"], 1)})
+        _add_shares(report["rows"])
+        (options.output / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
+        console.print(_line(report["rows"][-1]), highlight=False, soft_wrap=True)
     failures = sum("failed" in row for row in report["rows"])
-    console.print(f"{len(report['rows'])} cases, {failures} failed, {len(waiting)} not started")
+    left = len(chosen) - len(report["rows"])
+    console.print(f"{len(report['rows'])} cases, {failures} failed, {left} not started")
     if failures:
         sys.exit(1)
     return None
