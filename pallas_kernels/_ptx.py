@@ -313,6 +313,26 @@ def half_x2(values, dtype: str):
     return asm(f"cvt.rn.{name}.f32 $0, $2, $1;", "r", values)[0]
 
 
+def store(ref, offset, values, ok=None, space: str = "global"):
+    """Stores one, two or four 32-bit values.
+
+    Args:
+        ref: array in memory.
+        offset: i64, byte of the first value.
+        values: i32 or f32.
+        ok: i1, store only where it holds; None is everywhere.
+        space: "global" or "shared".
+    """
+    n = len(values)
+    body = ", ".join(f"${1 + i}" for i in range(n))
+    body = f"st.{space}.b32 [$0], {body};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{body}}};"
+    ins = [address(ref, offset), *values]
+    if ok is not None:
+        ins.append(flag(ok))
+        body = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; @p {body} }}"
+    asm(body, "", ins, effects=True)
+
+
 # -- arrays of a warpgroup -------------------------------------------------------------------------
 
 

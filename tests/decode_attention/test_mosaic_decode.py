@@ -12,22 +12,14 @@ import warpgroup
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.benchmarks import decode
 from pallas_kernels import decode_attention, explain, max_attention_weights, quantize
 from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.ops.decode_attention import api, mosaic_sm90, xla
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_reason
 
-STORES = {
-    "bfloat16": lambda x: x.astype(jnp.bfloat16),
-    "float16": lambda x: x.astype(jnp.float16),
-    "int8": lambda x: quantize(x, "int8", axis=-1),
-    "fp8_e4m3": lambda x: quantize(x, "fp8_e4m3", axis=-1),
-    "fp8_e5m2": lambda x: quantize(x, "fp8_e5m2", axis=-1),
-    "int4": lambda x: quantize(x, "int4", axis=-1, asymmetric=True).pack(-1),
-    "nvfp4": lambda x: quantize(x, "nvfp4", axis=-1, two_level=False).pack(-1),
-    "int4_symmetric": lambda x: quantize(x, "int4", axis=-1).pack(-1),
-}
+STORES = decode.STORES | {"int4_symmetric": lambda x: quantize(x, "int4", axis=-1).pack(-1)}
 
 
 def run_blocks(body, outs, grid, args, shared=0):

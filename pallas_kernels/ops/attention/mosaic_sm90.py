@@ -80,8 +80,7 @@ def attention_forward(
     qk, pv = (formats.get(x.dtype, "half") for x in (operands.k, operands.v))
     variant = Variant(qk, pv, str(jnp.dtype(out_dtype)), soft_cap)
     config = config or _config(variant, operands.q.shape[-1], mask, blocks)
-    raw_q = qk != "half" and operands.q.dtype != operands.k.dtype
-    config = dataclasses.replace(config, fuse_q=raw_q)
+    config = dataclasses.replace(config, fuse_q=operands.q.dtype != operands.k.dtype)
     plan = _plan(operands, config, variant, mask, q_len, kv_len, blocks)
     arrays = {"q": _whole(operands.q), "k": _whole(operands.k)}
     arrays["v"] = _whole(operands.v) if pv == "half" else operands.v
@@ -93,7 +92,7 @@ def attention_forward(
         if plan.paired and blocks.kv_indices.shape[2] % 2:  # a second warpgroup without queries
             pad = ((0, 0), (0, 0), (0, 1), (0, 0))
             arrays |= {name: jnp.pad(arrays[name], pad) for name in ("list", "ranges")}
-    names = ("q_scale", "k_scale", "v_scale", "row_const", *(("k_mean",) * raw_q))
+    names = ("q_scale", "k_scale", "v_scale", "row_const", *(("k_mean",) * plan.raw_q))
     for name in names:
         if getattr(operands, name) is not None:
             arrays[name] = getattr(operands, name)
@@ -172,7 +171,7 @@ def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> 
     dynamic |= any(x is not None and y is None for x, y in zip(limits, static, strict=True))
     return Plan(
         config, variant, batch, q_len, kv_len, num_heads, num_kv_heads, head_dim, scale_block,
-        *static, bounded, dynamic, bool(mask.segments), config.fuse_q,
+        *static, bounded, dynamic, bool(mask.segments),
         0 if blocks is None else blocks.block_q,
         config.block_kv // tile_kv,
     )  # fmt: skip

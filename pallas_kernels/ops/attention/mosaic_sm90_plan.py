@@ -206,7 +206,6 @@ class Plan:
         bounded: whether there is a lower and an upper bound, known now or not.
         dynamic: lengths, bounds and the tiles to visit come as arrays.
         segmented: segment ids come as arrays.
-        raw_q: Q is 16-bit and becomes 8-bit in the kernel.
         listed: query rows of one row of a `BlockMask`, whose lists of tiles come as arrays, or 0
             where tiles follow from the rules. One row is for several query tiles or, with 64, for
             one warpgroup, whose two rows share the ring of K and V.
@@ -227,9 +226,13 @@ class Plan:
     bounded: tuple[bool, bool] = (False, False)
     dynamic: bool = False
     segmented: bool = False
-    raw_q: bool = False
     listed: int = 0
     joined: int = 1
+
+    @property
+    def raw_q(self) -> bool:
+        """Whether Q is 16-bit and becomes 8-bit in the kernel."""
+        return self.config.fuse_q and self.variant.qk != "half"
 
     @property
     def paired(self) -> bool:

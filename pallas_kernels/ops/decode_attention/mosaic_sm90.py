@@ -224,14 +224,6 @@ def load(ref, offset, size: int, cache: str = "", outs: str | None = None):
     return ptx.asm(text, outs or "r" * n, [ptx.address(ref, offset)], effects=True)
 
 
-def _store(ref, offset, values, space: str = "global"):
-    """Stores one, two or four 32-bit values."""
-    n = len(values)
-    names = ", ".join(f"${1 + i}" for i in range(n))
-    text = f"st.{space}.b32 [$0], {names};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{names}}};"
-    ptx.asm(text, "", [ptx.address(ref, offset), *values], effects=True)
-
-
 def _shared(ref, offset, n: int):
     """Floats of shared memory."""
     names = ", ".join(f"${i}" for i in range(n))
@@ -866,15 +858,6 @@ def _partial_row(plan: Plan, thread: _Thread, row):
     return ptx.add(ptx.mul(index, ptx.i32(ROWS)), row)
 
 
-def store_if(condition, ref, offset, values):
-    """Stores one, two or four 32-bit values where the condition holds."""
-    n = len(values)
-    names = ", ".join(f"${2 + i}" for i in range(n))
-    names, width = (names, "") if n == 1 else (f"{{{names}}}", f".v{n}")
-    text = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global{width}.b32 [$0], {names}; }}"
-    ptx.asm(text, "", [ptx.address(ref, offset), ptx.flag(condition), *values], effects=True)
-
-
 def _join_warps(plan: Plan, thread: _Thread, out, sums):
     """Adds the four warps' results in shared memory and writes them."""
     i32, shared = ptx.i32, thread.refs["shared"]
@@ -889,14 +872,14 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         for distance in (1, 2) if name != "m" else ():
             totals[name] = ptx.fadd(totals[name], ptx.shuffle_xor(totals[name], distance))
     # The four lanes of a row store the same number.
-    _store(shared, place(0, thread.warp, thread.g), [totals["m"]], "shared")
+    ptx.store(shared, place(0, thread.warp, thread.g), [totals["m"]], space="shared")
     _barrier()
     tops = [_shared(shared, place(0, i32(w), thread.g), 1)[0] for w in range(WARPS)]
     factor = ptx.exp2(ptx.fsub(totals["m"], functools.reduce(ptx.fmax, tops)))
     for which, name in enumerate(("l", "z"), 1):
         if name in totals:
             value = ptx.fmul(totals[name], factor)
-            _store(shared, place(which, thread.warp, thread.g), [value], "shared")
+            ptx.store(shared, place(which, thread.warp, thread.g), [value], space="shared")
     lane = ptx.mul(thread.c, i32(8))
     codes = thread.v_width * 8 // plan.store.bits  # channels of a piece
     for d in range(2):
@@ -906,7 +889,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         base = ptx.add(bytes_at(row, 4 * head_dim), bytes_at(thread.g, 4 * codes))
         for channel, four in _in_order(plan, out, codes, d):
             where = ptx.add(base, ptx.i64(3 * slot + 4 * channel))
-            _store(shared, where, [ptx.fmul(x, scale) for x in four], "shared")
+            ptx.store(shared, where, [ptx.fmul(x, scale) for x in four], space="shared")
     _barrier()
     quads = head_dim // 4
     for item in range(0, ROWS * quads, 128):
@@ -922,12 +905,12 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
             total = [ptx.fsub(x, shift) for x in total]
         at = ptx.add(ptx.mul(_partial_row(plan, thread, row), i32(quads)), channel)
         exists = ptx.lt(ptx.add(ptx.mul(thread.row_block, i32(ROWS)), row), i32(plan.rows))
-        store_if(exists, thread.refs["partial"], bytes_at(at, 16), total)
+        ptx.store(thread.refs["partial"], bytes_at(at, 16), total, exists)
     row = ptx.rem(thread.tid, i32(ROWS))
     tops = [_shared(shared, place(0, i32(w), row), 1)[0] for w in range(WARPS)]
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
     where = bytes_at(_partial_row(plan, thread, row), 8)
-    store_if(ptx.lt(thread.tid, i32(ROWS)), thread.refs["stats"], where, stats)
+    ptx.store(thread.refs["stats"], where, stats, ptx.lt(thread.tid, i32(ROWS)))
     _barrier()  # before the next head's numbers
 
 
@@ -1023,12 +1006,12 @@ def _finish(plan: Plan, refs, where, state):
     index = ptx.add(ptx.mul(entry, i32(spec.q_len)), token)
     index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
     first = ptx.both(exists, ptx.eq(channel, i32(0)))
-    store_if(first, refs["lse"], bytes_at(index, 4), [lse])
+    ptx.store(refs["lse"], bytes_at(index, 4), [lse], first)
     index = ptx.add(ptx.mul(index, i32(spec.head_dim // 2)), channel)
     if spec.dtype == "float32":
-        store_if(exists, refs["out"], bytes_at(index, 8), out)
+        ptx.store(refs["out"], bytes_at(index, 8), out, exists)
     else:
-        store_if(exists, refs["out"], bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)])
+        ptx.store(refs["out"], bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)], exists)
 
 
 # -- launch ----------------------------------------------------------------------------------------

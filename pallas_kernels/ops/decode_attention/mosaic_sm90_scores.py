@@ -155,7 +155,7 @@ def _scores(sizes, store: str, half: str, factor: float, refs, axes):
         for distance in (1, 2):
             x = ptx.fmax(x, ptx.shuffle_xor(x, distance))
         mine = ptx.both(ptx.lt(token, i32(slots)), ptx.eq(c, i32(0)))
-        decode.store_if(mine, refs["best"], decode.bytes_at(ptx.add(base, token), 4), [x])
+        ptx.store(refs["best"], decode.bytes_at(ptx.add(base, token), 4), [x], mine)
 
 
 def _key(refs, store: str, half: str, head_dim: int, row, c):

@@ -119,18 +119,6 @@ def _load_limit(ref, b):
     return ptx.asm("ld.global.b32 $0, [$1];", "r", [where], effects=True)[0]
 
 
-def _store(ref, offset, values, ok=None, space="global"):
-    """Stores 32-bit values (1, 2 or 4 of them) where ``ok``."""
-    n = len(values)
-    body = ", ".join(f"${1 + i}" for i in range(n))
-    body = f"st.{space}.b32 [$0], {body};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{body}}};"
-    ins = [ptx.address(ref, offset), *values]
-    if ok is not None:
-        ins.append(ptx.flag(ok))
-        body = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; @p {body} }}"
-    ptx.asm(body, "", ins, effects=True)
-
-
 def _floats(words, is_bf16: bool):
     """Eight float32 from four words of 16-bit pairs."""
     if is_bf16:
@@ -263,8 +251,8 @@ def kv_statistics(k, v, lengths, *, chunk=256):
         offset = _element(partial.shape, (b, head, slot, channel), 4)
         first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
         for ref, values in ((sum_ref, sums), (max_ref, tops)):
-            _store(ref, offset, values[:4], first)
-            _store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
+            ptx.store(ref, offset, values[:4], first)
+            ptx.store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
     sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
     return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
@@ -317,11 +305,11 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
         for row, word in zip(rows, words, strict=True):
             row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
             place = _element(codes.shape, (b, row, head, channel), 1)
-            _store(codes_ref, place, row_codes, exists)
+            ptx.store(codes_ref, place, row_codes, exists)
             place = _element(rows_type.shape, (b, head, row), 4)
-            _store(scale_ref, place, [scale], first)
+            ptx.store(scale_ref, place, [scale], first)
             if dot is not None:
-                _store(refs[-1], place, [dot], first)
+                ptx.store(refs[-1], place, [dot], first)
 
     args = (q, lengths) if mean is None else (q, lengths, mean)
     outs = [codes, rows_type] if mean is None else [codes, rows_type, rows_type]
@@ -376,11 +364,11 @@ def encode_q_tile(raw, codes, scales, dots, mean, limit, *, dtype, qk, swizzle, 
         word = _load8(raw, _element((rows, head_dim), (row, channel), 2), ok, "shared")
         row_codes, scale, dot = _encode_row(word, is_bf16, lanes, qk, shift)
         place = ptx.widen(_swizzled(row, channel, head_dim, swizzle))
-        _store(codes, place, row_codes, exists, "shared")
+        ptx.store(codes, place, row_codes, exists, "shared")
         place = _element((rows,), (row,), 4)
-        _store(scales, place, [scale], first, "shared")
+        ptx.store(scales, place, [scale], first, "shared")
         if dot is not None:
-            _store(dots, place, [dot], first, "shared")
+            ptx.store(dots, place, [dot], first, "shared")
 
 
 def _swizzled(row, column, width: int, swizzle: int):
@@ -447,10 +435,10 @@ def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
         for row, word, ok in zip(rows, words, valid, strict=True):
             scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
             place = _element(codes.shape, (b, row, head, channel), 1)
-            _store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
+            ptx.store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
         place = _element(scales.shape, (b, head, tile, residue), 4)
         first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
-        _store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
     args = (k, lengths) if mean is None else (k, lengths, mean)
     return _call(body, [codes, scales], (8 * groups, tiles, batch), args)
@@ -499,7 +487,7 @@ def quantize_v(v, factor, lengths):
             ordered = [ptx.fmul(tokens[t][c], scale[c]) for t in V_ORDER]
             packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
             place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-            _store(codes_ref, place, packed, there)
+            ptx.store(codes_ref, place, packed, there)
 
     return _call(body, [out], (blocks, tiles, batch), (v, factor, lengths))[0]
 
