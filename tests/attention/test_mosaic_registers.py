@@ -206,10 +206,12 @@ def test_several_tiles_and_heads(length, heads, head_dim):
         got_q, got_k, got_v = warpgroup.dequantized(
             got._replace(row_const=None, k_mean=None), 4, length
         )
-        np.testing.assert_allclose(got_q, np.asarray(q, np.float32), atol=0.03)
+        # Half an INT8 step of rows up to 4; measured .0157.
+        np.testing.assert_allclose(got_q, np.asarray(q, np.float32), atol=0.017)
         error = np.asarray(got_k)[:, :count] - (exact_k - exact_k.mean(1, keepdims=True))
         assert np.abs(error).max() <= np.asarray(got.k_scale).max() * 0.51
-        np.testing.assert_allclose(np.asarray(got_v)[:, :count], exact_v, rtol=0.07, atol=0.02)
+        # Half a step of e4m3 is 1/16 of a value; measured .0588 of those above .05.
+        np.testing.assert_allclose(np.asarray(got_v)[:, :count], exact_v, rtol=0.0626, atol=0.003)
         assert (np.asarray(got_k)[:, count:] == 0).all()
         assert (np.asarray(got_v)[:, count:] == 0).all()
 
