@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_mosaic_control import read
 
 from pallas_kernels._interpret import abstract_gpu, gpu_interpret_mode
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference, xla
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention.spec import AttentionSpec
@@ -58,6 +58,32 @@ def test_control_flow(plain_products):
     bounds = {"min_diff": mask.min_diff, "max_diff": mask.max_diff}
     with gpu_interpret_mode(detect_races=True):
         got = jax.jit(lambda *x: backward.gradient(*x, scale=scale, **bounds))(*arrays, lse, delta)
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert float(jnp.abs(x - y).sum() / jnp.abs(y).sum()) < 0.01
+
+
+def kept_tiles(t, s, heads, block_q, block_kv, mask=None):
+    """Half of the tiles at random; a row and a column of tiles without any."""
+    kept = np.random.default_rng(1).random((1, heads, -(-t // block_q), -(-s // block_kv))) < 0.5
+    kept[:, 0, -1], kept[..., 0] = False, False
+    return BlockMask.from_blocks(
+        jnp.asarray(kept), t, s, block_q=block_q, block_kv=block_kv, mask=mask
+    )
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="as in test_mosaic_control")
+@pytest.mark.parametrize(("block", "rule"), [((64, 64), Mask.causal(20)), ((128, 256), None)])
+def test_control_flow_over_lists(plain_products, block, rule):
+    """Lists of both warpgroups, in quarters of the kernels' tiles; two query heads for a key."""
+    shape = (1, 200, 300, 2, 1, 64)
+    arrays, scale = inputs(*shape), 0.125
+    blocks = kept_tiles(*shape[1:4], *block, rule)
+    want, lse, delta = exact(arrays, blocks.as_mask(), scale)
+    bounds = {} if rule is None else {"max_diff": 20}
+    with gpu_interpret_mode(detect_races=True):
+        run = jax.jit(lambda *x: backward.gradient(*x, scale=scale, blocks=blocks, **bounds))
+        got = run(*arrays, lse, delta)
     for x, y in zip(got, want, strict=True):
         assert x.shape == y.shape
         assert float(jnp.abs(x - y).sum() / jnp.abs(y).sum()) < 0.01
