@@ -220,14 +220,15 @@ class Half:
         zeros = jnp.zeros((ROWS, self.plan.head_dim), jnp.float32)
         return (plgpu.layout_cast(zeros, _ACC),) * (1 if self.side == "q" else 2)
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, loads, sums, where, wait, release):
         """Adds one tile to the sums.
 
         Args:
             own: references to the owner's rows, as `own` names them.
             ring: references to the streamed tile, as `ring` names them.
             fixed: from `of_owner`.
-            load: as there, for the streamed rows.
+            loads: ``load(name, size)`` gives the tile's numbers of an array [B, heads, .], by
+                default one per row; ``scalars(name)`` those of an array [B, heads, tiles, .].
             sums: from `start` or an earlier tile.
             where: the tile's place and what counts in it, or None where everything does.
             wait: ``wait(i)`` waits for the i-th part of the tile.
@@ -238,7 +239,7 @@ class Half:
         """
         of_queries, shape = self.side == "q", (ROWS, self.plan.config.block_kv)
         (first,), (second,) = ring
-        lse, delta = fixed or [load("lse"), load("delta")]
+        lse, delta = fixed or map(loads[0], ("lse", "delta"))
         wide = lambda x: lax.broadcast_in_dim(x, shape, [0 if of_queries else 1])  # noqa: E731
         wait(0)
         wait(1)
@@ -271,9 +272,15 @@ class Half:
             ok &= (s >= first_col) & (s < last_col)
         return ok
 
-    def finish(self, sums, load):
-        """What is stored: dQ, or dK and dV."""
-        del load
+    def finish(self, sums, load, mean):
+        """What is stored: dQ, or dK and dV.
+
+        Args:
+            sums: from `tile`.
+            load: as in `of_owner`.
+            mean: reference to "k_mean" of the head, if there is such an array.
+        """
+        del load, mean
         return [x * factor for x, factor in zip(sums, (self.scale, 1.0), strict=False)]
 
 
@@ -394,13 +401,17 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
             def release(part):
                 plgpu.barrier_arrive(free[part].at[slot])
 
-            def load(name, layout=_SIDE[steps.side]):
-                rows = refs[name].at[b, streamed_head(head, j), pl.ds(first, block)]
+            def load(name, size=block, layout=_SIDE[steps.side]):
+                rows = refs[name].at[b, streamed_head(head, j), pl.ds(number * size, size)]
                 return plgpu.load(rows, layout=layout, optimized=False)
+
+            def scalars(name):
+                found = refs[name].at[b, streamed_head(head, j), number]
+                return [found[i] for i in range(found.shape[0])]
 
             def add(sums, where=None):
                 slots = [[smem.at[slot] for smem in part] for part in ring]
-                return steps.tile(mine, slots, fixed, load, sums, where, wait, release)
+                return steps.tile(mine, slots, fixed, (load, scalars), sums, where, wait, release)
 
             def skip(sums):
                 """Nothing of the tile is for this warpgroup."""
@@ -442,8 +453,9 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
 
         state = i32(0), steps.start()
         state = one_head(i32(0), state) if heads == 1 else lax.fori_loop(0, heads, one_head, state)
-        rows, stage = pl.ds(start, ROWS), mine[1]  # which is read for the last time
-        for total, out in zip(steps.finish(state[1], of_owner), refs["out"], strict=True):
+        rows, stage = pl.ds(start, ROWS), mine[1]  # which nothing reads any more
+        mean = refs["k_mean"].at[b, streamed_head(head, 0)] if "k_mean" in names else None
+        for total, out in zip(steps.finish(state[1], of_owner, mean), refs["out"], strict=True):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             stage[...] = total.astype(dtype)
             plgpu.commit_smem()
