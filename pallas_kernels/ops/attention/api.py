@@ -124,7 +124,7 @@ def dot_product_attention(
         quant=quant,
         config=config,
     )
-    name = _dispatch.resolve("attention", implementation, _reasons(spec))
+    name = _dispatch.resolve("attention", implementation, _reasons(spec, implementation))
     out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
     if not batched:
         out, lse = out[0], lse[0]
@@ -136,9 +136,7 @@ def _run(query, key, value, bias, sinks, rules, *, spec, name, block_kv):
     """One compiled call, so that use outside `jit` does not pay for every small operation."""
     int8_backward = spec.quant is not None and spec.quant.backward == "int8"
     if name == "xla" and bias is None and (isinstance(rules, BlockMask) or int8_backward):
-        if isinstance(rules, Mask):
-            sizes = {"block_q": spec.quant.block_q, "block_kv": spec.quant.block_kv}
-            rules = BlockMask.from_mask(rules, spec.q_len, spec.kv_len, **sizes)
+        rules = sparse.whole(rules, spec) if isinstance(rules, Mask) else rules
         return sparse.attention(query, key, value, sinks, rules, spec)[:2]
     if name == "mosaic":
         from pallas_kernels.ops.attention import mosaic_sm90  # needs Mosaic: not at import time
@@ -170,7 +168,7 @@ def explain(*args, implementation: str | None = None, **kwargs) -> _dispatch.Exp
     """
     kwargs.pop("return_residual", None)
     spec = spec_of(*args, **kwargs)
-    choice = _dispatch.choose("attention", implementation, _reasons(spec))
+    choice = _dispatch.choose("attention", implementation, _reasons(spec, implementation))
     notes = () if choice.implementation is None else spec_lib.notes(spec, choice.implementation)
     return _dispatch.Explanation("attention", choice.implementation, choice.rejected, notes)
 
@@ -211,11 +209,14 @@ def spec_of(*args, **kwargs) -> AttentionSpec:
 _ARRAY = object()
 
 
-def _reasons(spec: AttentionSpec) -> dict[str, str | None]:
+def _reasons(spec: AttentionSpec, implementation: str | None) -> dict[str, str | None]:
     device = _device.current_device()
-    return {
+    reasons = {
         name: spec_lib.unsupported_reason(spec, device, name) for name in spec_lib.IMPLEMENTATIONS
     }
+    if implementation is None:
+        reasons["mosaic"] = reasons["mosaic"] or spec_lib.unmeasured_reason(spec)
+    return reasons
 
 
 # -- validation --------------------------------------------------------------------------------

@@ -92,7 +92,9 @@ def whole(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
-def plan_of(side: str, variant: Variant, query, key, min_diff, max_diff, stages: int) -> Plan:
+def plan_of(
+    side: str, variant: Variant, query, key, min_diff, max_diff, stages: int, *registers: int
+) -> Plan:
     """The plan of one kernel, in which "rows" are those of the owner.
 
     Args:
@@ -103,13 +105,15 @@ def plan_of(side: str, variant: Variant, query, key, min_diff, max_diff, stages:
         min_diff: lower bound of ``key - query``, or None.
         max_diff: upper bound, or None.
         stages: streamed tiles in shared memory.
+        *registers: of a compute and of the memory warpgroup; those of `Config` if left out.
     """
     (batch, q_len, num_heads, head_dim), (_, kv_len, num_kv_heads, _) = query, key
     rows, columns, heads, bounds = q_len, kv_len, num_heads, (min_diff, max_diff)
     if side == "kv":
         rows, columns, heads = kv_len, q_len, num_kv_heads
         bounds = tuple(None if x is None else -x for x in (max_diff, min_diff))
-    config = Config(block_kv=BLOCK[side], num_stages=stages, qk_split=1)
+    counts = dict(zip(("registers", "memory_registers"), registers, strict=False))
+    config = Config(block_kv=BLOCK[side], num_stages=stages, qk_split=1, **counts)
     bounded = tuple(x is not None for x in bounds)
     return Plan(
         config, variant, batch, rows, columns, heads, num_kv_heads, head_dim, BLOCK[side], *bounds,
@@ -220,15 +224,14 @@ class Half:
         zeros = jnp.zeros((ROWS, self.plan.head_dim), jnp.float32)
         return (plgpu.layout_cast(zeros, _ACC),) * (1 if self.side == "q" else 2)
 
-    def tile(self, own, ring, fixed, loads, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release):
         """Adds one tile to the sums.
 
         Args:
             own: references to the owner's rows, as `own` names them.
             ring: references to the streamed tile, as `ring` names them.
             fixed: from `of_owner`.
-            loads: ``load(name, size)`` gives the tile's numbers of an array [B, heads, .], by
-                default one per row; ``scalars(name)`` those of an array [B, heads, tiles, .].
+            load: as there, for the streamed rows.
             sums: from `start` or an earlier tile.
             where: the tile's place and what counts in it, or None where everything does.
             wait: ``wait(i)`` waits for the i-th part of the tile.
@@ -239,7 +242,7 @@ class Half:
         """
         of_queries, shape = self.side == "q", (ROWS, self.plan.config.block_kv)
         (first,), (second,) = ring
-        lse, delta = fixed or map(loads[0], ("lse", "delta"))
+        lse, delta = fixed or map(load, ("lse", "delta"))
         wide = lambda x: lax.broadcast_in_dim(x, shape, [0 if of_queries else 1])  # noqa: E731
         wait(0)
         wait(1)
@@ -383,9 +386,9 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
                 plgpu.barrier_arrive(empty.at[slot])
         plgpu.barrier_wait(own_ready.at[wg])
 
-        def of_owner(name, layout=_ROW):
+        def of_owner(name):
             rows = refs[name].at[b, head, pl.ds(start, ROWS)]
-            return plgpu.load(rows, layout=layout, optimized=False)
+            return plgpu.load(rows, layout=_ROW, optimized=False)
 
         fixed = steps.of_owner(of_owner)
 
@@ -401,17 +404,13 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
             def release(part):
                 plgpu.barrier_arrive(free[part].at[slot])
 
-            def load(name, size=block, layout=_SIDE[steps.side]):
-                rows = refs[name].at[b, streamed_head(head, j), pl.ds(number * size, size)]
-                return plgpu.load(rows, layout=layout, optimized=False)
-
-            def scalars(name):
-                found = refs[name].at[b, streamed_head(head, j), number]
-                return [found[i] for i in range(found.shape[0])]
+            def load(name):
+                rows = refs[name].at[b, streamed_head(head, j), pl.ds(first, block)]
+                return plgpu.load(rows, layout=_SIDE[steps.side], optimized=False)
 
             def add(sums, where=None):
                 slots = [[smem.at[slot] for smem in part] for part in ring]
-                return steps.tile(mine, slots, fixed, (load, scalars), sums, where, wait, release)
+                return steps.tile(mine, slots, fixed, load, sums, where, wait, release)
 
             def skip(sums):
                 """Nothing of the tile is for this warpgroup."""

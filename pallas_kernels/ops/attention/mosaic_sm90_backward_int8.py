@@ -44,11 +44,14 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _wait,
     _wgmma,
 )
-from pallas_kernels.ops.attention.mosaic_sm90_plan import Plan
+from pallas_kernels.ops.attention.mosaic_sm90_plan import Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
 from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_columns, quantize_k, quantize_q
 
-PART = 64  # columns of one fresh tile of sums
+# Columns of one fresh tile of sums, stages, and registers of a compute and of the memory warpgroup.
+# The kernel of keys holds two sums: wider tiles would spill.
+SIZES = {"q": (64, 2, 232, 40), "kv": (32, 4, 240, 24)}
+LINE = 32  # numbers in which the scales of a tile are copied, most of them unused
 CHANNELS = 32  # that share a scale
 TINY = 1e-30  # smallest maximum of a row: a row of zeros gets zero codes
 MAGIC = 1.5 * 2**23  # added to a small number, it leaves its nearest integer in the lowest bits
@@ -65,6 +68,7 @@ def gradient(
     *,
     scale: float,
     smooth_k: bool = True,
+    scale_block: int = 128,
     min_diff: int | None = None,
     max_diff: int | None = None,
     blocks: BlockMask | None = None,
@@ -81,6 +85,8 @@ def gradient(
         rest: what rows of dS sum to, float32 [B, N, T]: the mean key counts that often in dQ.
         scale: factor on the logits.
         smooth_k: the mean key is subtracted before quantising.
+        scale_block: keys that share eight scales in the forward: 64, 128 or 256. For 64 the scales
+            are those of 128 all the same.
         min_diff: lower bound of ``key - query``, or None.
         max_diff: upper bound, or None.
         blocks: tiles to visit, or None for all.
@@ -88,18 +94,21 @@ def gradient(
     Returns:
         Arrays like query, key and value.
     """
-    arrays = operands(query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k)
+    arrays = operands(
+        query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k,
+        scale_block=max(BLOCK["q"], scale_block),
+    )  # fmt: skip
     variant = Variant("int8", "half", str(query.dtype))
     shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
     results = []
-    for side, stages in (("q", 2), ("kv", 4)):
-        steps = Int8(side, plan_of(side, variant, *shapes, *limits, stages), scale)
+    for side in ("q", "kv"):
+        steps = Int8(side, plan_of(side, variant, *shapes, *limits, *SIZES[side][1:]), scale)
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
     return tuple(results)
 
 
-def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k) -> dict:
+def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block) -> dict:
     """What both kernels read, by name.
 
     Args as `gradient`.
@@ -111,9 +120,10 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k) -> 
     (batch, q_len, _, _), kv_len = query.shape, key.shape[1]
     mean = key.astype(jnp.float32).mean(1) if smooth_k else None
     limit = lambda length: jnp.full((batch,), length, jnp.int32)  # noqa: E731
-    # The scales of the forward: one per query, eight for each 128 keys.
+    # The codes of the forward, whose scales are one per query and eight for a block of keys.
     q8, q_scale, const = quantize_q(query, limit(q_len), mean)
-    k8, k_scale = quantize_k(key, limit(kv_len), mean, scale_block=BLOCK["q"])
+    k8, k_scale = quantize_k(key, limit(kv_len), mean, scale_block=scale_block)
+    k_scale = jnp.repeat(k_scale, scale_block // BLOCK["q"], axis=2)
     padded = q8.shape[1]
     pad = ((0, 0), (0, 0), (0, padded - q_len))
     minus_lse = -lse * LOG2E
@@ -124,19 +134,25 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k) -> 
     minus_lse = jnp.pad(minus_lse, pad, constant_values=-jnp.inf)
     q_scale = q_scale[:, :, :padded] * (scale * LOG2E)
     k_rows = jnp.tile(k_scale, BLOCK["q"] // 8).reshape(*k_scale.shape[:2], -1)
-    arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out)}
+    arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "k_rows": k_rows}
     arrays |= {"minus_lse": minus_lse, "q_scale": q_scale, "minus_delta": jnp.pad(-delta, pad)}
     arrays["lse_scale"] = jnp.stack([minus_lse, q_scale], -1).reshape(*q_scale.shape[:2], -1)
-    arrays |= {"k_scale": k_scale.reshape(*k_scale.shape[:2], -1), "k_rows": k_rows}
-    for name, x, m, block in (
-        ("k_t", key, mean, BLOCK["q"]),
-        ("q_t", query, None, BLOCK["kv"]),
-        ("d_out_t", d_out, None, BLOCK["kv"]),
-    ):
-        arrays[name], arrays[f"{name}_scale"] = quantize_columns(x, m, block=block)
+    arrays["k_scale"] = _lines(k_scale)
+    arrays["k_t"], found = quantize_columns(key, mean, block=BLOCK["q"])
+    arrays["k_t_scale"] = _lines(found)
+    arrays["q_t"], of_q = quantize_columns(query, block=BLOCK["kv"])
+    arrays["d_out_t"], of_d_out = quantize_columns(d_out, block=BLOCK["kv"])
+    arrays["q_side_scale"] = _lines(of_q, of_d_out)
     if smooth_k:
         arrays |= {"rest": jnp.pad(rest, pad) * scale, "k_mean": mean}
     return arrays
+
+
+def _lines(*scales):
+    """[B, heads, tiles, .] side by side, `LINE` numbers for each tile; [B, heads, tiles * LINE]."""
+    x = jnp.concatenate(scales, -1)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, LINE - x.shape[-1])))
+    return x.reshape(*x.shape[:2], -1)
 
 
 # -- registers of one tile -------------------------------------------------------------------------
@@ -231,15 +247,22 @@ class Int8:
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
         head_dim, block = plan.head_dim, plan.config.block_kv
-        numbers = ["minus_delta", "rest", "k_mean"]
+        self.part = SIZES[side][0]
         if side == "q":
-            self.own, self.ring = ("q8", "d_out"), (("k8", "v"), ("k_t",))
-            numbers += ["minus_lse", "q_scale", "k_scale", "k_t_scale"]
+            self.own, self.ring = ("q8", "d_out"), (("k8", "v", "k_scale"), ("k_t", "k_t_scale"))
+            numbers = ("q_scale", "minus_lse", "minus_delta", "rest", "k_mean")
         else:
             self.own = ("k8", "v")
-            self.ring = ("q8", "d_out", "lse_scale", "minus_delta"), ("d_out_t", "q_t")
-            numbers = ["k_rows", "d_out_t_scale", "q_t_scale"]
+            self.ring = (
+                ("q8", "d_out", "lse_scale", "minus_delta"),
+                ("q_t", "d_out_t", "q_side_scale"),
+            )
+            numbers = ("k_rows",)
+        self.count, self.fixed = (1, 3) if side == "q" else (2, 1)  # sums, numbers of a row
         self.names = (*self.own, *self.ring[0], *self.ring[1], *numbers)
+        # Numbers that are copied with a tile, for each of its rows or for all of it.
+        self.copied = {"lse_scale": 2 * block, "minus_delta": block}
+        self.copied |= dict.fromkeys(("k_scale", "k_t_scale", "q_side_scale"), LINE)
         self.rows8 = _transforms(_swizzle(head_dim))
         self.rows16 = _transforms(_swizzle(2 * head_dim), 2)
         self.columns8 = _transforms(_swizzle(block))
@@ -256,8 +279,8 @@ class Int8:
             return plgpu.SMEM((*lead, head_dim, rows), jnp.int8, transforms=self.columns8)
         if name.endswith("8"):
             return plgpu.SMEM((*lead, rows, head_dim), jnp.int8, transforms=self.rows8)
-        if name in ("lse_scale", "minus_delta"):
-            return plgpu.SMEM((*lead, rows * (1 + (name == "lse_scale"))), jnp.float32)
+        if name in self.copied:
+            return plgpu.SMEM((*lead, self.copied[name]), jnp.float32)
         half = jnp.dtype(self.plan.variant.half)
         return plgpu.SMEM((*lead, rows, head_dim), half, transforms=self.rows16)
 
@@ -265,9 +288,10 @@ class Int8:
         """As `Half.source`."""
         if name.endswith("_t"):
             return ref.at[b, head, :, rows]
-        if name == "lse_scale":
-            return ref.at[b, head, pl.ds(rows.start * 2, rows.size * 2)]
-        return ref.at[b, head, rows] if name == "minus_delta" else ref.at[b, rows, head]
+        if name in self.copied:
+            size = self.copied[name]
+            return ref.at[b, head, pl.ds(div(rows.start, rows.size) * size, size)]
+        return ref.at[b, rows, head]
 
     def of_owner(self, load):
         """As `Half.of_owner`."""
@@ -276,25 +300,19 @@ class Int8:
 
     def start(self):
         """As `Half.start`."""
-        count = 1 if self.side == "q" else 2
-        body = lambda: [[ptx.f32(0.0)] * (self.plan.head_dim // 2)] * count  # noqa: E731
-        return tuple(_inline(body, [], [self.sum_type] * count))
+        body = lambda: [[ptx.f32(0.0)] * (self.plan.head_dim // 2)] * self.count  # noqa: E731
+        return tuple(_inline(body, [], [self.sum_type] * self.count))
 
-    def tile(self, own, ring, fixed, loads, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release):
         """As `Half.tile`."""
-        load, scalars = loads
-        if self.side == "q":
-            column = [load("k_scale", 8, _COL)]
-            tile_scales = [scalars("k_t_scale")]
-        else:
-            column = ring[0][2:]
-            tile_scales = [scalars("q_t_scale"), scalars("d_out_t_scale")]
+        del load
+        (first8, first16, *numbers), (*turned, scales) = ring
         wait(0)
-        scores, d_p = self.issue(own, ring[0][:2])
-        codes = self.encode(scores, d_p, fixed, column, where)
+        scores, d_p = self.issue(own, (first8, first16))
+        codes = self.encode(scores, d_p, fixed, numbers, where)
         release(0)
         wait(1)
-        sums = self.add(sums, codes, ring[1][::-1], tile_scales)
+        sums = self.add(sums, codes, turned, scales)
         release(1)
         return sums
 
@@ -315,44 +333,40 @@ class Int8:
         ]
         return _inline(body, inputs, [self.tile_type, self.float_type])
 
-    def encode(self, scores, d_p, fixed, column, where):
-        """Codes and row scales of dS, and on the side of keys of P before them.
+    def encode(self, scores, d_p, fixed, numbers, where):
+        """Codes and row scales of dS, and on the side of keys those of P after them.
 
         Args:
             scores: from `issue`.
             d_p: from `issue`.
             fixed: from `of_owner`.
-            column: array [8] of the scales of keys, or references to "lse_scale" and "minus_delta"
-                of the streamed queries.
+            numbers: references to "k_scale", or to "lse_scale" and "minus_delta".
             where: as in `tile`.
         """
-        of_queries = self.side == "q"
         position = self._position(where)
         inputs = [(scores, _ACC), (d_p, _ACC), *((x, _ROW) for x in fixed)]
-        inputs += [(x, _COL if of_queries else ()) for x in column]
-        inputs += [(x, _SCALAR) for x in position.values()]
+        inputs += [(x, ()) for x in numbers] + [(x, _SCALAR) for x in position.values()]
 
         def body(scores, d_p, *rest):
-            fixed, column, place = rest[:3], rest[3:4], rest[4:]
-            if not of_queries:
-                fixed, column, place = rest[:1], rest[1:3], rest[3:]
+            fixed, rest = rest[: self.fixed], rest[self.fixed :]
+            numbers, place = rest[: len(rest) - len(position)], rest[len(rest) - len(position) :]
             scores = _wait(1, scores)
             if position:
                 fields = dict(zip(position, (x[0] for x in place), strict=True))
                 scores = tile_math.mask_scores(scores, Position(**fields), is_int=True)
-            scale, shift, delta = (_own_rows if of_queries else _own_columns)(fixed, column)
+            numbers_of = _rows_are_queries if self.side == "q" else _rows_are_keys
+            scale, shift, delta = numbers_of(fixed, numbers)
             p = probabilities(scores, scale, shift, bool(position))
-            found = [] if of_queries else [*encode(p)]
+            of_p = [] if self.side == "q" else [*encode(p)]
             d_p = _wait(0, d_p)
             d_s = [
-                ptx.fmul(x, ptx.fadd(d, delta(i)))
-                for i, (x, d) in enumerate(zip(p, d_p, strict=True))
+                ptx.fmul(x, ptx.fadd(y, delta(i)))
+                for i, (x, y) in enumerate(zip(p, d_p, strict=True))
             ]
-            codes, scales = encode(d_s)
-            return [_opaque(codes), scales, *found]
+            found = [*encode(d_s), *of_p]
+            return [_opaque(x) if i % 2 == 0 else x for i, x in enumerate(found)]
 
-        count = 1 if of_queries else 2
-        return _inline(body, inputs, [self.code_type, self.row_type] * count)
+        return _inline(body, inputs, [self.code_type, self.row_type] * self.count)
 
     def _position(self, where) -> dict:
         """Fields of `Position`, in order; none without a mask."""
@@ -374,54 +388,46 @@ class Int8:
             fields["kv_len"] = jnp.minimum(where["last_col"], i32(plan.kv_len))
         return {name: jnp.asarray(x, i32) for name, x in fields.items()}
 
-    def add(self, sums, codes, turned, tile_scales):
+    def add(self, sums, codes, turned, scales):
         """Adds the products of codes and turned operands; two are in flight at a time.
 
         Args:
             sums: dQ, or dK and dV.
             codes: from `encode`: an operand and its row scales for each sum.
             turned: references [H, block], one for each sum.
-            tile_scales: scalars of each 32 channels, for each sum.
+            scales: reference to the scales of each 32 channels, of one operand after the other.
         """
-        count, parts, block = len(sums), self.plan.head_dim // PART, self.plan.config.block_kv
+        count, head_dim, part = self.count, self.plan.head_dim, self.part
         inputs = [(x, _ACC) for x in sums]
         inputs += [
             (x, t) for x, t in zip(codes, (self.code_type.layout, _ROW) * count, strict=True)
         ]
-        inputs += [(x, self.columns8) for x in turned]
-        inputs += [(x, _SCALAR) for scales in tile_scales for x in scales]
+        inputs += [*((x, self.columns8) for x in turned), (scales, ())]
 
         def body(*given):
-            sums, codes, turned = (
-                given[:count],
-                given[count : 3 * count],
-                given[3 * count : 4 * count],
-            )
-            scalars = [x[0] for x in given[4 * count :]]
-            size, flight, out = PART // 2, [], [[] for _ in sums]
+            sums, codes = given[:count], given[count : 3 * count]
+            *turned, scales = given[3 * count :]
+            size, flight, out = part // 2, [], [[] for _ in sums]
 
             def finish(left):
-                n, part, tile, words = flight.pop(0)
+                n, first, tile, words = flight.pop(0)
                 tile = _wait(left, tile, keep=words)
-                first = (n * parts + part) * PART // CHANNELS
-                own = sums[n][part * size : (part + 1) * size]
-                out[n] += add_part(
-                    own, tile, codes[2 * n + 1], scalars[first : first + PART // CHANNELS]
-                )
+                own = sums[n][first // 2 : first // 2 + size]
+                place = ptx.i64(4 * (n * head_dim + first) // CHANNELS)
+                channels = _shared(scales, place, part // CHANNELS)
+                out[n] += add_part(own, tile, codes[2 * n + 1], channels)
 
-            # dV first: its operand has waited longest.
-            for n in reversed(range(count)):
+            for n in reversed(range(count)):  # dV first: its operand has waited longest
                 words = codes[2 * n]
                 a = [words[i : i + 4] for i in range(0, len(words), 4)]
-                for part in range(parts):
-                    b = _k_major(turned[n], self.columns8[1].swizzle, part * PART)
-                    flight.append((n, part, _wgmma(PART, a, b, "r", "s32.s8.s8"), words))
+                for first in range(0, head_dim, part):
+                    b = _k_major(turned[n], self.columns8[1].swizzle, first)
+                    flight.append((n, first, _wgmma(part, a, b, "r", "s32.s8.s8"), words))
                     if len(flight) == 2:
                         finish(1)
             finish(0)
             return out
 
-        del block
         return tuple(_inline(body, inputs, [self.sum_type] * count))
 
     def finish(self, sums, load, mean):
@@ -448,9 +454,10 @@ class Int8:
         return _inline(body, [*((x, _ACC) for x in sums), *extra], [stored] * len(sums))
 
 
-def _own_rows(fixed, column):
-    """Scale, shift and minus delta of element i where rows are queries and columns keys."""
-    (row_scale, minus_lse, minus_delta), (k_scale,) = fixed, column
+def _rows_are_queries(fixed, numbers):
+    """Scale, shift and minus delta of element i of a tile, as functions of i."""
+    row_scale, minus_lse, minus_delta = fixed
+    k_scale = _shared(numbers[0], _thread_columns(0, 1), 2)
     scale = [[ptx.fmul(r, c) for c in k_scale] for r in row_scale]
     half = lambda i: (i // 2) % 2  # noqa: E731
     return (
@@ -460,35 +467,39 @@ def _own_rows(fixed, column):
     )
 
 
-def _own_columns(fixed, column):
-    """The same where rows are keys, whose scale both row halves share, and columns queries."""
-    (row_scale,), (lines, deltas) = fixed, column
-    pair = ptx.mul(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(2))  # first column of the thread
-    place = lambda first, width: ptx.widen(  # noqa: E731
-        ptx.mul(ptx.add(pair, ptx.i32(first)), ptx.i32(4 * width))
-    )
+def _rows_are_keys(fixed, numbers):
+    """The same for the transposed tile. Keys eight apart share a scale, so both row halves do."""
+    ((row_scale, _),), (lines, deltas) = fixed, numbers
     scales, shifts, minus_delta = {}, {}, {}
 
     def line(i):
         j = i // 4
         if (j, 0) not in scales:
-            values = _shared(lines, place(8 * j, 2), 4)
+            values = _shared(lines, _thread_columns(j, 2), 4)
             for c in range(2):
                 shifts[j, c] = values[2 * c]
-                scales[j, c] = ptx.fmul(row_scale[0], values[2 * c + 1])
+                scales[j, c] = ptx.fmul(row_scale, values[2 * c + 1])
         return j, i % 2
 
     def delta(i):
         j = i // 4
         if (j, 0) not in minus_delta:
-            minus_delta[j, 0], minus_delta[j, 1] = _shared(deltas, place(8 * j, 1), 2)
+            minus_delta[j, 0], minus_delta[j, 1] = _shared(deltas, _thread_columns(j, 1), 2)
         return minus_delta[j, i % 2]
 
     return lambda i: scales[line(i)], lambda i: shifts[line(i)], delta
+
+
+def _thread_columns(j: int, width: int):
+    """Byte of the thread's numbers for the j-th 8 columns, ``width`` for each column."""
+    column = ptx.mul(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(2))
+    return ptx.widen(ptx.mul(ptx.add(column, ptx.i32(8 * j)), ptx.i32(4 * width)))
 
 
 def _shared(ref, offset, count: int):
     """Neighbouring float32 of an array in shared memory."""
     targets = ", ".join(f"${i}" for i in range(count))
     text = f"ld.shared.v{count}.f32 {{{targets}}}, [${count}];"
+    if count == 1:
+        text = "ld.shared.f32 $0, [$1];"
     return ptx.asm(text, "f" * count, [ptx.address(ref, offset)], effects=True)

@@ -303,6 +303,25 @@ def _unsupported_anywhere(spec: AttentionSpec, implementation: str) -> str | Non
     return None
 
 
+def unmeasured_reason(spec: AttentionSpec) -> str | None:
+    """Why "mosaic" must be asked for by name where it would serve a call, or None.
+
+    Args:
+      spec: the call, which "mosaic" serves.
+
+    Returns:
+      One sentence, or None.
+
+    >>> unmeasured_reason(AttentionSpec(1, 8, 8, 2, 2, 16, "bfloat16", 0.25)) is None
+    True
+    """
+    from pallas_kernels.ops.attention import mosaic_sm90
+
+    if spec.quant is None or spec.quant.backward != "int8" or "int8" not in mosaic_sm90.UNMEASURED:
+        return None
+    return "the INT8 gradient kernels have not run on a GPU; ask for implementation='mosaic'"
+
+
 def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
     """What a user should know about the chosen implementation, for `explain`.
 
@@ -320,17 +339,20 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
                 "scales are at least as fine as the variant asks: Q per row, K eight per tile of "
                 "keys (by key index modulo 8), V per channel"
             )
-        said.append("the gradient is the unquantised flash backward, from the saved log-sum-exp")
+        said.append(_gradient_note(spec))
+        if spec.quant is not None and spec.quant.backward == "int8":
+            said.append(
+                "the gradient's kernels take head sizes up to 128 and rules without arrays; "
+                "everything else has that of 'xla'"
+            )
+            if spec.quant.pv == "int8":
+                said.append("P V is in 16 bits, finer than the INT8 of the variant")
     elif spec.quant is not None:
         said.append(
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "
             "arithmetic is that of float32, so expect no speed-up"
         )
-        said.append(
-            "the gradient is that of SageBwd: INT8 products except dO V^T"
-            if spec.quant.backward == "int8"
-            else "the gradient is the unquantised flash backward, from the saved log-sum-exp"
-        )
+        said.append(_gradient_note(spec))
         if not spec.quant.two_level:
             said.append("two_level=False changes nothing here: accumulation is always float32")
     elif implementation == "reference":
@@ -339,3 +361,9 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
         why = "with a bias" if spec.has_bias else "the reference"
         said.append(f"{why}: tiles that the BlockMask skips are computed and masked")
     return tuple(said)
+
+
+def _gradient_note(spec: AttentionSpec) -> str:
+    if spec.quant is not None and spec.quant.backward == "int8":
+        return "the gradient is that of SageBwd: INT8 products except dO V^T"
+    return "the gradient is the unquantised flash backward, from the saved log-sum-exp"
