@@ -137,6 +137,29 @@ def test_chosen_where_it_serves():
     assert "mosaic_gpu" in _lower(jax.vmap(loss), several)
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_int8_gradient_on_request(monkeypatch, listed):
+    """SageBwd: its kernels where they serve, XLA's INT8 gradient for rules that are arrays."""
+    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset({"int8"}))
+    x = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16)
+    mask = _blocks(2, 256, 256, 64, 128, Mask.causal()) if listed else Mask.causal()
+    with abstract_gpu():
+        found = explain("attention", x, x, x, quant="sage_bwd")
+        chosen = explain("attention", x, x, x, quant="sage_bwd", implementation="mosaic").notes
+    assert found.implementation == "xla" and "have not run on a GPU" in found.rejected["mosaic"]
+    assert "SageBwd" in chosen[1] and "16 bits, finer than the INT8" in chosen[3]
+
+    def loss(x, lengths=None):
+        out = dot_product_attention(
+            x, x, x, mask=mask, quant="sage_bwd", implementation="mosaic",
+            key_value_seq_lengths=lengths,
+        )  # fmt: skip
+        return out.astype(jnp.float32).sum()
+
+    kernels = lambda *given: _lower(jax.grad(loss), *given).count("mosaic_gpu_v2")  # noqa: E731
+    assert kernels(x) - kernels(x, jax.ShapeDtypeStruct((2,), jnp.int32)) == 7
+
+
 def test_block_masks_are_dispatched():
     """Gradient, `vmap` with a mask for each, and SpargeAttn, which takes its own lists along."""
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
@@ -178,7 +201,6 @@ def test_block_masks_are_dispatched():
         (_spec(quant=QUANTS["sage2_int4"]), "no int4 product"),
         (_spec(quant=QUANTS["sage3"]), "no nvfp4 product"),
         (_spec(quant=AttentionQuant(pv="int8")), "no int8 product of P and V"),
-        (_spec(quant=QUANTS["sage_bwd"]), "no INT8 backward"),
         (_spec(mask_kinds=("predicate",)), "does not take predicate masks"),
         (_spec(quant=AttentionQuant(pv="fp16")), "no fp16 product of P and V for bfloat16 values"),
         (_spec(quant=AttentionQuant("half", v_max=2.25)), "half has v_max=2.25"),

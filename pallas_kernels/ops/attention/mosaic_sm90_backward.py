@@ -149,7 +149,7 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
     status = jnp.pad(status, ((0, 0), (0, 0), *missing), constant_values=EMPTY)
     quarters = status.reshape(*status.shape[:2], plan.q_tiles, COMPUTE, tiles, halves)
     quarters = quarters.swapaxes(3, 4)  # [.., owner's tiles, tiles, 2, halves]
-    weight = jnp.asarray([[1 << (2 * w + c) for c in range(halves)] for w in range(COMPUTE)])
+    weight = jnp.left_shift(1, 2 * jnp.arange(COMPUTE)[:, None] + jnp.arange(halves))
     bits = ((quarters != EMPTY) * weight).sum((4, 5))
     number = jnp.arange(tiles)
     whole = (quarters == FULL).all((4, 5)) & ((number + 1) * plan.config.block_kv <= plan.kv_len)
