@@ -13,13 +13,19 @@ from ptx_program import spilled_bytes
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels import dot_product_attention, explain
+from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.masks import FULL, BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_plan
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, heuristic
 from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 from pallas_kernels.ops.attention.sparge import sparge_attention
-from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant, AttentionSpec
+from pallas_kernels.ops.attention.spec import (
+    QUANTS,
+    AttentionQuant,
+    AttentionSpec,
+    unsupported_reason,
+)
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS
 
 
@@ -135,6 +141,30 @@ def test_chosen_where_it_serves():
     assert "mosaic_gpu" in _lower(jax.grad(loss), x)
     several = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
     assert "mosaic_gpu" in _lower(jax.vmap(loss), several)
+
+
+def test_deterministic_is_demanded(monkeypatch):
+    """On a GPU only by kernels or under XLA's flag; a gradient of XLA's is refused with them."""
+    x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    gpu = describe("gpu", "NVIDIA H100")
+    assert "deterministic_ops" in unsupported_reason(_spec(deterministic=True), gpu, "xla")
+    assert unsupported_reason(_spec(deterministic=True), gpu, "mosaic") is None
+
+    def loss(x, causal_offset=0):
+        out = dot_product_attention(
+            x, x, x, is_causal=True, causal_offset=causal_offset, deterministic=True
+        )
+        return out.astype(jnp.float32).sum()
+
+    assert "mosaic_gpu" in _lower(jax.grad(loss), x)
+    offset = jax.ShapeDtypeStruct((), jnp.int32)
+    with pytest.raises(NotImplementedError, match="the gradient of this call is XLA's: determ"):
+        _lower(jax.grad(loss), x, offset)
+    monkeypatch.setenv("XLA_FLAGS", "--a=b --xla_gpu_deterministic_ops=true")
+    assert "mosaic_gpu" in _lower(jax.grad(loss), x, offset)
+    assert unsupported_reason(_spec(deterministic=True), gpu, "xla") is None
+    with pytest.raises(ValueError, match="deterministic must be True or False; got 1"):
+        explain("attention", x, x, x, deterministic=1)
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -39,6 +39,7 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     quant: str | AttentionQuant | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
     config: AttentionConfig | None = None,
     return_residual: bool = False,
@@ -83,6 +84,10 @@ def dot_product_attention(
         the log-sum-exp.
       quant: None, a name ("sage1", "sage2", "sage2pp", "sage2_int4", "sage3", "fp8", "sage_bwd")
         or an `AttentionQuant`.
+      deterministic: demand that repeated runs of one program give the same bits, in the gradient
+        too. The kernels of "mosaic" always do; "xla" and "reference" do on a CPU, and on a GPU
+        under ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``. Otherwise the call is refused, or its
+        gradient where only that would be XLA's.
       implementation: None (best available), "mosaic", "xla" or "reference".
       config: sizes for the chosen implementation.
       return_residual: also return the log-sum-exp.
@@ -123,6 +128,7 @@ def dot_product_attention(
         sinks=sinks,
         quant=quant,
         config=config,
+        deterministic=deterministic,
     )
     name = _dispatch.resolve("attention", implementation, _reasons(spec, implementation))
     out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
@@ -240,6 +246,7 @@ def _prepare(
     sinks=None,
     quant=None,
     config=None,
+    deterministic=False,
 ):
     """Checks everything; returns the arrays in one fixed form, the spec, and the chunk size."""
     quant = spec_lib.get_quant(quant)
@@ -260,6 +267,8 @@ def _prepare(
                 f"sinks must be a floating-point array of shape ({n},), one per query head; "
                 f"got shape {sinks.shape} and dtype {sinks.dtype}"
             )
+    if not isinstance(deterministic, bool):
+        raise ValueError(f"deterministic must be True or False; got {deterministic!r}")
     if config is not None and not isinstance(config, AttentionConfig):
         raise ValueError(f"config must be an AttentionConfig or None; got {type(config).__name__}")
     spec = AttentionSpec(
@@ -279,6 +288,7 @@ def _prepare(
         has_sinks=sinks is not None,
         mask_kinds=_kinds(rules),
         tiles=(rules.block_q, rules.block_kv) if isinstance(rules, BlockMask) else None,
+        deterministic=deterministic,
     )
     return (q, k, v, bias, sinks, rules), spec, None if config is None else config.block_kv
 

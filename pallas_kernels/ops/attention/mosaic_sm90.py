@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels._device import current_device
+from pallas_kernels._device import current_device, xla_is_deterministic
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as backward_int8
@@ -35,7 +35,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import (
 from pallas_kernels.ops.attention.mosaic_sm90_tile import ROWS, Variant
 from pallas_kernels.ops.attention.partition import partitioned, partitioned_gradient
 from pallas_kernels.ops.attention.reference import clean
-from pallas_kernels.ops.attention.spec import AttentionSpec
+from pallas_kernels.ops.attention.spec import ANY_ORDER, AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS, AttentionOperands, quantize_qkv
 
 
@@ -325,6 +325,8 @@ def _attention_bwd(spec, config, saved, cotangents):
     query, key, value, _, sinks, mask, out, lse = saved
     if _has_gradient_kernel(spec, mask):
         return _kernel_gradient(spec, config, saved, cotangents)
+    if spec.deterministic and not xla_is_deterministic():
+        raise NotImplementedError(f"the gradient of this call is XLA's: {ANY_ORDER}")
     if _is_int8(spec) and isinstance(mask, Mask):
         mask = sparse.whole(mask, spec)
     if isinstance(mask, BlockMask):

@@ -6,12 +6,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels._device import Device
+from pallas_kernels._device import Device, xla_is_deterministic
 
 GRANULARITIES = ("per_tensor", "per_block", "per_warp", "per_thread", "per_token")
 QK_FORMATS = ("int8", "int4", "fp8_e4m3", "nvfp4")
 PV_FORMATS = ("fp8_e4m3", "int8", "nvfp4", "fp16", "bf16", "half")
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+ANY_ORDER = (
+    "deterministic=True: XLA may add in any order on a GPU; set "
+    "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +235,7 @@ class AttentionSpec:
       has_sinks: every head has a sink logit.
       mask_kinds: names of the rules in use, for messages.
       tiles: (block_q, block_kv) of a `BlockMask`, tokens, or None.
+      deterministic: repeated runs must give the same bits.
     """
 
     batch: int
@@ -249,6 +254,7 @@ class AttentionSpec:
     has_sinks: bool = False
     mask_kinds: tuple[str, ...] = ()
     tiles: tuple[int, int] | None = None
+    deterministic: bool = False
 
     @property
     def groups(self) -> int:
@@ -273,8 +279,11 @@ def unsupported_reason(spec: AttentionSpec, device: Device, implementation: str)
     True
     """
     reason = _unsupported_anywhere(spec, implementation)
-    if reason is not None or implementation != "mosaic":
+    if reason is not None:
         return reason
+    if implementation != "mosaic":
+        on_gpu = spec.deterministic and device.platform == "gpu"
+        return None if not on_gpu or xla_is_deterministic() else ANY_ORDER
     if device.platform != "gpu":
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
