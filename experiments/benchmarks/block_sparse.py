@@ -4,12 +4,13 @@
 through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
 
 * ``correct``: lists of tiles against float32 attention under the same mask, and run to run;
-  gradients of the public function, 16-bit and ``sage_bwd``, with and without lists.
+  gradients of the public function, 16-bit and ``sage_bwd``, with and without lists; no later token
+  leaks into an output (``experiments.benchmarks.leaks``).
 * ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
   same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
   lists; forward + backward beside torch's (``experiments.benchmarks.gradient``).
 
-Each case has a group, which ``--only`` can pick: gradient, speed, predict, correct, sizes.
+Each case has a group, which ``--only`` can pick: gradient, leaks, speed, predict, correct, sizes.
 
 Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds. What
 fails is a row with its reason. ``--dry-run`` lowers the kernels for an abstract H200 anywhere.
@@ -29,12 +30,12 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks import attention as bench
-from experiments.benchmarks import gradient
+from experiments.benchmarks import gradient, leaks
 from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
 from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import reference, sparge
+from pallas_kernels.ops.attention import mosaic_sm90, reference, sparge
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
@@ -76,7 +77,14 @@ def cases() -> list[Case]:
         {**long, "peer": "flex"},
         {**fast, **halves, "quant": "sage2"},
     ]
-    found += [*times[7:], *right[8:], {**long, "quant": None}, {**long, **predict}]
+    found += leaks.cases()[:3]
+    found += [
+        *times[7:],
+        *right[8:],
+        *leaks.cases()[3:],
+        {**long, "quant": None},
+        {**long, **predict},
+    ]
     sizes = [
         {**base, "group": "sizes", "quant": quant, "rule": "causal", "block": block}
         | {"shape": [*shape[:5], head_dim]}
@@ -353,7 +361,9 @@ def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
 def run_case(options: Options, case: Case) -> dict[str, Any]:
     """Runs one case on this machine's GPU."""
     is_gradient, is_correct = case["group"] == "gradient", case["stage"] == "correct"
-    if is_gradient and is_correct:
+    if case["group"] == "leaks":
+        found = leaks.run(case)
+    elif is_gradient and is_correct:
         found = gradient.run_correct(case)
     elif is_gradient:
         found = {"rows": gradient.run_fast(case, options.repeats)}
@@ -364,8 +374,8 @@ def run_case(options: Options, case: Case) -> dict[str, Any]:
 
 def lower_case(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
-    if case["group"] == "gradient":
-        return gradient.lower(case)
+    if case["group"] in ("gradient", "leaks"):
+        return {"gradient": gradient, "leaks": leaks}[case["group"]].lower(case)
     if "quant" not in case:
         return {"lowered": "not needed"}
     shape = case["shape"]
@@ -386,6 +396,8 @@ def lower_case(case: Case) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
+        # What `explain` would not choose by itself is what this program measures.
+        mosaic_sm90.UNMEASURED = frozenset()
         return work(lower_case if options.dry_run else partial(run_case, options))
     console, rows, machine = Console(), [], {}
     options.output.mkdir(parents=True, exist_ok=True)
