@@ -29,13 +29,14 @@ BOUNDS = {None: (0.01, 0.9999), "sage_bwd": (0.06, 0.998), "sage_bwd_fp8": (0.08
 def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
     base = {"group": "gradient", "stage": "correct", "shape": [2, 1000, 777, 4, 2, 128]}
-    small = [2, 1000, 777, 4, 2, 64]
+    small, spread = [2, 1000, 777, 4, 2, 64], [1, 2048, 2048, 2, 2, 128]
 
     def case(quant, rule="none", block=None, **more):
         return {**base, "gradient": quant, "rule": rule, "block": block, **more}
 
     return [
-        case("sage_bwd"), case(None, "causal"), case(None, "causal", [128, 128]),
+        case("sage_bwd"), case(None, "causal"), case("sage_bwd", shape=spread, sigma=3.0),
+        case(None, "causal", [128, 128]),
         case("sage_bwd", "causal", [64, 64]), case("sage_bwd", "window"),
         case("sage_bwd_fp8", "causal"), case(None, "none", [64, 128]),
         case("sage_bwd", "causal", shape=small), case(None, "none", [256, 256], shape=small),
@@ -130,6 +131,8 @@ def run_correct(case: Case) -> dict[str, Any]:
         case.get("kind", "normal"), kv_len=s, num_kv_heads=k, **sizes
     )
     d_out = testing.attention_inputs("normal", **sizes)[2]
+    sigma = case.get("sigma", 1.0)  # standard deviation of Q and K
+    q, key = (x * jnp.asarray(sigma, x.dtype) for x in (q, key))
     mask, rules = mask_of(case), rules_of(case)
     step = jax.jit(pulled(quant_of(case["gradient"]), **rules))
     got = jax.block_until_ready(step(q, key, v, d_out, mask))
@@ -138,6 +141,8 @@ def run_correct(case: Case) -> dict[str, Any]:
     run = partial(exact, sinks=rules.get("sinks"), lengths=rules.get("key_value_seq_lengths"))
     want = jax.jit(run)(q, key, v, d_out, mask)
     found, (limit, least) = {}, BOUNDS[case["gradient"]]
+    if sigma > 1:  # the aim of SageBwd's paper, whose table has .9970
+        limit, least = 1.0, 0.997
     for name, x, y in zip(("out", "d_query", "d_key", "d_value"), got, want, strict=True):
         found[name] = testing.relative_l1(x, y), testing.cosine(x, y)
     if not (same and all(a <= limit and b >= least for a, b in found.values())):
