@@ -71,7 +71,7 @@ def cases() -> list[Case]:
     long, halves = {**fast, "shape": [1, 32768, 32, 128]}, {"block": [64, 128]}
     right, times = gradient.correct_cases(), gradient.fast_cases()
     predict = {"group": "predict", "predict": "topk"}
-    found = [right[0], *times[:2], *right[1:5], *times[2:7], {**fast, **predict}, *right[5:9]]
+    found = [right[0], *times[:5], *right[1:5], *times[5:12], {**fast, **predict}, *right[5:9]]
     found += [
         {**long, "quant": "sage2"},
         {**long, "peer": "flex"},
@@ -79,7 +79,7 @@ def cases() -> list[Case]:
     ]
     found += leaks.cases()[:3]
     found += [
-        *times[7:],
+        *times[12:],
         *right[9:],
         *leaks.cases()[3:],
         {**long, "quant": None},

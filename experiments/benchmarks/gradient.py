@@ -7,7 +7,7 @@ size. A forward and backward counts as 3.5 forwards, a backward as 2.5.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -55,8 +55,11 @@ def fast_cases() -> list[Case]:
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
-    found.insert(1, {**base, "causal": False, "pieces": [32, 240, 4]})
-    found.insert(3, {**base, "causal": False, "pieces": [64, 240, 4]})
+    sizes = (
+        ["q", 64, 2, 2, 232, 40], ["kv", 32, 2, 4, 240, 24], ["kv", 128, 1, 4, 240, 24],
+        ["operands"], ["q", 128, 1, 2, 232, 40], ["kv", 64, 1, 4, 240, 24],
+    )  # fmt: skip
+    found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
     long = {**base, "shape": [1, 16384, 32, 128]}
     found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
     found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
@@ -184,35 +187,37 @@ def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     return [row(case, f"{case['gradient'] or '16 bits'}, forward + backward", timing, 3.5)]
 
 
+@cache
+def operands_of(shape: tuple[int, ...]):
+    """What makes the INT8 backward's operands, from what, and what comes out."""
+    from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
+
+    batch, length, heads, head_dim = shape
+    zeros = jnp.zeros((batch, heads, length))
+    given = *inputs({"shape": shape}), zeros + jnp.log(float(length)), zeros, zeros
+    make = partial(int8.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
+    return make, given, jax.block_until_ready(jax.jit(make)(*given))
+
+
 def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """The INT8 backward in parts: what is quantised before, and each kernel."""
+    """The INT8 backward in parts: what is quantised before, or a kernel with the sizes given."""
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
     from pallas_kernels.ops.attention.mosaic_sm90_backward import launch, plan_of
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    part, registers, stages = case["pieces"]
-    int8.SIZES = {**int8.SIZES, "kv": (part, stages, registers, 504 - 2 * registers)}
-    batch, length, heads, head_dim = case["shape"]
-    q, k, v, d_out = inputs(case)
-    sums = (
-        jnp.full((batch, heads, length), jnp.log(float(length))),
-        *[jnp.zeros((batch, heads, length))] * 2,
-    )
-    make = partial(int8.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
-    rows = []
-    if part == 32:
-        timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
-        rows.append({"name": "operands", "milliseconds": timing.median * 1e3})
-    found = jax.block_until_ready(jax.jit(make)(q, k, v, d_out, *sums))
-    for side, units in (("q", 1.5), ("kv", 2.0)) if part == 32 else (("kv", 2.0),):
-        plan = plan_of(
-            side, Variant("int8", "half"), q.shape, k.shape, None, None, *int8.SIZES[side][1:]
-        )
-        steps = int8.Int8(side, plan, head_dim**-0.5)
-        own = {name: found[name] for name in steps.names}
-        timing = benchmark(lambda x, steps=steps: launch(steps, x, None), own, repeats=repeats)
-        rows.append(row(case, f"kernel of {side}, {int8.SIZES[side]}", timing, units))
-    return rows
+    side, *sizes = case["pieces"]
+    make, given, found = operands_of(tuple(case["shape"]))
+    if side == "operands":
+        timing = benchmark(make, *given, repeats=repeats)
+        return [{"name": "operands", "milliseconds": timing.median * 1e3}]
+    int8.SIZES = int8.SIZES | {side: tuple(sizes)}
+    shapes = (tuple(case["shape"]),) * 2
+    plan = plan_of(side, Variant("int8", "half"), *shapes, None, None, *sizes[2:])
+    steps = int8.Int8(side, plan, case["shape"][-1] ** -0.5)
+    own = {name: found[name] for name in steps.names}
+    timing = benchmark(lambda x: launch(steps, x, None), own, repeats=repeats)
+    # Products of two: S, dP and dQ, or S, dP, dV and dK.
+    return [row(case, f"kernel of {side}", timing, {"q": 1.5, "kv": 2.0}[side])]
 
 
 def run_lists(case: Case, repeats: int) -> list[dict[str, Any]]:

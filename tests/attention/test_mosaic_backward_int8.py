@@ -268,7 +268,7 @@ def test_control_flow(monkeypatch, case, listed):
 def test_shared_memory_suffices(side):
     plan = plan_of(
         side, Variant("int8", "half"), (1, 256, 2, 128), (1, 256, 2, 128), None, None,
-        *int8.SIZES[side][1:],
+        *int8.SIZES[side][2:],
     )  # fmt: skip
     steps = int8.Int8(side, plan, SCALE)
     size = lambda x: int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize  # noqa: E731
@@ -286,7 +286,7 @@ def test_shared_memory_suffices(side):
 def test_registers_suffice(tmp_path, side):
     """One tile with a mask, repeated, in `SIZES`' registers."""
     shapes = (1, 512, 2, 128), (1, 512, 2, 128)
-    plan = plan_of(side, Variant("int8", "half"), *shapes, None, 0, *int8.SIZES[side][1:])
+    plan = plan_of(side, Variant("int8", "half"), *shapes, None, 0, *int8.SIZES[side][2:])
     steps = int8.Int8(side, plan, SCALE)
     with pytest.MonkeyPatch.context() as patch:
         program = Program(patch)

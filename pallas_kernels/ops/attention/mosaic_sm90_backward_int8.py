@@ -48,9 +48,9 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
 from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_columns, quantize_k, quantize_q
 
-# Columns of one fresh tile of sums, stages, and registers of a compute and of the memory warpgroup.
-# The kernel of keys holds two sums: wider tiles would spill.
-SIZES = {"q": (64, 2, 232, 40), "kv": (32, 4, 240, 24)}
+# Columns of one fresh tile of sums, such tiles in flight, stages of the ring, and registers of a
+# compute and of the memory warpgroup. The kernel of keys holds two sums: wider tiles would spill.
+SIZES = {"q": (64, 2, 2, 232, 40), "kv": (32, 2, 4, 240, 24)}
 LINE = 32  # numbers in which the scales of a tile are copied, most of them unused
 CHANNELS = 32  # that share a scale
 TINY = 1e-30  # smallest maximum of a row: a row of zeros gets zero codes
@@ -102,7 +102,7 @@ def gradient(
     shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
     results = []
     for side in ("q", "kv"):
-        steps = Int8(side, plan_of(side, variant, *shapes, *limits, *SIZES[side][1:]), scale)
+        steps = Int8(side, plan_of(side, variant, *shapes, *limits, *SIZES[side][2:]), scale)
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
     return tuple(results)
@@ -247,7 +247,7 @@ class Int8:
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
         head_dim, block = plan.head_dim, plan.config.block_kv
-        self.part = SIZES[side][0]
+        self.part, self.depth = SIZES[side][:2]
         if side == "q":
             self.own, self.ring = ("q8", "d_out"), (("k8", "v", "k_scale"), ("k_t", "k_t_scale"))
             numbers = ("q_scale", "minus_lse", "minus_delta", "rest", "k_mean")
@@ -389,7 +389,7 @@ class Int8:
         return {name: jnp.asarray(x, i32) for name, x in fields.items()}
 
     def add(self, sums, codes, turned, scales):
-        """Adds the products of codes and turned operands; two are in flight at a time.
+        """Adds the products of codes and turned operands.
 
         Args:
             sums: dQ, or dK and dV.
@@ -423,9 +423,10 @@ class Int8:
                 for first in range(0, head_dim, part):
                     b = _k_major(turned[n], self.columns8[1].swizzle, first)
                     flight.append((n, first, _wgmma(part, a, b, "r", "s32.s8.s8"), words))
-                    if len(flight) == 2:
-                        finish(1)
-            finish(0)
+                    if len(flight) == self.depth:
+                        finish(self.depth - 1)
+            while flight:
+                finish(len(flight) - 1)
             return out
 
         return tuple(_inline(body, inputs, [self.sum_type] * count))
