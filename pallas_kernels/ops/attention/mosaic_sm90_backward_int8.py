@@ -46,7 +46,12 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
 )
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
-from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_columns, quantize_k, quantize_q
+from pallas_kernels.ops.quantize.mosaic_sm90 import (
+    kv_statistics,
+    quantize_columns,
+    quantize_k,
+    quantize_q,
+)
 
 # Columns of one fresh tile of sums, such tiles in flight, stages of the ring, and registers of a
 # compute and of the memory warpgroup. The kernel of keys holds two sums: wider tiles would spill.
@@ -118,8 +123,9 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
         "lse_scale" has it and the scale of each query side by side.
     """
     (batch, q_len, _, _), kv_len = query.shape, key.shape[1]
-    mean = key.astype(jnp.float32).mean(1) if smooth_k else None
     limit = lambda length: jnp.full((batch,), length, jnp.int32)  # noqa: E731
+    # As the forward has them, so that a program with both may compute them once.
+    mean = kv_statistics(key, value, limit(kv_len))[0] if smooth_k else None
     # The codes of the forward, whose scales are one per query and eight for a block of keys.
     q8, q_scale, const = quantize_q(query, limit(q_len), mean)
     k8, k_scale = quantize_k(key, limit(kv_len), mean, scale_block=scale_block)
