@@ -3,8 +3,8 @@
 A layer cache has jaxeff's protocol (``update``, ``read``, ``mask``; see ``jaxeff.kv_cache``), so
 ``jaxeff.kv_cache`` caches serve as well. The caches here differ in two ways that a flow allows:
 every row of the batch is at the same token, so that one position vector serves all rows and heads,
-and keys are stored before rotation, so that one rotary table serves every image size. All are
-pytrees: rewinding after a Jacobi sweep is writing the same slots again.
+and quantised keys are stored before rotation, where a channel keeps its range from token to token.
+All are pytrees: rewinding after a Jacobi sweep is writing the same slots again.
 """
 
 import dataclasses
@@ -141,7 +141,9 @@ def _decode(stored, storage: str, dtype: DTypeLike) -> Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenLayer:
-    """Keys before rotation and values ``[B, K, C, H]`` of one layer, the same tokens in every row.
+    """Keys and values ``[B, K, C, H]`` of one layer, the same tokens in every row.
+
+    Floats keep rotated keys; quantised keys are kept before rotation and rotated when read.
 
     Slot of token ``p``: ``p`` in the prefix, else ``S + (p − S) mod ring``; without a window the
     ring holds the whole image and a slot is a position.
@@ -155,7 +157,10 @@ class TokenLayer:
     window: int | None = field(metadata={"static": True})
     ring: int = field(metadata={"static": True})
 
-    keys_before_rotation = True
+    @property
+    def keys_before_rotation(self) -> bool:
+        """Whether what `read` returns is still to be rotated by `slot_angles`."""
+        return self.storage not in _FLOATS
 
     def update(self, k, v, *, positions, valid=None, queries=None) -> "TokenLayer":
         """Write ``k, v [B, T, K, H]`` of the tokens ``positions [B, T]`` (consecutive)."""
@@ -185,7 +190,7 @@ class TokenLayer:
         )
 
     def read(self, dtype: DTypeLike) -> tuple[Array, Array]:
-        """Keys (before rotation) and values ``[B, C, K, H]``."""
+        """Keys, rotated or not as `keys_before_rotation` says, and values ``[B, C, K, H]``."""
         unpacked = (_decode(part, self.storage, dtype) for part in (self.k, self.v))
         k, v = (jnp.swapaxes(part, 1, 2) for part in unpacked)
         return k, v
