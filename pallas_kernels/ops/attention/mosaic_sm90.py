@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels._device import current_device
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
+from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import sparse, xla
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import launch
 from pallas_kernels.ops.attention.mosaic_sm90_plan import (
@@ -340,11 +341,19 @@ def _kernel_gradient(spec: AttentionSpec, saved, cotangents):
     query, key, value, _, sinks, mask, out, lse = saved
     d_out, d_lse = cotangents
     empty = jnp.isneginf(lse)
+    d_lse = jnp.where(empty, 0.0, d_lse)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     delta = jnp.where(empty, 0.0, delta)
+    d_sinks = p_sink = None
+    if sinks is not None:
+        p_sink = jnp.exp(sinks.astype(jnp.float32) - jnp.where(empty, 0.0, lse))  # [B, T, N]
+        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+    query, key, value = clean(query, key, value, mask, spec)
+    centred = numerics.centred_keys(query, key, mask, spec)
+    lse = lse if centred.const is None else lse - centred.const
     head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
     pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
-    arrays = (*clean(query, key, value, mask, spec), d_out)
+    arrays = (query, centred.key, value, d_out)
     arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
     run = functools.partial(
         backward.gradient, scale=spec.scale, min_diff=mask.min_diff, max_diff=mask.max_diff
@@ -352,10 +361,9 @@ def _kernel_gradient(spec: AttentionSpec, saved, cotangents):
     sums = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
     grads = partitioned_gradient(run, spec)(*arrays, *sums)
     d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)
-    d_sinks = None
-    if sinks is not None:
-        p_sink = jnp.exp(sinks.astype(jnp.float32) - jnp.where(empty, 0.0, lse))  # [B, T, N]
-        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+    rest = centred.rest(spec, d_lse, delta, p_sink)
+    if rest is not None:
+        d_query = (d_query.astype(jnp.float32) + rest).astype(query.dtype)
     return d_query, d_key, d_value, None, d_sinks, None
 
 
