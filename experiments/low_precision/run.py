@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from experiments.low_precision import arms, quadratic, report, speed
+from experiments.low_precision import arms, quadratic, report, side_by_side, speed
 from experiments.low_precision.training import PRESETS, OutOfTime, Runs, environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,14 +36,24 @@ class Command:
     ]
     """What to run."""
 
-    preset: Literal["cpu", "gpu"] = "cpu"
-    """Sizes: minutes on a laptop, or the 32 M parameter model on one GPU."""
+    preset: Literal["cpu", "gpu", "minutes"] = "cpu"
+    """Sizes: minutes on a laptop, hours or minutes with 31 M parameters on one GPU. With "minutes"
+    all arms are trained side by side for as long as the time budget says."""
 
     seeds: int = 3
     """Seeds of each arm."""
 
     time_budget: float | None = None
-    """Seconds; what is not done by then is left for the next call."""
+    """Seconds; what is not done by then is left for the next call, which goes on from there."""
+
+    first_seed: int = 0
+    """Number of the first seed."""
+
+    arms: str = ""
+    """Names of arms, joined by commas, instead of all; bf16 is always there."""
+
+    setting: Literal["normal", "forced"] = "normal"
+    """Of qaf with preset "minutes": NVFP4, or a format that makes the noise large."""
 
     output: Path | None = None
     """Folder, by default ``results/PRESET`` beside this file."""
@@ -104,13 +114,15 @@ def run_rounding(command: Command, folder: Path) -> Results:
     ]
     table = report.gaps(records)
     pairs = [("rtn", "split"), ("sr", "split")]
-    pairs += [(f"rtn_but_{p}", "rtn") for p in ("fwd_x", "fwd_w") if f"rtn_but_{p}" in records]
+    pairs += [(f"rtn_but_{p}", "rtn") for p in ("fwd_x", "fwd_w")]
     claims = [
         _claim(f"{a} worse than {b} by two standard errors", *_verdict(report.worse(records, a, b)))
         for a, b in pairs
+        if a in records and b in records
     ]
-    split = table["split"]["relative_gap"]
-    claims.append(_claim("split rounding within 1.5 % of bf16", split, split <= 0.015))
+    if "split" in table:
+        split = table["split"]["relative_gap"]
+        claims.append(_claim("split rounding within 1.5 % of bf16", split, split <= 0.015))
     if command.plots:
         report.draw_gaps(table, folder / "rounding.png", "E1: rounding and recipes")
     return {"table": table, "claims": claims}
@@ -119,16 +131,11 @@ def run_rounding(command: Command, folder: Path) -> Results:
 def run_formats(command: Command, folder: Path) -> Results:
     """E2: scale type and block size under split rounding."""
     records = _train(command, folder, {"": [arms.BASELINE, *arms.format_arms(command.preset)]})[""]
-    table = report.gaps(records)
-    claims = [
-        _claim(
-            "E1M6 scales worse than E4M3 by two standard errors",
-            *_verdict(report.worse(records, "b16_e1m6", "b16_e4m3")),
-        ),
-    ]
-    if "b128_e4m3" in records:
-        verdict = _verdict(report.worse(records, "b128_e4m3", "b16_e4m3"))
-        claims.append(_claim("blocks of 128 worse than 16 by two standard errors", *verdict))
+    table, claims = report.gaps(records), []
+    for text, worse in (("E1M6 scales", "b16_e1m6"), ("blocks of 128", "b128_e4m3")):
+        if worse in records and "b16_e4m3" in records:
+            verdict = _verdict(report.worse(records, worse, "b16_e4m3"))
+            claims.append(_claim(f"{text} worse than E4M3 at 16 by two standard errors", *verdict))
     if command.plots:
         report.draw_gaps(table, folder / "formats.png", "E2: scale types and blocks")
     return {"table": table, "claims": claims}
@@ -136,7 +143,10 @@ def run_formats(command: Command, folder: Path) -> Results:
 
 def run_qaf(command: Command, folder: Path) -> Results:
     """E3b: the noise ratio, and what each way of finetuning recovers."""
-    trained = _train(command, folder, arms.qaf_arms(command.preset))
+    if command.preset == "minutes":
+        trained = {command.setting: _branch(command, folder)}
+    else:
+        trained = _train(command, folder, arms.qaf_arms(command.preset))
     settings, claims = {}, []
     for setting, records in trained.items():
         table = report.gaps(records)
@@ -148,7 +158,7 @@ def run_qaf(command: Command, folder: Path) -> Results:
             name: [
                 [
                     first["step"],
-                    sum(run["noise"][i][name] for run in records["stay"]) / command.seeds,
+                    sum(run["noise"][i][name] for run in records["stay"]) / len(records["stay"]),
                 ]
                 for i, first in enumerate(records["stay"][0]["noise"])
             ]
@@ -222,12 +232,41 @@ EXPERIMENTS: dict[str, Callable[[Command, Path], Results]] = {
 }
 
 
+def _say(text: str) -> None:
+    CONSOLE.print(text, highlight=False, soft_wrap=True)
+
+
+def _session(command: Command, folder: Path) -> side_by_side.Session:
+    budget = 300.0 if command.time_budget is None else command.time_budget
+    path = folder / f"{command.experiment}_runs.json"
+    return side_by_side.Session(PRESETS[command.preset], budget, path, _say)
+
+
+def _branch(command: Command, folder: Path) -> dict[str, list]:
+    """The modes of finetuning side by side, one seed."""
+    session = _session(command, folder)
+    branches = arms.branch_arms(command.setting)
+    return side_by_side.branch(session, branches, command.first_seed)
+
+
 def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str, dict[str, list]]:
     """Runs of every arm and seed, seed by seed, so that a cut-off study compares what it has."""
+    seeds = range(command.first_seed, command.first_seed + command.seeds)
+    if command.arms:
+        known = {arm.name for chosen in groups.values() for arm in chosen}
+        names = {arms.BASELINE.name, *command.arms.split(",")}
+        if not names <= known:
+            raise SystemExit(f"arms must be out of {sorted(known)}, got {command.arms}")
+        groups = {
+            group: [arm for arm in chosen if arm.name in names] for group, chosen in groups.items()
+        }
+    if command.preset == "minutes":
+        session, (group,) = _session(command, folder), groups.values()
+        return {"": side_by_side.compare(session, group, seeds)}
     runs = Runs(folder, PRESETS[command.preset], command.time_budget)
     trained = {name: {arm.name: [] for arm in group} for name, group in groups.items()}
     # Every experiment needs the same baseline: it is trained once.
-    for seed in range(command.seeds):
+    for seed in seeds:
         for name, group in groups.items():
             for arm in group:
                 label = command.experiment + (f"_{name}" if name else "")

@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 
 from jaxeff.quant.delayed import TENSORS, delayed_scale, record_amax, round_delayed
-from jaxeff.quant.noise import counter_key
 from jaxeff.quant.operand import quantizer_options, round_operand
 from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
 from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
+from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.matmul.api import matmul
 from pallas_kernels.ops.quantize.api import quantize
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxeff.quant import POINTS, RECIPES, Recipe, dot_general, quantized_dot_general
-from jaxeff.quant.noise import counter_key
 from pallas_kernels import fake_quantize, quantize
 from pallas_kernels.formats import rht
+from pallas_kernels.formats.counter_random import counter_key
 
 PLAIN = (((1,), (0,)), ((), ()))
 T, K, N = 48, 32, 64
