@@ -149,8 +149,8 @@ class TokenLayer:
     Floats keep rotated keys; quantised keys are kept before rotation and rotated when read.
 
     Slot of token ``p``: ``p`` in the prefix, else ``S + (p − S) mod ring``; without a window the
-    ring holds the whole image and a slot is a position. Slots beyond the ring stay empty: the number
-    of slots is a multiple of eight.
+    ring holds the whole image and a slot is a position. Slots beyond the ring stay empty: their
+    number is a multiple of eight.
     """
 
     k: Any
