@@ -16,7 +16,6 @@ import platform
 import sys
 import threading
 import time
-import types
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +85,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "trace": {
             "task": Trace(starts=8, steps=24, base=16, constants=8, names=48, checks=4),
-            "sizes": {"num_layers": 4, "embed_dim": 192, "num_heads": 6, "num_kv_heads": 3},
-            "stages": [Stage(0.4, 64, {"most": 0, "drills": 32}, 0.995), Stage(0.6, 16)],
-            "steps": 8000,
+            "sizes": {
+                "num_layers": 4,
+                "embed_dim": 192,
+                "num_heads": 6,
+                "num_kv_heads": 3,
+                "head_dim": 64,
+            },
+            "stages": [Stage(0.5, 64, {"most": 0, "drills": 32}, 0.995), Stage(0.5, 16)],
+            "steps": 20_000,
             "learning_rates": (1e-3, 2e-3, 3e-3),  # no seed depends on one choice
-            "share": 0.45,
+            "share": 0.5,
         },
         "dtype": "bfloat16",
         "theta": 10_000.0,
@@ -215,14 +220,14 @@ class Session:
             f"{record['seconds']} s"
         )
 
-    def submit(self, rank: int, name: str, run: Any, models: list[Any], **facts: Any) -> None:
+    def submit(self, rank: int, name: str, run: Any, models: dict[int, Any], **facts: Any) -> None:
         """Run a cell for every model as soon as a thread is free and no lower rank waits.
 
         Args:
             rank: the lower, the earlier, over all experiments.
             name: of the cells; the seed is added.
             run: called as ``run(model, seed)``; the seeds follow each other and share programs.
-            models: one per seed.
+            models: by seed. Those whose full cache does not pass the gate are left out.
             **facts: go into the records.
         """
         with self.lock:
@@ -232,15 +237,37 @@ class Session:
     def _next(self) -> None:
         with self.lock:
             name, run, models, facts = heapq.heappop(self.waiting)[-1]
-        for seed, model in enumerate(models):
+        self.every_seed(name, run, models, **facts)
+
+    def every_seed(self, name: str, run: Any, models: dict[int, Any], **facts: Any) -> None:
+        """Run a cell for every model; see :meth:`submit`."""
+        for seed, model in models.items():
             self.cell(f"{name}/seed{seed}", functools.partial(run, model, seed), **facts, seed=seed)
 
-    def models(self, kind: str) -> tuple[list[Any], dict[str, Any]]:
-        """Return the trained models of all seeds and what their training reported."""
+    def passing(self, name: str, models: dict[int, Any]) -> dict[int, Any]:
+        """Return the models whose cell ``name`` (a full cache) passes the gate."""
+        known = self.cells()
+        reached = {s: known.get(f"{name}/seed{s}", {}).get("accuracy", 0.0) for s in models}
+        self.say(f"gate {GATE}: {reached}")
+        return {seed: model for seed, model in models.items() if reached[seed] >= GATE}
+
+    def models(self, kind: str, full: str) -> tuple[dict[int, Any], dict[str, Any]]:
+        """Return the trained models by seed, and what their training reported.
+
+        Args:
+            kind: ``"recall"`` or ``"trace"``.
+            full: the cell of the full cache. Where all seeds passed the gate before, nothing is
+                trained; otherwise training goes on, and what older weights answered is dropped.
+        """
         preset, folder = self.preset[kind], self.output / kind
         folder.mkdir(exist_ok=True)
         seeds, budget = range(self.options.seeds), self.options.time_budget
-        rates = preset["learning_rates"]
+        rates, known = preset["learning_rates"], self.cells()
+        passed = all(known.get(f"{full}/seed{s}", {}).get("accuracy", -1.0) >= GATE for s in seeds)
+        if not passed:
+            kept = {n: c for n, c in known.items() if c["task"] != kind}
+            lines = "".join(json.dumps(cell) + "\n" for cell in kept.values())
+            (self.output / "cells.jsonl").write_text(lines)
         models, facts = train(
             preset["task"],
             {**preset["sizes"], "rope": RopeConfig(theta=self.preset["theta"])},
@@ -249,13 +276,13 @@ class Session:
             steps=preset["steps"],
             learning_rates=[rates[seed % len(rates)] for seed in seeds],
             folder=folder,
-            seconds=math.inf if budget is None else preset["share"] * budget,
+            seconds=0.0 if passed else preset["share"] * (math.inf if budget is None else budget),
             workers=self.preset["workers"],
             dtype=jnp.dtype(self.preset["dtype"]),
             report=lambda text: self.say(f"{kind} {text}"),
         )
         few = max(len(facts["history"]) // 40, 1)
-        return models, facts | {"history": facts["history"][::few]}
+        return dict(enumerate(models)), facts | {"history": facts["history"][::few]}
 
     def write(self, name: str, trained: dict[str, Any], **more: Any) -> None:
         """Write the report of an experiment from its cells."""
@@ -299,31 +326,39 @@ def environment() -> dict[str, Any]:
 def run_recall(session: Session, names: tuple[str, ...]) -> Any:
     """E1: accuracy over ratio for every method; E2: one needle, and copying."""
     preset, task = session.preset, session.preset["recall"]["task"]
-    models, trained = session.models("recall")
+    models, trained = session.models("recall", "e1/full/1.0")
     rank = itertools.count()
 
-    def submit(name, function, *arguments, more=types.MappingProxyType({}), **facts):
+    def evaluator(function, *arguments, **more):
         def run(model, seed):
             rows = preset["rows"]["recall"]
             return function(task, model, *arguments, rows=rows, seed=1000 + seed, **more)
 
-        session.submit(next(rank), name, run, models, **facts)
+        return run
 
+    def submit(name, run, **facts):
+        session.submit(next(rank), name, run, models, task="recall", **facts)
+
+    def recall(method, ratio):
+        return evaluator(evaluate.recall_cell, method, ratio, questions=preset["questions"])
+
+    full = {"method": "full", "ratio": 1.0, "task": "recall"}
+    session.every_seed("e1/full/1.0", recall("full", 1.0), models, **full)
+    models = session.passing("e1/full/1.0", models)
     if "e1" in names:
-        grid = [(m, r) for r in preset["ratios"] for m in preset["recall_methods"]]
-        more = {"questions": preset["questions"]}
-        for method, ratio in [("full", 1.0), *grid]:
-            facts = {"method": method, "ratio": ratio}
-            submit(f"e1/{method}/{ratio}", evaluate.recall_cell, method, ratio, more=more, **facts)
+        for ratio, method in itertools.product(preset["ratios"], preset["recall_methods"]):
+            submit(f"e1/{method}/{ratio}", recall(method, ratio), method=method, ratio=ratio)
     if "e2" in names:
         for method, ratio in (("full", 1.0), ("kvzip_pair", 0.3), ("snap_agnostic", 0.3)):
             for depth in preset["depths"]:
                 facts = {"method": method, "ratio": ratio, "depth": depth, "kind": "needle"}
                 name = f"e2/needle/{method}/{ratio}/{depth}"
-                submit(name, evaluate.needle_cell, method, ratio, depth, **facts)
+                submit(name, evaluator(evaluate.needle_cell, method, ratio, depth), **facts)
         for method, ratio in (("full", 1.0), *(("kvzip_pair", r) for r in preset["ratios"])):
             facts = {"method": method, "ratio": ratio, "kind": "copy"}
-            submit(f"e2/copy/{method}/{ratio}", evaluate.copy_cell, method, ratio, **facts)
+            submit(
+                f"e2/copy/{method}/{ratio}", evaluator(evaluate.copy_cell, method, ratio), **facts
+            )
 
     def write():
         for name in names:
@@ -336,41 +371,42 @@ def run_trace(session: Session, names: tuple[str, ...]) -> Any:
     """E3: accuracy over budget; E4: the same on programs 1.6 times as long as in training."""
     preset, task = session.preset, session.preset["trace"]["task"]
     longer = min(round(1.6 * task.steps), task.names - task.starts)
-    models, trained = session.models("trace")
+    first = f"e3/full/1.0/checks{task.checks}/"
+    models, trained = session.models("trace", first)
+
+    def cell(name, method, fraction, checks, options):
+        def run(model, seed):
+            return evaluate.trace_cell(
+                task,
+                model,
+                method,
+                fraction,
+                rows=preset["rows"]["trace"],
+                seed=2000 + seed,
+                checks=checks,
+                buffer=preset["buffer"],
+                steps=task.steps if name == "e3" else longer,
+                options=options,
+            )
+
+        facts = {"method": method, "fraction": fraction, "checks": checks, "options": options}
+        title = f"{name}/{method}/{fraction}/checks{checks}/{options}"
+        return (title, run, models), facts | {"task": "trace"}
+
+    arguments, facts = cell("e3", "full", 1.0, task.checks, "")
+    session.every_seed(*arguments, **facts)
+    models = session.passing(first, models)
     for name in names:
-        steps = task.steps if name == "e3" else longer
-        cells = [("full", 1.0, task.checks, "")]
-        cells += [
-            (m, f, task.checks, "") for f in preset["fractions"] for m in preset["trace_methods"]
-        ]
+        grid = itertools.product(preset["fractions"], preset["trace_methods"])
+        cells = [(method, fraction, task.checks, "") for fraction, method in grid]
         cells += [("rkv", 0.16, task.checks, evaluate.lambda_options(x)) for x in preset["lambdas"]]
         if name == "e3":  # without redundancy R-KV has nothing to find
             cells += [(m, 0.34, 0, "") for m in ("rkv", "snapkv")] + [("full", 1.0, 0, "")]
-        for rank, (method, fraction, checks, options) in enumerate(cells):
-
-            def run(model, seed, method=method, fraction=fraction, options=options, **sizes):
-                return evaluate.trace_cell(
-                    task,
-                    model,
-                    method,
-                    fraction,
-                    rows=preset["rows"]["trace"],
-                    seed=2000 + seed,
-                    buffer=preset["buffer"],
-                    options=options,
-                    **sizes,
-                )
-
-            session.submit(
-                rank + (0 if name == "e3" else 25),
-                f"{name}/{method}/{fraction}/checks{checks}/{options}",
-                functools.partial(run, checks=checks, steps=steps),
-                models,
-                method=method,
-                fraction=fraction,
-                checks=checks,
-                options=options,
-            )
+        else:
+            cells = [("full", 1.0, task.checks, ""), *cells]
+        for rank, settings in enumerate(cells):
+            arguments, facts = cell(name, *settings)
+            session.submit(rank + (0 if name == "e3" else 25), *arguments, **facts)
 
     def write():
         for name in names:

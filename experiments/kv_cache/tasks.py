@@ -13,6 +13,7 @@ STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
 SPECIAL = 20  # symbols start here
 ANSWER_WEIGHT = 2.0  # of answers over repeated tokens, in training
 LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
+ECHO_WEIGHT = 2.0  # of repeated random tokens
 HINT = 8  # KVzip's later chunks are asked for by the last tokens of the chunk before
 
 
@@ -312,6 +313,25 @@ class Trace:
         text = np.pad(text, ((0, 0), (0, length - text.shape[1])))
         return text, np.broadcast_to(weights, text.shape)
 
+    def echo(
+        self, rng: np.random.Generator, batch: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw texts that say random names and values again and again.
+
+        Every token of a repetition is found by the one before it, as a value is by its variable.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            length: tokens of a text.
+        """
+        period = rng.integers(8, max(length // 2, 9))
+        said = rng.integers(self._name, self._constant, size=(batch, period))
+        text = np.tile(said, (1, -(-length // period)))[:, :length]
+        text[:, 0] = BOS
+        weights = np.where(np.arange(length) > period, ECHO_WEIGHT, 0.0)
+        return text, np.broadcast_to(weights, text.shape)
+
     def batch(
         self,
         rng: np.random.Generator,
@@ -325,18 +345,18 @@ class Trace:
             rng: source of randomness.
             batch: rows.
             most: restatements, at most; ``None``: ``checks``.
-            drills: rows that are a :meth:`drill`.
+            drills: rows that are a :meth:`drill`, every other one a :meth:`echo`.
         """
         most = self.checks if most is None else most
         longest = self.steps * self.step_length(most) + 4
         whole = 1 + 3 * self.starts + 4 * self.steps + 5 + longest
         texts, weights = [], []
-        for _ in range(drills):
-            text, weight = self.drill(rng, 1, whole)
+        for number in range(drills):
+            text, weight = (self.echo if number % 2 else self.drill)(rng, 1, whole)
             texts.append(text)
             weights.append(weight)
         shares = np.array_split(np.arange(batch - drills), most + 1)
-        for checks, share in enumerate(shares):
+        for checks, share in enumerate(shares if batch > drills else ()):
             prompt, trace = self.problems(rng, share.size, checks)
             pad = ((0, 0), (0, longest - trace.shape[1]))
             texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))
