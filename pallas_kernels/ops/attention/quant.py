@@ -119,13 +119,10 @@ class CentredKeys(NamedTuple):
     const: jax.Array | None = None
     mean: jax.Array | None = None
 
-    def rest(self, spec: AttentionSpec, d_lse, delta, p_sink) -> jax.Array | None:
-        """The mean key's part of dQ, float32 [B, T, N, H]: the rows of dS do not sum to zero where
-        the log-sum-exp has a cotangent or a sink takes a share.
+    def part(self, rows: jax.Array, spec: AttentionSpec) -> jax.Array:
+        """The mean key's part of dQ, float32 [B, T, N, H], from the sums of the rows of dS [B, T, N]:
+        zero but where the log-sum-exp has a cotangent or a sink takes a share.
         """
-        if self.mean is None:
-            return None
-        rows = d_lse if p_sink is None else d_lse + p_sink * delta
         return rows[..., None] * to_heads(self.mean, spec.groups) * spec.scale
 
 
@@ -140,13 +137,15 @@ def centred_keys(query: jax.Array, key: jax.Array, mask: Mask, spec: AttentionSp
       query: [B, T, N, H].
       key: [B, S, K, H].
       mask: which pairs take part.
-      spec: static facts; with a soft cap, or without smoothing, the keys stay as they are.
+      spec: static facts; with a soft cap, an INT8 backward (which smooths by itself), or without
+        smoothing, the keys stay as they are.
 
     Returns:
       `CentredKeys`.
     """
     quant = spec.quant
-    if quant is None or not quant.smooth_k or spec.soft_cap is not None or spec.quantized_key:
+    smooth = quant is not None and quant.smooth_k and quant.backward == "float"
+    if not smooth or spec.soft_cap is not None or spec.quantized_key:
         return CentredKeys(key)
     live, f32 = live_keys(mask, spec), jnp.float32
     mean = _mean(key.astype(f32), live)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.masks import BlockMask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import xla
 from pallas_kernels.ops.attention.reference import clean
@@ -85,6 +85,12 @@ def attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(query, key, value, sinks, blocks, pv_threshold, spec):
     return _forward(query, key, value, sinks, blocks, pv_threshold, spec)[0]
+
+
+def whole(mask: Mask, spec: AttentionSpec) -> BlockMask:
+    """The tiles of a token rule in the sizes of an INT8 gradient."""
+    sizes = {"block_q": spec.quant.block_q, "block_kv": spec.quant.block_kv}
+    return BlockMask.from_mask(mask, spec.q_len, spec.kv_len, **sizes)
 
 
 # -- walking the lists -------------------------------------------------------------------------

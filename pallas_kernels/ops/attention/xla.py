@@ -352,11 +352,11 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
     empty = jnp.isneginf(lse)
     d_lse, lse = jnp.where(empty, 0.0, d_lse), jnp.where(empty, 0.0, lse)
     delta = jnp.where(empty, 0.0, (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse)
-    d_sinks = p_sink = None
+    d_sinks, rest = None, d_lse  # what rows of dS sum to
     if sinks is not None:
         p_sink = jnp.exp(sinks.astype(f32) - lse)  # [B, T, N]
         d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
-    rest = centred.rest(spec, d_lse, delta, p_sink)
+        rest = d_lse + p_sink * delta
     lse = lse if centred.const is None else lse - centred.const
     delta, lse = _grouped_rows(delta, spec), _grouped_rows(lse, spec)
     keep_bias_rows = bias is not None and bias.shape[3] != 1
@@ -390,7 +390,8 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
     init = same_axes(init, q)
     (dq, dk, dv, db), _ = lax.scan(step, init, jnp.arange(count))
     dq = _ungrouped(dq)
-    dq = (dq if rest is None else dq + rest).astype(query.dtype)
+    dq = dq if centred.mean is None else dq + centred.part(rest, spec)
+    dq = dq.astype(query.dtype)
     dk, dv = (x[:, :, : spec.kv_len].transpose(0, 2, 1, 3) for x in (dk, dv))
     if bias is not None:
         db = db[..., : bias.shape[3]].reshape(bias.shape).astype(bias.dtype)
