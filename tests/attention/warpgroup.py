@@ -131,6 +131,19 @@ def halves(word, dtype=np.float16):
     return np.ascontiguousarray(word).view(np.uint8).reshape(128, 4).view(dtype)
 
 
+def wide(word):
+    """Two bfloat16 as float64; by hand, since XLA's threads take subnormal numbers for zeros."""
+    bits = halves(word, np.uint16).astype(np.int64)
+    exponent, mantissa = bits >> 7 & 255, bits & 127
+    size = np.ldexp((mantissa + 128 * (exponent > 0)).astype(float), np.maximum(exponent, 1) - 134)
+    size = np.where(exponent == 255, np.where(mantissa, np.nan, np.inf), size)
+    return np.where(bits >> 15, -size, size)
+
+
+def bf16_words(x):
+    return words(x.astype(ml_dtypes.bfloat16))
+
+
 def permute(a, b, selector):
     both = np.concatenate([x.view(np.uint8).reshape(128, 4) for x in (a, b)], 1)
     picked = [both[:, int(selector[0]) >> 4 * i & 7] for i in range(4)]
@@ -155,6 +168,9 @@ INTS = {
     "prmt.b32": permute,
     "sub.rn.f16x2": lambda a, b: words(halves(a) - halves(b)),
     "mul.rn.f16x2": lambda a, b: words(halves(a) * halves(b)),
+    "mul.rn.bf16x2": lambda a, b: bf16_words(wide(a) * wide(b)),
+    "sub.rn.bf16x2": lambda a, b: bf16_words(wide(a) - wide(b)),
+    "fma.rn.bf16x2": lambda a, b, c: bf16_words(wide(a) * wide(b) + wide(c)),
     "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
     "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
     "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],

@@ -104,7 +104,18 @@ def _operand(name: str, x, k_axis: int) -> OperandSpec:
         packed = None
         if x.packed_axis is not None:
             packed = str(get_format(x.qtype).element_type.dtype)
-        return OperandSpec(str(x.qvalue.dtype), True, x.scale.shape[k_axis], plain, packed)
+        return OperandSpec(
+            str(x.qvalue.dtype),
+            True,
+            x.scale.shape[k_axis],
+            plain,
+            packed,
+            packed_axis=x.packed_axis,
+            scale_dtype=str(x.scale.dtype),
+            n_tiles=x.scale.shape[-1 if k_axis == 0 else -2],
+            stored_k=x.stored_shape[k_axis],
+            zero_point=x.zero_point is not None,
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point or a QTensor; got dtype {x.dtype}")
     return OperandSpec(str(x.dtype))

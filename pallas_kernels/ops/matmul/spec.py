@@ -26,6 +26,11 @@ class OperandSpec:
       k_tiles: scales along the contracted axis; 1 when one scale covers it.
       plain: no zero point and no padding.
       packed: dtype of the codes inside, where two of them share a byte; else None.
+      packed_axis: the axis of these pairs, counted from the end.
+      scale_dtype: name of the dtype of the scales of a QTensor.
+      n_tiles: scales along the other axis.
+      stored_k: contracted length with padding.
+      zero_point: codes have zero points.
     """
 
     dtype: str
@@ -33,6 +38,11 @@ class OperandSpec:
     k_tiles: int = 1
     plain: bool = True
     packed: str | None = None
+    packed_axis: int | None = None
+    scale_dtype: str | None = None
+    n_tiles: int = 1
+    stored_k: int = 0
+    zero_point: bool = False
 
     @property
     def code_dtype(self) -> str:

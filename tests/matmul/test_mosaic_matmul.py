@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 products of packed weights without a GPU: NumPy runs their threads, and they lower."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import warpgroup
+
+from pallas_kernels import _ptx as ptx
+from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.ops.matmul import api, mosaic_sm90_codes, mosaic_sm90_rows, reference
+from pallas_kernels.ops.quantize.api import quantize
+
+FORMATS = {
+    "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
+    "nvfp4_one_level": lambda w: quantize(w, "nvfp4", axis=0, two_level=False).pack(0),
+    "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
+    "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
+    "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
+    "int4_whole": lambda w: quantize(w, "int4", axis=0, tile=None).pack(0),
+}
+
+
+def weights(k, n, kind="normal"):
+    rng = np.random.default_rng(k + n)
+    w = rng.normal(size=(k, n)).astype(np.float32)
+    if kind == "groups":  # of zeros, and of numbers far larger and far smaller than the rest
+        w[: k // 2, : n // 2] = 0
+        w[k // 2, ::3] = 3e4
+        w[-16:, 1::2] *= 1e-6
+    return jnp.asarray(w)
+
+
+def activations(m, k):
+    return jnp.asarray(np.random.default_rng(m).normal(size=(m, k)), jnp.bfloat16)
+
+
+def run_blocks(body, outs, grid, args, shared=0):
+    """The kernel's launch: every block in turn."""
+
+    def run(*arrays):
+        refs = dict(zip(args, map(np.asarray, arrays), strict=True))
+        results = {name: np.full(out.shape, np.nan, out.dtype) for name, out in outs.items()}
+        for axes in np.ndindex(*grid):
+            scratch = {"shared": np.full(shared, np.nan, np.float32)}
+            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
+        return results
+
+    return jax.pure_callback(run, outs, *args.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "m", "k", "n", "kind", "config"),
+    [
+        ("nvfp4", 1, 512, 128, "normal", {}),
+        ("nvfp4", 5, 130, 40, "groups", {}),
+        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9}),
+        ("mxfp4", 8, 600, 16, "groups", {"units": 2, "blocks": 3}),
+        ("mxfp4", 2, 2, 1, "normal", {}),
+        ("int4", 16, 300, 128, "groups", {}),
+        ("int4_32", 3, 64, 8, "normal", {}),
+        ("int4_whole", 4, 50, 130, "normal", {}),
+    ],
+)
+def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config):
+    w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
+    spec = api._prepare(x, w, jnp.float32)[2]
+    assert mosaic_sm90_codes.unsupported_reason(spec) is None
+    config = mosaic_sm90_rows.Config(**config)
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
+        patch.setattr(mosaic_sm90_rows, "call", run_blocks)
+        run = jax.jit(lambda x, w: mosaic_sm90_rows.matmul(x, w, spec, config))
+        out = np.asarray(run(x, w))
+    want = np.asarray(reference.matmul(x, w, jnp.float32))
+    bound = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(w.dequantize()))
+    assert (np.abs(out - want) <= 2e-6 * bound + 1e-30).all()
