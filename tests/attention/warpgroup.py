@@ -287,18 +287,24 @@ class Machine:
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
 
+    def address(self, place):
+        """Of ``[register]`` or ``[register+bytes]``."""
+        name, _, offset = place.strip("[]").partition("+")
+        base = self.registers[name]
+        return Address(base.array, base.offset + int(offset)) if offset else base
+
     def memory(self, opcode, operands, active):
         place = next(x for x in operands if x.startswith("["))
         names = self.halves(next(x for x in operands if not x.startswith("[")))
         if opcode.endswith((".u8", ".u16")):
             size = int(opcode.rpartition(".u")[2]) // 8
-            address_of = self.registers[place.strip("[]")]
+            address_of = self.address(place)
             index = address_of.items(size, active)[:, None] + np.arange(size)
             narrow = np.zeros((128, 4), np.uint8)
             narrow[active, :size] = address_of.array.reshape(-1).view(np.uint8)[index]
             self.registers[names[0]] = narrow.view(np.int32)[:, 0]
             return
-        address = self.registers[place.strip("[]")]
+        address = self.address(place)
         where = address.items(4 * len(names), active)
         words = address.array.reshape(-1).view(np.uint8)
         for i, name in enumerate(names):

@@ -41,7 +41,7 @@ class Weights:
         code: "e2m1" or "int4".
         scale: "e4m3", "e8m0" or "float32".
         group: inputs that share a scale.
-        rows: rows of bytes, half the stored inputs.
+        rows: rows of bytes, a multiple of eight.
         n: outputs, padded.
         tensor_scale: there is a scale of the tensor.
     """
@@ -107,13 +107,14 @@ def prepare(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, units: tuple[int, in
     if scale.dtype != jnp.float32:
         scale = lax.bitcast_convert_type(scale, jnp.uint8)
     codes, scale = (jnp.pad(a, ((0, 0), (0, n - spec.n))) for a in (rhs.qvalue, scale))
+    codes = jnp.pad(codes, ((0, -codes.shape[0] % (UNIT // 2)), (0, 0)))
     arrays = {"x": x, "codes": codes, "scale": scale}
     if rhs.tensor_scale is not None:
         arrays["tensor_scale"] = rhs.tensor_scale.reshape(1)
     weights = Weights(
         _CODES[spec.rhs.packed],
         _SCALES[spec.rhs.scale_dtype],
-        stored // spec.rhs.k_tiles,
+        stored // spec.rhs.k_tiles if spec.rhs.k_tiles > 1 else 2 * codes.shape[0],
         codes.shape[0],
         n,
         rhs.tensor_scale is not None,

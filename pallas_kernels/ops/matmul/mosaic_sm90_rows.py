@@ -83,14 +83,24 @@ class Plan:
         return pl.cdiv(self.m, ROWS * self.tiles)
 
     @property
+    def units(self) -> int:
+        """Units of a warp's step."""
+        return min(self.config.units, self.total)
+
+    @property
+    def total(self) -> int:
+        """Units of the contraction."""
+        return 2 * self.weights.rows // UNIT
+
+    @property
     def shared(self) -> int:
         """Units of a step that share a scale."""
-        return codes.shared_units(self.weights.group, self.config.units)
+        return codes.shared_units(self.weights.group, self.units)
 
     @property
     def turns(self) -> int:
         """Turns of a block's warps over all inputs."""
-        return pl.cdiv(2 * self.weights.rows, UNIT * self.config.units * WARPS)
+        return pl.cdiv(self.total, self.units * WARPS)
 
     @property
     def splits(self) -> int:
@@ -107,17 +117,16 @@ class Plan:
 
     @property
     def ragged(self) -> bool:
-        """Some thread's inputs or outputs lie outside."""
-        covered = self.splits * self.steps * WARPS * self.config.units * UNIT
-        return covered != 2 * self.weights.rows or self.weights.n % COLUMNS != 0
+        """Some warp's step lies beyond the last unit, wholly or in part."""
+        return self.splits * self.steps * WARPS * self.units != self.total
 
 
-def _load(ref, offset, words: int, ok=None, cache: str = "", kind: str = "r"):
-    """One, two or four words; zeros where ``ok`` is false."""
+def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r", ok=None):
+    """One, two or four words at a constant distance from a place; zeros where ``ok`` is false."""
     names = ", ".join(f"${i}" for i in range(words))
     names, width = (names, "") if words == 1 else (f"{{{names}}}", f".v{words}")
-    body = f"ld.global.nc{cache}{width}.b32 {names}, [${words}];"
-    ins = [ptx.address(ref, offset)]
+    body = f"ld.global.nc{cache}{width}.b32 {names}, [${words}+{offset}];"
+    ins = [ptx.address(ref, start)]
     if ok is not None:
         zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(words))
         body = f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} @p {body} }}"
@@ -126,14 +135,16 @@ def _load(ref, offset, words: int, ok=None, cache: str = "", kind: str = "r"):
 
 
 class _Thread:
-    """What a thread loads and multiplies: with g = lane // 4 and c = lane % 4, of its warp's 128
-    outputs those from 16 g on, of every unit's eight rows of bytes 2 c and 2 c + 1, and of every
-    eight rows of x number g.
+    """What a thread loads and multiplies.
+
+    With g = lane // 4 and c = lane % 4: of its warp's 128 outputs those from 16 g on, of every
+    unit's eight rows of bytes 2 c and 2 c + 1, and of every eight rows of x number g.
     """
 
     def __init__(self, plan: Plan, refs, axes):
+        """Of a block of outputs, a split and a block of rows."""
         self.plan, self.refs = plan, refs
-        i32 = ptx.i32
+        i32, n = ptx.i32, plan.weights.n
         column, split, self.row_block = axes
         self.tid = ptx.thread()
         self.warp = ptx.div(self.tid, i32(32))
@@ -141,66 +152,57 @@ class _Thread:
         self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
         self.column = ptx.mul(column, i32(COLUMNS))
         self.first = ptx.add(self.column, ptx.mul(self.g, i32(OWN)))
+        if n % COLUMNS:  # outputs that do not exist are read elsewhere and not written
+            self.first = ptx.imin(self.first, i32(n - OWN))
         self.turn = ptx.mul(split, i32(plan.steps))
-        self.exists = ptx.lt(self.first, i32(plan.weights.n)) if plan.ragged else None
-        self.x_rows = []
+        row = bytes_at(ptx.mul(self.c, i32(2)), n)
+        self.place = ptx.add(row, ptx.widen(self.first))
+        self.x_places = []
         for t in range(plan.tiles):
             row = ptx.add(ptx.mul(self.row_block, i32(plan.tiles)), i32(t))
             row = ptx.imin(ptx.add(ptx.mul(row, i32(ROWS)), self.g), i32(plan.m - 1))
-            self.x_rows.append(bytes_at(row, 2 * plan.width))
-
-    def _ok(self, row):
-        """Whether a row of bytes, and the thread's outputs, are there; None where all are."""
-        if self.exists is None:
-            return None
-        return ptx.both(self.exists, ptx.lt(row, ptx.i32(self.plan.weights.rows)))
+            place = bytes_at(row, 2 * plan.width)
+            self.x_places.append(ptx.add(place, bytes_at(self.c, 8)))
 
     def loads(self, i):
-        """What step ``i`` of a warp needs."""
+        """What step ``i`` of a warp needs.
+
+        The last step may begin too late. It then begins as late as it can, and x is zero where it
+        repeats what another step has.
+        """
         plan, weights, i32 = self.plan, self.plan.weights, ptx.i32
-        turn = ptx.add(self.turn, i)
-        step = ptx.add(ptx.mul(turn, i32(WARPS)), self.warp)
-        unit = ptx.mul(step, i32(plan.config.units))
-        out = {"codes": [], "scales": [], "x": []}
-        for u in range(plan.config.units):
-            number = ptx.add(unit, i32(u))
-            top = ptx.add(ptx.mul(number, i32(UNIT // 2)), ptx.mul(self.c, i32(2)))
+        step = ptx.add(ptx.mul(ptx.add(self.turn, i), i32(WARPS)), self.warp)
+        wanted = ptx.mul(step, i32(plan.units))
+        unit = ptx.imin(wanted, i32(plan.total - plan.units)) if plan.ragged else wanted
+        out: dict[str, list] = {"codes": [], "scales": [], "x": []}
+        start = ptx.add(self.place, bytes_at(unit, UNIT // 2 * weights.n))
+        x_start = bytes_at(unit, 2 * UNIT)
+        for u in range(plan.units):
             words = []
             for r in range(2):
-                row = ptx.add(top, i32(r))
-                where = ptx.add(bytes_at(row, weights.n), ptx.widen(self.first))
-                words += _load(
-                    self.refs["codes"], where, 4, self._ok(row), cache=plan.config.cache
-                )
+                offset = (UNIT // 2 * u + r) * weights.n
+                words += _load(self.refs["codes"], start, offset, 4, plan.config.cache)
             out["codes"].append(words)
-            column = ptx.add(ptx.mul(number, i32(UNIT)), ptx.mul(self.c, i32(4)))
-            inside = ptx.lt(column, i32(plan.width)) if plan.ragged else None
+            ok = ptx.ge(ptx.add(unit, i32(u)), wanted) if plan.ragged else None
             out["x"].append(
                 [
-                    _load(self.refs["x"], ptx.add(row, bytes_at(column, 2)), 2, inside)
-                    for row in self.x_rows
+                    _load(self.refs["x"], ptx.add(place, x_start), 2 * UNIT * u, 2, ok=ok)
+                    for place in self.x_places
                 ]
             )
             if u % plan.shared == 0:
-                out["scales"].append(self._scales(number))
+                out["scales"].append(self._scales(ptx.add(unit, i32(u))))
         return out
 
     def _scales(self, unit):
-        """Scales of the thread's outputs in a unit; beyond the last group that one's."""
+        """Scales of the thread's outputs in a unit."""
         weights, i32 = self.plan.weights, ptx.i32
-        group = ptx.div(ptx.mul(unit, i32(UNIT)), i32(weights.group))
-        last = max(2 * weights.rows // weights.group, 1) - 1
-        group = ptx.imin(group, i32(last))
         size = weights.scale_bytes
-        where = ptx.add(bytes_at(group, size * weights.n), bytes_at(self.first, size))
+        group = ptx.div(ptx.mul(unit, i32(UNIT)), i32(weights.group))
+        start = ptx.add(bytes_at(group, size * weights.n), bytes_at(self.first, size))
         kind = "f" if size == 4 else "r"
-        return [
-            word
-            for j in range(size)
-            for word in _load(
-                self.refs["scale"], ptx.add(where, ptx.i64(16 * j)), 4, self.exists, kind=kind
-            )
-        ]
+        pieces = [_load(self.refs["scale"], start, 16 * j, 4, kind=kind) for j in range(size)]
+        return [word for piece in pieces for word in piece]
 
     def multiply(self, given, acc):
         """Adds a step's products.
@@ -300,7 +302,7 @@ def matmul(
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
-    weights, arrays = codes.prepare(lhs, rhs, spec, (1, 8, OWN))
+    weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, OWN))
     plan = Plan(weights, spec.m, arrays["x"].shape[1], config or Config())
     factor = arrays.pop("tensor_scale", None)
     shape = (plan.splits, spec.m, weights.n)
