@@ -12,7 +12,13 @@ import warpgroup
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.ops.matmul import api, mosaic_sm90_codes, mosaic_sm90_rows, reference
+from pallas_kernels.ops.matmul import (
+    api,
+    mosaic_sm90_codes,
+    mosaic_sm90_rows,
+    mosaic_sm90_tokens,
+    reference,
+)
 from pallas_kernels.ops.quantize.api import quantize
 
 FORMATS = {
@@ -78,3 +84,34 @@ def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config
     want = np.asarray(reference.matmul(x, w, jnp.float32))
     bound = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(w.dequantize()))
     assert (np.abs(out - want) <= 2e-6 * bound + 1e-30).all()
+
+
+def swizzled(tile):
+    """A [rows, 128] array of bytes as a copy to shared memory with 128-byte swizzle leaves it."""
+    rows = np.arange(tile.shape[0])
+    pieces = tile.reshape(tile.shape[0], 8, 16)
+    return np.stack([pieces[rows, piece ^ rows % 8] for piece in range(8)], 1).reshape(tile.shape)
+
+
+@pytest.mark.parametrize("wg", [0, 1])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_32"])
+def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
+    w = FORMATS[name](weights(64, 128, "groups"))
+    spec = api._prepare(activations(2, 64), w, jnp.bfloat16)[2]
+    facts, arrays = mosaic_sm90_codes.prepare(activations(2, 64), w, spec, (8, 64, 128))
+    plan = mosaic_sm90_tokens.Plan(facts, 2, "bfloat16", mosaic_sm90_tokens.Config())
+    codes, scale = np.array(arrays["codes"]), np.array(arrays["scale"])
+    with warpgroup.installed():
+        words, scales = mosaic_sm90_tokens._fetch(
+            facts, plan.groups, swizzled(codes), scale, np.full(128, wg, np.int32)
+        )
+        words = mosaic_sm90_tokens._scaled(words, scales, plan.groups)
+    got = warpgroup.from_operand(words, np.dtype(ml_dtypes.bfloat16))
+    # Row r of a warp's sixteen is output 2r, row 8 + r is output 2r + 1.
+    order = (np.arange(64) // 16 * 16) + [2 * (r % 8) + r // 8 for r in np.arange(64) % 16]
+    want = np.asarray(w.dequantize())[:, 64 * wg : 64 * wg + 64].T[order]
+    if w.tensor_scale is not None:
+        want = want / np.asarray(w.tensor_scale)
+    error = np.abs(got - want)
+    # INT4 times a float32 scale is rounded once, E2M1 times its scale not at all.
+    assert (error <= np.abs(want) * (1.01 * 2.0**-8 if "int4" in name else 1e-6)).all()

@@ -54,12 +54,15 @@ class Config:
         num_stages: slots of the ring.
         cluster: blocks that share the same rows of x: 1 or 2.
         across: tiles of x that run side by side.
+        late: scales are multiplied after the wait for the products; else before, and the loop has
+            two steps, without which ptxas would let one group of products wait for another.
     """
 
     tile_m: int = 256
     num_stages: int = 5
     cluster: int = 2
     across: int = 8
+    late: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +186,16 @@ def _loads(ref, start, offsets, kind: str, out: str):
     return ptx.asm("\n".join(lines), out, [ptx.address(ref, ptx.widen(start))], effects=True)
 
 
-def _operand(weights: Weights, groups: int, w, s, wg):
-    """Registers of the operand A of one step, from codes and scales in shared memory."""
+def _fetch(weights: Weights, groups: int, w, s, wg):
+    """Codes of one step's operand A as bfloat16, and words of their scales.
+
+    Args:
+        weights: facts.
+        groups: rows of scales.
+        w: codes in shared memory, uint8 [32, 128], swizzled.
+        s: scales in shared memory, [groups, 128].
+        wg: number of the warpgroup, i32.
+    """
     first, c = _place(wg)
     # Row r of bytes lies swizzled: its 16-byte pieces are exchanged by r % 8.
     piece, within = ptx.div(first, ptx.i32(16)), ptx.rem(first, ptx.i32(16))
@@ -199,17 +210,24 @@ def _operand(weights: Weights, groups: int, w, s, wg):
     start = ptx.mul(first, ptx.i32(size))
     offsets = [size * COLUMNS * i for i in range(groups)]
     kind, out = ("v2.b32", "ff") if size == 4 else ("u16", "r")
-    scales = _loads(s, start, offsets, kind, out * groups)
+    raw = _loads(s, start, offsets, kind, out * groups)
     per = len(out)
-    pairs = [codes.scale_pairs(weights.scale, scales[per * i : per * i + per])
-             for i in range(groups)]  # fmt: skip
+    scales = [codes.scale_pairs(weights.scale, raw[per * i : per * i + per]) for i in range(groups)]
     words = []
-    for unit, (low, high) in enumerate(zip(*halves, strict=True)):
+    for low, high in zip(*halves, strict=True):
         four = ptx.asm("prmt.b32 $0, $1, $2, 21520;", "r", [low, high])[0]  # 0x5410
-        scale = pairs[unit * groups // UNITS]
-        for i, pair in enumerate(codes.code_pairs(weights.code, four)):
-            words.append(codes.times(pair, scale[i % 2]))
-    return words
+        words += codes.code_pairs(weights.code, four)
+    return words, [x for two in scales for pair in two for x in pair if x is not None]
+
+
+def _scaled(words, scales, groups: int):
+    """Operand A of a step: what `_fetch` returned, multiplied."""
+    rests = len(scales) // (2 * groups) - 1
+    out = []
+    for i, pair in enumerate(words):
+        at = (i // 4 * groups // UNITS * 2 + i % 2) * (1 + rests)
+        out.append(codes.times(pair, (scales[at], scales[at + 1] if rests else None)))
+    return out
 
 
 def _store(plan: Plan, out, acc, factor, row, column, wg):
@@ -238,6 +256,10 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
     stages, tile_m, i32 = config.num_stages, config.tile_m, jnp.int32
     acc_type = plgpu.ShapeDtypeStruct((OWN, tile_m), jnp.float32, layout=_ACC)
     a_type = plgpu.ShapeDtypeStruct((OWN, STEP), jnp.bfloat16, layout=plgpu.Layout.WGMMA)
+    scale_words = 2 * plan.groups * (2 if weights.scale == "float32" else 1)
+    scales_type = plgpu.ShapeDtypeStruct(
+        (OWN, -(-scale_words // 4) * 16), jnp.bfloat16, layout=plgpu.Layout.WGMMA
+    )
     collective = {"collective_axes": ("cluster",)} if config.cluster > 1 else {}
 
     def place():
@@ -276,12 +298,25 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
         row, column = place()
         w_transforms, x_transforms = _transforms(1), _transforms(2)
 
-        def operand(slot):
-            body = lambda w, s, wg: [  # noqa: E731
-                _operand(weights, plan.groups, w, s, wg[0])
-            ]
+        def fetch(slot):
+            """Words of the operand, and of its scales if they are to be multiplied later."""
+
+            def body(w, s, wg):
+                words, scales = _fetch(weights, plan.groups, w, s, wg[0])
+                if not config.late:
+                    return [_scaled(words, scales, plan.groups)]
+                return [words, scales + scales[:1] * (-len(scales) % 4)]
+
             inputs = [(smem["codes"].at[slot], w_transforms), (smem["scale"].at[slot], ())]
-            return _inline(body, [*inputs, (wg, _SCALAR)], [a_type])[0]
+            outs = [a_type, *[scales_type] * config.late]
+            return _inline(body, [*inputs, (wg, _SCALAR)], outs)
+
+        def finish(words, *scales):
+            if not config.late:
+                return words
+            body = lambda a, s: [_scaled(a, s[:scale_words], plan.groups)]  # noqa: E731
+            inputs = [(words, a_type.layout), (scales[0], scales_type.layout)]
+            return _inline(body, inputs, [a_type])[0]
 
         def multiply(acc, a, slot):
             body = lambda acc, a, x: [_multiply(acc, a, x, tile_m)]  # noqa: E731
@@ -299,16 +334,26 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
                 acc = multiply(acc, a, slot)
             plgpu.barrier_wait(ready.at[then])
             with jax.named_scope("dequant"):
-                following = operand(then)
+                following = fetch(then)
             acc = wait(acc, a)
             plgpu.barrier_arrive(free.at[slot])
-            return acc, following
+            return acc, finish(*following)
 
         zeros = lambda: [[ptx.f32(0.0)] * (tile_m // 2)]  # noqa: E731
         acc = _inline(zeros, [], [acc_type])[0]
         plgpu.barrier_wait(ready.at[0])
-        state = (acc, operand(i32(0)))
-        acc, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
+        state = (acc, finish(*fetch(i32(0))))
+        alone, per = (plan.steps - 1) % 2, 1 if config.late else 2
+        if per == 2 and alone:
+            state = one_step(i32(0), state)
+        alone *= per - 1
+
+        def some_steps(i, state):
+            for j in range(per):
+                state = one_step(alone + per * i + j, state)
+            return state
+
+        acc, a = lax.fori_loop(i32(0), i32((plan.steps - 1) // per), some_steps, state)
         slot = (plan.steps - 1) % stages
         acc = wait(multiply(acc, a, slot), a)
         plgpu.barrier_arrive(free.at[slot])
