@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import warpgroup
 
-from pallas_kernels import _ptx as ptx
+from pallas_kernels import explain, matmul
+from pallas_kernels._device import Device
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.ops.matmul import (
     api,
@@ -19,8 +20,10 @@ from pallas_kernels.ops.matmul import (
     mosaic_sm90_tokens,
     reference,
 )
+from pallas_kernels.ops.matmul import spec as spec_lib
 from pallas_kernels.ops.quantize.api import quantize
 
+GPU = Device("gpu", "NVIDIA H200", (9, 0))
 FORMATS = {
     "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
     "nvfp4_one_level": lambda w: quantize(w, "nvfp4", axis=0, two_level=False).pack(0),
@@ -75,7 +78,7 @@ def run_blocks(body, outs, grid, args, shared=0):
 def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config):
     w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
     spec = api._prepare(x, w, jnp.float32)[2]
-    assert mosaic_sm90_codes.unsupported_reason(spec) is None
+    assert spec_lib.unsupported_reason(spec, GPU, "mosaic") is None
     config = mosaic_sm90_rows.Config(**config)
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
         patch.setattr(mosaic_sm90_rows, "call", run_blocks)
@@ -115,3 +118,75 @@ def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
     error = np.abs(got - want)
     # INT4 times a float32 scale is rounded once, E2M1 times its scale not at all.
     assert (error <= np.abs(want) * (1.01 * 2.0**-8 if "int4" in name else 1e-6)).all()
+
+
+# -- dispatch and lowering -------------------------------------------------------------------------
+
+
+def shapes(name, m, k, n, dtype=jnp.bfloat16):
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((k, n), jnp.float32))
+    return jax.ShapeDtypeStruct((m, k), dtype), w
+
+
+def lowered(f, *args):
+    with abstract_gpu():
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("m", [1, 16, 4096])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_whole"])
+def test_lowers_for_cuda_with_its_gradient(name, m):
+    x, w = shapes(name, m, 300, 200)
+    call = functools.partial(matmul, implementation="mosaic")
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    assert "mosaic_gpu" in lowered(
+        jax.grad(lambda x, w: (call(x, w) ** 2).sum().astype(float)), x, w
+    )
+    many = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+    text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("config", [{"cluster": 1}, {"tile_m": 128}, {"late": True}])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
+def test_every_configuration_lowers(name, config):
+    x, w = shapes(name, 512, 256, 256)
+    spec = api._prepare(x, w, None)[2]
+    config = mosaic_sm90_tokens.Config(**config)
+    text = lowered(lambda x, w: mosaic_sm90_tokens.matmul(x, w, spec, config), x, w)
+    assert "custom_call @mosaic_gpu" in text
+
+
+def test_explain_says_why():
+    def reason(x, w, **options):
+        with abstract_gpu():
+            return explain("matmul", x, w, implementation="mosaic", **options).rejected.get(
+                "mosaic"
+            )
+
+    x, w = shapes("nvfp4", 4, 64, 32)
+    assert reason(x, w) is None
+    with abstract_gpu():
+        chosen = explain("matmul", x, w, implementation="mosaic")
+        default = explain("matmul", x, w)
+    assert chosen.notes == (
+        "w4a16: the weights are read packed and widened in registers within the product",
+    )
+    assert default.implementation == "xla" and "has not run on a GPU" in default.rejected["mosaic"]
+    assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
+    assert "takes bfloat16 activations; got float32" in reason(
+        *shapes("nvfp4", 4, 64, 32, "float32")
+    )
+    assert "kernel for w8a16 is not part" in reason(x, quantize(jnp.ones((64, 32)), "int8", axis=0))
+    assert "packed along the inputs" in reason(x, quantize(jnp.ones((64, 32)), "nvfp4", axis=0))
+    shifted = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=16, asymmetric=True).pack(0)
+    assert "no zero points" in reason(x, shifted)
+    odd = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=8).pack(0)
+    assert "groups of 16, 32 or a multiple of 64 inputs; got 8" in reason(x, odd)
+    assert "no empty products" in reason(jax.ShapeDtypeStruct((0, 64), jnp.bfloat16), w)
+    plain = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
+    assert "is for quantised weights" in reason(x, plain)
+    with abstract_gpu(
+        jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
+    ):
+        assert "written for sm90" in explain("matmul", x, w).rejected["mosaic"]

@@ -26,11 +26,7 @@ from jax import lax
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.formats import QTensor
-from pallas_kernels.ops.matmul.spec import MatmulSpec
-
-UNIT = 16  # inputs of one product of the tensor core: eight rows of bytes
-_CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
-_SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
+from pallas_kernels.ops.matmul.spec import CODES, SCALES, UNIT, MatmulSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,33 +55,6 @@ class Weights:
         return 4 if self.scale == "float32" else 1
 
 
-def unsupported_reason(spec: MatmulSpec) -> str | None:
-    """Why the kernels do not serve a product, or None.
-
-    Args:
-        spec: the call.
-    """
-    rhs = spec.rhs
-    if spec.lhs.quantized or spec.lhs.dtype != "bfloat16":
-        what = "quantised ones" if spec.lhs.quantized else spec.lhs.dtype
-        return f"the sm90 kernel takes bfloat16 activations; got {what}"
-    if rhs.packed not in _CODES or rhs.packed_axis != -2:
-        return "the sm90 kernel takes 4-bit weights, packed along the inputs: pack(0)"
-    if rhs.zero_point or rhs.scale_dtype not in _SCALES or rhs.n_tiles != spec.n:
-        return (
-            "the sm90 kernel takes weights with one float32, e4m3 or e8m0 scale per group of "
-            "inputs and output, without zero points"
-        )
-    group = rhs.stored_k // max(rhs.k_tiles, 1)
-    if rhs.k_tiles != 1 and (group % UNIT or (64 % group and group % 64)):
-        return f"the sm90 kernel takes groups of 16, 32 or a multiple of 64 inputs; got {group}"
-    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
-        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
-    if not (spec.m and spec.n and spec.k):
-        return "the sm90 kernel takes products of at least one row, column and input"
-    return None
-
-
 def prepare(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, units: tuple[int, int, int]):
     """Arrays as the kernels take them, padded with zeros, which copies what has to be padded.
 
@@ -112,8 +81,8 @@ def prepare(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, units: tuple[int, in
     if rhs.tensor_scale is not None:
         arrays["tensor_scale"] = rhs.tensor_scale.reshape(1)
     weights = Weights(
-        _CODES[spec.rhs.packed],
-        _SCALES[spec.rhs.scale_dtype],
+        CODES[spec.rhs.packed],
+        SCALES[spec.rhs.scale_dtype],
         stored // spec.rhs.k_tiles if spec.rhs.k_tiles > 1 else 2 * codes.shape[0],
         codes.shape[0],
         n,

@@ -30,8 +30,8 @@ from pallas_kernels._device import current_device
 from pallas_kernels.formats import QTensor
 from pallas_kernels.ops.decode_attention.mosaic_sm90 import bytes_at, call, mma
 from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
-from pallas_kernels.ops.matmul.mosaic_sm90_codes import UNIT, Weights
-from pallas_kernels.ops.matmul.spec import MatmulSpec
+from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
+from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
 
 WARPS = 4
 COLUMNS = 128  # outputs of a block

@@ -20,7 +20,6 @@ References: Marlin (arXiv 2408.11743), section 3; PTX ISA 8.4, ``wgmma.mma_async
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +32,13 @@ from pallas_kernels import _ptx as ptx
 from pallas_kernels.formats import QTensor
 from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
-from pallas_kernels.ops.matmul.spec import MatmulSpec
+from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
 
 COMPUTE = 2  # warpgroups
 OWN = 64  # outputs of a warpgroup
 COLUMNS = COMPUTE * OWN  # outputs of a block
 STEP = 64  # inputs of a step: 128 bytes of x, 32 rows of bytes of codes
-UNITS = STEP // codes.UNIT
+UNITS = STEP // UNIT
 _SWIZZLE = 128
 _ACC = plgpu.Layout._WGMMA_ACC_32BIT
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -374,9 +373,7 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
         scale_dtype = jnp.float32 if weights.scale == "float32" else jnp.uint8
         smem = {
             "x": plgpu.SMEM((stages, tile_m, STEP), jnp.bfloat16, transforms=_transforms(2)),
-            "codes": plgpu.SMEM(
-                (stages, STEP // 2, COLUMNS), jnp.uint8, transforms=_transforms(1)
-            ),
+            "codes": plgpu.SMEM((stages, STEP // 2, COLUMNS), jnp.uint8, transforms=_transforms(1)),
             "scale": plgpu.SMEM((stages, plan.groups, COLUMNS), scale_dtype),
         }
         ready = plgpu.Barrier(num_arrivals=3, num_barriers=stages)
