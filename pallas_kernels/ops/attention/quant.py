@@ -120,8 +120,9 @@ class CentredKeys(NamedTuple):
     mean: jax.Array | None = None
 
     def part(self, rows: jax.Array, spec: AttentionSpec) -> jax.Array:
-        """The mean key's part of dQ, float32 [B, T, N, H], from the sums of the rows of dS [B, T, N]:
-        zero but where the log-sum-exp has a cotangent or a sink takes a share.
+        """The mean key's part of dQ, float32 [B, T, N, H], from sums of the rows of dS [B, T, N].
+
+        It is zero but where the log-sum-exp has a cotangent or a sink takes a share.
         """
         return rows[..., None] * to_heads(self.mean, spec.groups) * spec.scale
 
