@@ -221,7 +221,7 @@ def _run_section(section: str, folder: Path, seconds: float) -> None:
     program = [sys.executable, "-u", "-m", "experiments.low_precision.run", "speed"]
     program += ["--section", section, "--time-budget", str(seconds), "--output", str(folder)]
     # Sections that are cut off must leave some time for those after them.
-    limit = min(seconds, 120.0) if section in speed.ISOLATED else seconds + 30
+    limit = min(seconds, 100.0) if section in speed.ISOLATED else seconds + 30
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     try:
         status = subprocess.run(program, env=environment, timeout=limit, check=False).returncode

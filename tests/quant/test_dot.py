@@ -235,7 +235,7 @@ def test_native_fp8_in_bfloat16(name):
     emulated = dataclasses.replace(recipe, execution="emulate")
     for got, want in zip(run(recipe)(x, w, d), run(emulated)(x, w, d), strict=True):
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-        # Scales rounded to bfloat16 move some values to the neighbouring code: measured up to 0.014.
+        # Scales rounded to bfloat16 move some values to the neighbouring code: up to 0.014.
         assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
     text = run(recipe).lower(x, w, d).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
