@@ -7,7 +7,9 @@ again goes on where a time budget or an interrupt stopped it.
 
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +59,12 @@ class Command:
 
     output: Path | None = None
     """Folder, by default ``results/PRESET`` beside this file."""
+
+    only: str = ""
+    """Sections of speed, joined by commas, instead of all."""
+
+    section: str = ""
+    """Used by speed itself: the section to run in this process."""
 
     plots: bool = True
     """Whether to draw (needs ``jaxeff[bench]``)."""
@@ -187,39 +195,75 @@ def run_qaf(command: Command, folder: Path) -> Results:
 
 
 def run_speed(command: Command, folder: Path) -> Results:
-    """E4: step times on a GPU."""
+    """E4: times on a GPU, section by section; this process stays away from it."""
+    sections = command.only.split(",") if command.only else speed.SECTIONS
+    if not set(sections) <= set(speed.SECTIONS):
+        raise SystemExit(f"only must be out of {speed.SECTIONS}, got {command.only}")
+    budget = 600.0 if command.time_budget is None else command.time_budget
+    deadline = time.monotonic() + budget
+    for section in sections:
+        left = deadline - time.monotonic()
+        if left < 10:
+            break
+        _run_section(section, folder, left)
+    found = [(name, folder / f"speed_{name}.json") for name in speed.SECTIONS]
+    rows = {name: json.loads(path.read_text())["rows"] for name, path in found if path.exists()}
+    results: Results = {"sections": rows, "claims": _speed_claims(rows)}
+    points = speed.speed_ups([*rows.get("linear", []), *rows.get("sweep", [])])
+    results["break_even"] = {name: speed.break_even(values) for name, values in points.items()}
+    if command.plots and points:
+        report.draw_speed(points, folder / "speed.png")
+    return results
+
+
+def _run_section(section: str, folder: Path, seconds: float) -> None:
+    """One section in a process that is ended in time: a kernel that hangs costs one section."""
+    program = [sys.executable, "-u", "-m", "experiments.low_precision.run", "speed"]
+    program += ["--section", section, "--time-budget", str(seconds), "--output", str(folder)]
+    # Sections that are cut off must leave some time for those after them.
+    limit = min(seconds, 100.0) if section in speed.ISOLATED else seconds + 30
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    try:
+        status = subprocess.run(program, env=environment, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        status = f"nothing after {limit:.0f} s"
+    if status:
+        _say(f"{section} failed: {status}")
+
+
+def _measure_section(command: Command, folder: Path) -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit("speed needs a GPU: on a CPU 8-bit products are emulated")
-    began, path = time.monotonic(), folder / "speed_rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["tokens"], row["inputs"], row["outputs"]) for row in rows}
-    for shape in (*speed.FIRST, *speed.SWEEP):
-        if shape in done:
-            continue
-        if command.time_budget is not None and time.monotonic() - began > command.time_budget:
-            break
-        rows.append(speed.measure(shape))
-        done.add(shape)
-        with path.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-    names = [name for name in rows[0]["recipes"] if name.startswith("fp8")]
-    best = [
-        max(row["recipes"][name]["speed_up"] for name in names)
-        for row in rows
-        if (row["tokens"], row["inputs"], row["outputs"]) in speed.FIRST[:2]
-    ]
-    claims = [
-        _claim("8192³, forward and backward, at least 1.45 times bf16", best[:1], best[0] >= 1.45)
-    ]
-    if len(best) > 1:
-        claims.append(_claim("4096 × 4096 × 16384 tokens, 1.3 times", best[1:], best[1] >= 1.3))
-    if command.plots:
-        report.draw_speed(rows, folder / "speed.png")
-    return {
-        "rows": rows,
-        "break_even": {name: speed.break_even(rows, name) for name in names},
-        "claims": claims,
-    }
+    deadline = time.monotonic() + (command.time_budget or 600.0)
+    path = folder / f"speed_{command.section}.json"
+    _say(f"{command.section} on {jax.devices()[0].device_kind}")
+    speed.run_section(command.section, speed.Report(path, deadline, _say))
+
+
+def _speed_claims(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The issue's figures, as far as they were measured."""
+    claims = []
+    for shape, wanted in zip(speed.FIRST, (1.45, 1.3), strict=True):
+        ratios = {
+            row["recipe"]: row["speed_up"]
+            for row in rows.get("linear", [])
+            if (row["tokens"], row["inputs"], row["outputs"]) == shape
+            and row["recipe"].startswith("fp8")
+        }
+        if ratios:
+            text = f"linear layer, {shape}: best FP8 at least {wanted} times bf16"
+            claims.append(_claim(text, ratios, max(ratios.values()) >= wanted))
+    steps = {row["recipe"]: row["speed_up"] for row in rows.get("step", [])}
+    for name, wanted in (("fp8_current", 1.25), ("fp4_all_the_way", 1 / 2.2)):
+        if name in steps:
+            text = f"transformer step, {name} at least {wanted:.3f} times the speed of bf16"
+            claims.append(_claim(text, steps[name], steps[name] >= wanted))
+    rates = {r["what"]: r["terabytes_per_second"] for r in rows.get("quantize", []) if "what" in r}
+    for name, rate in rates.items():
+        if name.startswith("kernel rows") and "copy" in rates:
+            share = rate / rates["copy"]
+            claims.append(_claim(f"{name}: 75 % of a copy's bandwidth", share, share >= 0.75))
+    return claims
 
 
 EXPERIMENTS: dict[str, Callable[[Command, Path], Results]] = {
@@ -299,24 +343,29 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(Command, args=arguments, prog="python -m experiments.low_precision.run")
     folder = command.output or RESULTS / command.preset
     folder.mkdir(parents=True, exist_ok=True)
+    if command.section:
+        return _measure_section(command, folder)
     try:
         results = EXPERIMENTS[command.experiment](command, folder)
     except OutOfTime:
         CONSOLE.print("the time budget is spent; the same command goes on from here")
         sys.exit(3)
     settings = asdict(command) | {"output": None}
+    # The parent of timed processes has no device of its own, and must not take memory of it.
+    here = {} if command.experiment == "speed" else environment()
     content = {
         "experiment": command.experiment,
         "command": f"python -m experiments.low_precision.run {command.experiment} "
         f"--preset {command.preset} --seeds {command.seeds}",
         "settings": settings,
         "sizes": asdict(PRESETS[command.preset]) if command.experiment in TRAINED else None,
-        "environment": environment(),
+        "environment": here,
         **results,
     }
     (folder / f"{command.experiment}.json").write_text(json.dumps(content, indent=1) + "\n")
     for claim in results["claims"]:
-        CONSOLE.print(f"{'yes' if claim['passed'] else 'NO '} {claim['claim']}: {claim['value']}")
+        _say(f"{'yes' if claim['passed'] else 'NO '} {claim['claim']}: {claim['value']}")
+    return None
 
 
 if __name__ == "__main__":

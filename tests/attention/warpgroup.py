@@ -200,6 +200,10 @@ PAIRS = {
         np.clip(a, -448, 448).astype(E4M3).view(np.uint8),
         8,
     ),
+    "cvt.rn.satfinite.e5m2x2.f32": lambda a: (
+        np.clip(a, -57344, 57344).astype(ml_dtypes.float8_e5m2).view(np.uint8),
+        8,
+    ),
     "cvt.rn.bf16x2.f32": lambda a: (a.astype(ml_dtypes.bfloat16).view(np.uint16), 16),
     "cvt.rn.f16x2.f32": lambda a: (a.astype(np.float16).view(np.uint16), 16),
 }

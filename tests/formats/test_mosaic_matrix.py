@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import warpgroup
 
-from pallas_kernels.formats import TE_SIGNS, get_format, rht
+from pallas_kernels import quantize
+from pallas_kernels.formats import TE_SIGNS, BlockFormat, get_format, rht
 from pallas_kernels.formats.block_format import tensor_encode_scale
 from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.quantize import mosaic_sm90_matrix as kernel
@@ -109,3 +110,14 @@ def test_not_finite_values_spoil_their_block_only():
     bad = np.zeros(x.shape, bool)
     bad[:16, 5] = bad[16:32, 40] = True
     np.testing.assert_array_equal(np.isnan(by_columns), bad)
+
+
+@pytest.mark.parametrize("qtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_codes_as_they_lie_and_transposed(qtype):
+    x = matrix(160, 144, "bfloat16")
+    kind = BlockFormat(get_format(qtype).element, None, "bfloat16")
+    want = quantize(x, kind, axis=None)
+    with warpgroup.installed():
+        codes, turned = jax.block_until_ready(kernel.cast_matrix(x, want.scale, kind.element))
+    for got, codes_of in ((codes, want.qvalue), (turned, want.qvalue.T)):  # -0 becomes 0
+        np.testing.assert_array_equal(got.astype(jnp.float32), codes_of.astype(jnp.float32))

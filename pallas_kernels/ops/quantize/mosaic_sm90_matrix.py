@@ -151,6 +151,60 @@ def rotated_amax(x, plan: Plan, signs: tuple[int, ...]):
     return lanes._call(body, [partial], _grid(plan), (x,))[0].max()
 
 
+def cast_matrix(x, scale, kind: str):
+    """FP8 codes of a matrix under one scale, as it lies and transposed, from one read.
+
+    Both operands of an 8-bit product must have the contracted axis last, and there is no
+    transposing load of 8 bits: whoever needs a tensor in two products needs both copies.
+
+    Args:
+        x: bfloat16 or float16 [rows, columns], multiples of 16.
+        scale: float32 scalar, what a code of 1 means.
+        kind: "e4m3" or "e5m2".
+
+    Returns:
+        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; -0 gives 0.
+    """
+    rows, columns = x.shape
+    dtype = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[kind]
+    outs = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, columns), (columns, rows))]
+    # A warp takes 128 rows of 32 columns: eight lanes write 128 bytes of a transposed row.
+    grid = (pl.cdiv(columns, 32 * WARPS), pl.cdiv(rows, 128), 1)
+    whole = rows % 128 == 0 and columns % (32 * WARPS) == 0
+
+    def body(refs, axes):
+        x_ref, scale_ref, codes_ref, turned_ref = refs
+        scale = _load_f32(scale_ref, 0)
+        inverse = _div(ptx.f32(1.0), scale)
+        warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
+        column = ptx.add(ptx.mul(axes[0], ptx.i32(WARPS)), warp)
+        column = ptx.mul(
+            ptx.add(ptx.mul(column, ptx.i32(4)), ptx.rem(lane, ptx.i32(4))), ptx.i32(8)
+        )
+        row = ptx.mul(axes[1], ptx.i32(128))
+        row = ptx.add(row, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+        ok = None
+        if not whole:
+            ok = ptx.both(ptx.lt(row, ptx.i32(rows)), ptx.lt(column, ptx.i32(columns)))
+        place = lanes._element((rows, columns), (row, column), 1)
+        source = ptx.add(place, place)  # two bytes a value
+        words = [ptx.load_words(x_ref, source, 4, ok, 2 * r * columns) for r in range(16)]
+        values = []  # [16][8]
+        for r, word in enumerate(words):
+            scaled = [
+                _quotient(v, scale, inverse) for v in lanes._floats(word, x.dtype == jnp.bfloat16)
+            ]
+            packed = [_fp8x4(scaled[:4], kind), _fp8x4(scaled[4:], kind)]
+            ptx.store(codes_ref, place, packed, ok, shift=r * columns)
+            values.append(scaled)
+        place = lanes._element((columns, rows), (column, row), 1)
+        for c in range(8):
+            packed = [_fp8x4([values[4 * i + r][c] for r in range(4)], kind) for i in range(4)]
+            ptx.store(turned_ref, place, packed, ok, shift=c * rows)
+
+    return lanes._call(body, outs, grid, (x, scale.astype(jnp.float32).reshape(1)))
+
+
 def _grid(plan: Plan) -> tuple[int, int, int]:
     """Tiles of columns, groups of rows: neighbours along the first run at the same time."""
     return pl.cdiv(plan.columns, WARP_COLUMNS), pl.cdiv(plan.rows, WARPS * plan.block), 1
@@ -396,6 +450,25 @@ def _add(mode: str, a, b):
 def _div(a, b):
     """Quotient, correctly rounded."""
     return ptx.asm("div.rn.f32 $0, $1, $2;", "f", [a, b])[0]
+
+
+def _quotient(x, divisor, inverse):
+    """``x / divisor``, correctly rounded, from the rounded inverse: Markstein's correction."""
+    near = ptx.fmul(x, inverse)
+    return ptx.fma(ptx.fma(ptx.fneg(near), divisor, x), inverse, near)
+
+
+def _fp8x4(values, kind: str):
+    """Four numbers as codes of one word, the first in the lowest byte."""
+    if kind == "e4m3":
+        return ptx.e4m3x4(values)
+    text = (
+        "{ .reg .b16 lo, hi;\n"
+        "cvt.rn.satfinite.e5m2x2.f32 lo, $2, $1;\n"
+        "cvt.rn.satfinite.e5m2x2.f32 hi, $4, $3;\n"
+        "mov.b32 $0, {lo, hi}; }"
+    )
+    return ptx.asm(text, "r", values)[0]
 
 
 def _exponent(x):
