@@ -163,7 +163,7 @@ def cast_matrix(x, scale, kind: str):
         kind: "e4m3" or "e5m2".
 
     Returns:
-        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; -0 gives 0.
+        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; no -0.
     """
     rows, columns = x.shape
     dtype = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[kind]
