@@ -69,6 +69,12 @@ ARITHMETIC = {
     "div": np.floor_divide,
     "rem": np.remainder,
     "xor": np.bitwise_xor,
+    "land": np.bitwise_and,
+    "lor": np.bitwise_or,
+    "shr": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
+    "shl": np.left_shift,
+    "bits": lambda a: a.astype(np.float32).view(np.int32),
+    "from_bits": lambda a: a.view(np.float32),
     "imax": np.maximum,
     "imin": np.minimum,
     "lt": np.less,
@@ -82,6 +88,9 @@ ARITHMETIC = {
     "fmul": lambda a, b: quiet(np.multiply, a, b),
     "fdiv": lambda a, b: quiet(np.divide, a, b),
     "fmax": np.maximum,
+    "fmin": np.minimum,
+    "fge": np.greater_equal,
+    "fneg": np.negative,
     "fabs": np.abs,
     "feq": np.equal,
     "to_float": lambda a: a.astype(np.float32),
@@ -115,11 +124,19 @@ CONTROL = {"loop": loop, "branch": branch}
 FLOATS = {
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "add.f32": np.add,
+    "add.rn.f32": np.add,
+    "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
+    "div.rn.f32": np.divide,
     "ex2.approx.ftz.f32": lambda a: flushed(np.exp2(a)),
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
+
+
+def rounded_down(x):
+    near = x.astype(np.float32)
+    return np.where(near > x, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def words(x):
@@ -129,6 +146,19 @@ def words(x):
 
 def halves(word, dtype=np.float16):
     return np.ascontiguousarray(word).view(np.uint8).reshape(128, 4).view(dtype)
+
+
+def wide(word):
+    """Two bfloat16 as float64; by hand, since XLA's threads take subnormal numbers for zeros."""
+    bits = halves(word, np.uint16).astype(np.int64)
+    exponent, mantissa = bits >> 7 & 255, bits & 127
+    size = np.ldexp((mantissa + 128 * (exponent > 0)).astype(float), np.maximum(exponent, 1) - 134)
+    size = np.where(exponent == 255, np.where(mantissa, np.nan, np.inf), size)
+    return np.where(bits >> 15, -size, size)
+
+
+def bf16_words(x):
+    return words(x.astype(ml_dtypes.bfloat16))
 
 
 def permute(a, b, selector):
@@ -155,6 +185,9 @@ INTS = {
     "prmt.b32": permute,
     "sub.rn.f16x2": lambda a, b: words(halves(a) - halves(b)),
     "mul.rn.f16x2": lambda a, b: words(halves(a) * halves(b)),
+    "mul.rn.bf16x2": lambda a, b: bf16_words(wide(a) * wide(b)),
+    "sub.rn.bf16x2": lambda a, b: bf16_words(wide(a) - wide(b)),
+    "fma.rn.bf16x2": lambda a, b, c: bf16_words(wide(a) * wide(b) + wide(c)),
     "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
     "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
     "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],
@@ -165,6 +198,10 @@ INTS = {
 PAIRS = {
     "cvt.rn.satfinite.e4m3x2.f32": lambda a: (
         np.clip(a, -448, 448).astype(E4M3).view(np.uint8),
+        8,
+    ),
+    "cvt.rn.satfinite.e5m2x2.f32": lambda a: (
+        np.clip(a, -57344, 57344).astype(ml_dtypes.float8_e5m2).view(np.uint8),
         8,
     ),
     "cvt.rn.bf16x2.f32": lambda a: (a.astype(ml_dtypes.bfloat16).view(np.uint16), 16),
@@ -271,18 +308,24 @@ class Machine:
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
 
+    def address(self, place):
+        """Of ``[register]`` or ``[register+bytes]``."""
+        name, _, offset = place.strip("[]").partition("+")
+        base = self.registers[name]
+        return Address(base.array, base.offset + int(offset)) if offset else base
+
     def memory(self, opcode, operands, active):
         place = next(x for x in operands if x.startswith("["))
         names = self.halves(next(x for x in operands if not x.startswith("[")))
         if opcode.endswith((".u8", ".u16")):
             size = int(opcode.rpartition(".u")[2]) // 8
-            address_of = self.registers[place.strip("[]")]
+            address_of = self.address(place)
             index = address_of.items(size, active)[:, None] + np.arange(size)
             narrow = np.zeros((128, 4), np.uint8)
             narrow[active, :size] = address_of.array.reshape(-1).view(np.uint8)[index]
             self.registers[names[0]] = narrow.view(np.int32)[:, 0]
             return
-        address = self.registers[place.strip("[]")]
+        address = self.address(place)
         where = address.items(4 * len(names), active)
         words = address.array.reshape(-1).view(np.uint8)
         for i, name in enumerate(names):

@@ -19,6 +19,7 @@ from pallas_kernels._device import current_device, xla_is_deterministic
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as backward_int8
+from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import sparse, xla
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import launch
 from pallas_kernels.ops.attention.mosaic_sm90_plan import (
@@ -361,15 +362,18 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
     d_lse = jnp.where(empty, 0.0, d_lse)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     delta = jnp.where(empty, 0.0, delta)
-    head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
-    pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
-    arrays = (*clean(query, key, value, rule, spec), d_out)
-    arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
     d_sinks, rest = None, d_lse  # what rows of dS sum to
     if sinks is not None:
         p_sink = jnp.exp(sinks.astype(jnp.float32) - jnp.where(empty, 0.0, lse))  # [B, T, N]
         d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
         rest = d_lse + p_sink * delta
+    query, key, value = clean(query, key, value, rule, spec)
+    centred = numerics.centred_keys(query, key, rule, spec)
+    lse = lse if centred.const is None else lse - centred.const
+    head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
+    pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
+    arrays = (query, centred.key, value, d_out)
+    arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
     options = {"scale": spec.scale, "min_diff": rule.min_diff, "max_diff": rule.max_diff}
     run, sums = backward.gradient, (lse, delta)
     if _is_int8(spec):
@@ -379,6 +383,9 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
     sums = [x.swapaxes(1, 2) for x in sums]
     grads = partitioned_gradient(functools.partial(run, **options), spec, blocks)(*arrays, *sums)
     d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)
+    if centred.mean is not None:
+        d_query = d_query.astype(jnp.float32) + centred.part(rest, spec)
+        d_query = d_query.astype(query.dtype)
     return d_query, d_key, d_value, None, d_sinks, None
 
 

@@ -293,7 +293,11 @@ def _backward(spec: AttentionSpec, saved, cotangents):
     f32 = jnp.float32
     rounded = spec.quant is not None and spec.quant.backward == "int8"
     exact = clean(query, key, value, blocks.as_mask(), spec)
-    x = _inputs(query, key, value, blocks, spec) if rounded else _Inputs(*exact)
+    if rounded:
+        x = _inputs(query, key, value, blocks, spec)
+    else:
+        centred = numerics.centred_keys(*exact[:2], blocks.as_mask(), spec)
+        x = _Inputs(exact[0], centred.key, exact[2], centred.const, k_mean=centred.mean)
 
     empty = jnp.isneginf(lse)
     d_lse = jnp.where(empty, 0.0, d_lse)
