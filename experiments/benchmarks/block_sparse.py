@@ -71,20 +71,17 @@ def cases() -> list[Case]:
     long, halves = {**fast, "shape": [1, 32768, 32, 128]}, {"block": [64, 128]}
     right, times = gradient.correct_cases(), gradient.fast_cases()
     predict = {"group": "predict", "predict": "topk"}
-    found = [right[0], *times[:5], *right[1:5], *times[5:12], {**fast, **predict}, *right[5:9]]
-    found += [
-        {**long, "quant": "sage2"},
-        {**long, "peer": "flex"},
-        {**fast, **halves, "quant": "sage2"},
+    brief = {"brief": True}  # without tiles one by one, and with one dense kernel
+    found = [
+        right[0],
+        *times[:4],
+        right[4],
+        {**fast, **predict},
+        {**long, **brief, "quant": "sage2"},
     ]
-    found += leaks.cases()[:3]
-    found += [
-        *times[12:],
-        *right[9:],
-        *leaks.cases()[3:],
-        {**long, "quant": None},
-        {**long, **predict},
-    ]
+    found += [{**fast, **halves, **brief, "quant": "sage2"}, *right[1:4], *times[4:9]]
+    found += [{**long, "peer": "flex"}, *right[5:9], *leaks.cases()[:3], *times[9:], *right[9:]]
+    found += [*leaks.cases()[3:], {**long, **brief, "quant": None}, {**long, **predict}]
     sizes = [
         {**base, "group": "sizes", "quant": quant, "rule": "causal", "block": block}
         | {"shape": [*shape[:5], head_dim]}
@@ -271,11 +268,12 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
     operands = operands_of(case, arrays, block_kv)
     listed = kernel_of(length, None)
     check = check_rows(jax.jit(listed)(operands, masks[0.25])[0], arrays, tiles[0.25], case)
-    for size in dict.fromkeys((block_kv, 256 if case["quant"] else 128)):
+    best, brief = 256 if case["quant"] else 128, case.get("brief", False)
+    for size in [best] if brief else dict.fromkeys((block_kv, best)):
         timing = benchmark(kernel_of(length, size), operands_of(case, arrays, size),
                            repeats=repeats)  # fmt: skip
         rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
-    single = case["quant"] and block_q >= 128  # else there is only one way
+    single = case["quant"] and block_q >= 128 and not brief  # else there is only one way
     kernels = {"listed": listed} | ({"listed, tile by tile": kernel_of(length, block_kv)} if single
                                     else {})  # fmt: skip
     for name, call in kernels.items():
@@ -283,10 +281,12 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
             timing = benchmark(call, operands, mask, repeats=repeats)
             share = share_of(density, length // block_kv)
             row = {"name": name, "density": share} | numbers(case, timing, share)
-            for dense in rows[: 1 + (case["quant"] is not None)]:
+            for dense in [row for row in rows if "dense" in row["name"]]:
                 over = row["milliseconds"] / (share * dense["milliseconds"])
                 row[f"over density x {dense['name']}"] = over
             rows.append(row)
+    if brief:
+        return check | {"rows": rows}
     timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
     rows.append({"name": "order and ranges of the lists", "milliseconds": timing.median * 1e3})
     return check | {"rows": rows}

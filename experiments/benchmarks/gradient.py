@@ -7,7 +7,7 @@ size. A forward and backward counts as 3.5 forwards, a backward as 2.5.
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,9 +55,15 @@ def fast_cases() -> list[Case]:
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
+    three = {"num_compute": 3, "block_kv": 64, "num_stages": 4, "registers": 160}
+    three["memory_registers"] = 32
+    two = {"num_compute": 2, "block_kv": 128, "num_stages": 2, "registers": 232}
+    two["memory_registers"] = 40
     sizes = (
-        ["q", 64, 2, 2, 232, 40], ["kv", 32, 2, 4, 240, 24], ["kv", 128, 1, 4, 240, 24],
-        ["operands"], ["q", 128, 1, 2, 232, 40], ["kv", 64, 1, 4, 240, 24],
+        ["q", "Int8", {}, [64, 2]], ["kv", "HalfSums", {}, [0, 0]],
+        ["kv", "Int8", {"registers": 240, "memory_registers": 24}, [128, 1]],
+        ["q", "Half", three, [0, 0]], ["q", "Half", {}, [0, 0]], ["kv", "Half", {}, [0, 0]],
+        ["q", "Int8", {}, [128, 1]], ["q", "Int8", two, [64, 2]], ["operands", "", {}, []],
     )  # fmt: skip
     found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
     long = {**base, "shape": [1, 16384, 32, 128]}
@@ -187,37 +193,43 @@ def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     return [row(case, f"{case['gradient'] or '16 bits'}, forward + backward", timing, 3.5)]
 
 
-@cache
-def operands_of(shape: tuple[int, ...]):
-    """What makes the INT8 backward's operands, from what, and what comes out."""
-    from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
-
-    batch, length, heads, head_dim = shape
-    zeros = jnp.zeros((batch, heads, length))
-    given = *inputs({"shape": shape}), zeros + jnp.log(float(length)), zeros, zeros
-    make = partial(int8.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
-    return make, given, jax.block_until_ready(jax.jit(make)(*given))
-
-
 def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """The INT8 backward in parts: what is quantised before, or a kernel with the sizes given."""
+    """One kernel of a backward with given sizes, on random operands; or making these."""
+    from pallas_kernels.ops.attention import mosaic_sm90_backward as half
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
-    from pallas_kernels.ops.attention.mosaic_sm90_backward import launch, plan_of
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    side, *sizes = case["pieces"]
-    make, given, found = operands_of(tuple(case["shape"]))
+    side, kind, changes, part = case["pieces"]
+    batch, length, heads, head_dim = shape = tuple(case["shape"])
+    q, k, v, d_out = inputs(case)
+    zeros = jnp.zeros((batch, heads, length))
+    sums = zeros + jnp.log(float(length)), zeros, zeros
+    make = partial(int8.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
     if side == "operands":
-        timing = benchmark(make, *given, repeats=repeats)
+        timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
         return [{"name": "operands", "milliseconds": timing.median * 1e3}]
-    int8.SIZES = int8.SIZES | {side: tuple(sizes)}
-    shapes = (tuple(case["shape"]),) * 2
-    plan = plan_of(side, Variant("int8", "half"), *shapes, None, None, *sizes[2:])
-    steps = int8.Int8(side, plan, case["shape"][-1] ** -0.5)
-    own = {name: found[name] for name in steps.names}
-    timing = benchmark(lambda x: launch(steps, x, None), own, repeats=repeats)
+    of_kind = int8 if kind != "Half" else half
+    config = dataclasses.replace(of_kind.CONFIGS[side], **changes)
+    int8.CONFIGS, int8.PARTS = int8.CONFIGS | {side: config}, int8.PARTS | {side: tuple(part)}
+    plan = half.plan_of(side, Variant("int8", "half"), shape, shape, None, None, config)
+    steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5)
+    if kind == "Half":
+        own = {"q": q, "k": k, "v": v, "d_out": d_out}
+        own |= {name: jnp.pad(zeros, ((0, 0), (0, 0), (0, 384))) for name in ("lse", "delta")}
+    else:
+        types = jax.eval_shape(make, q, k, v, d_out, *sums)
+        own = {name: random_like(types[name]) for name in steps.names}
+    timing = benchmark(lambda x: half.launch(steps, x, None), own, repeats=repeats)
     # Products of two: S, dP and dQ, or S, dP, dV and dK.
-    return [row(case, f"kernel of {side}", timing, {"q": 1.5, "kv": 2.0}[side])]
+    return [row(case, f"{kind} of {side}", timing, {"q": 1.5, "kv": 2.0}[side])]
+
+
+def random_like(kind: jax.ShapeDtypeStruct) -> jax.Array:
+    """Codes over their whole range, or small numbers."""
+    key = jax.random.key(0)
+    if kind.dtype == jnp.int8:
+        return jax.random.randint(key, kind.shape, -127, 128, jnp.int8)
+    return (0.01 * jax.random.normal(key, kind.shape)).astype(kind.dtype)
 
 
 def run_lists(case: Case, repeats: int) -> list[dict[str, Any]]:
