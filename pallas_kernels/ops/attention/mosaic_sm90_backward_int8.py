@@ -70,7 +70,7 @@ CONFIGS = {
 # Columns of a fresh tile of sums, and such tiles in flight; ptxas tells what fits the registers.
 PARTS = {"q": (64, 2), "kv": (32, 2)}
 K_BLOCK = 128  # keys that share scales at least
-LINE = 32  # numbers in which the scales of a tile are copied, most of them unused
+LINE = 64  # numbers in which the scales of a tile are copied, most of them unused
 CHANNELS = 32  # that share a scale
 TINY = 1e-30  # smallest maximum of a row: a row of zeros gets zero codes
 MAGIC = 1.5 * 2**23  # added to a small number, it leaves its nearest integer in the lowest bits
@@ -154,6 +154,7 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
     minus_lse = jnp.pad(minus_lse, pad, constant_values=-jnp.inf)
     q_scale = jnp.pad(q_scale[:, :, :q_len], pad) * (scale * LOG2E)
     k_rows = jnp.tile(k_scale, scale_block // 8).reshape(*k_scale.shape[:2], -1)
+    k_rows = jnp.pad(k_rows, ((0, 0), (0, 0), (0, -k_rows.shape[2] % PAD)))
     arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "q": whole(query)}
     arrays["k_rows"] = k_rows
     arrays |= {"minus_lse": minus_lse, "q_scale": q_scale, "minus_delta": jnp.pad(-delta, pad)}
