@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SageBwd's gradient on Hopper: five of the seven products of ``mosaic_sm90_backward`` in INT8.
+"""SageBwd's gradient on Hopper: ``mosaic_sm90_backward`` with INT8 products.
 
 ``dO V^T``, made in both kernels, stays in 16 bits. 8-bit ``wgmma`` reads both operands with the
 contraction contiguous, which decides what comes from where::
