@@ -35,7 +35,7 @@ def correct_cases() -> list[Case]:
         return {**base, "gradient": quant, "rule": rule, "block": block, **more}
 
     return [
-        case("sage_bwd"), case("sage_bwd", cluster=2), case(None, "causal"),
+        case("sage_bwd"), case(None, "causal"),
         case("sage_bwd", shape=spread, sigma=3.0),
         case(None, "causal", [128, 128]),
         case("sage_bwd", "causal", [64, 64]), case("sage_bwd", "window"),
@@ -45,7 +45,6 @@ def correct_cases() -> list[Case]:
         case("sage_bwd", "none", kind="k_bias"), case(None, "window"),
         case(None, "causal", dtype="float16"), case("sage_bwd", "causal", dtype="float16"),
         case("sage_bwd", "lengths", shape=[2, 300, 300, 4, 2, 128]),
-        case("sage_bwd", "window", cluster=2), case(None, "causal", cluster=2),
     ]  # fmt: skip
 
 
@@ -57,37 +56,18 @@ def fast_cases() -> list[Case]:
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
-    three = {"num_compute": 3, "block_kv": 64, "num_stages": 4, "registers": 160}
-    three["memory_registers"] = 32
-    two = {"num_compute": 2, "block_kv": 128, "num_stages": 2, "registers": 232}
-    two["memory_registers"] = 40
-    wide = {"registers": 240, "memory_registers": 24}
     none = [0, 0]
     sizes = (
-        ["q", "Int8", {}, [64, 2], 2], ["kv", "HalfSums", {}, none, 2],
-        ["q", "Int8", {}, [64, 2], 1], ["kv", "HalfSums", {}, none, 1],
-        ["q", "Half", {}, none, 2], ["kv", "Half", {}, none, 2],
-        ["q", "Half", {}, none, 1], ["kv", "Half", {}, none, 1], ["q", "Half", three, none, 2],
-        ["kv", "Int8", wide, [128, 1], 2], ["kv", "Int8", wide, [32, 2], 2],
-        ["q", "Int8", two, [64, 2], 2], ["q", "Int8", {}, [128, 1], 2],
-        ["operands", "", {}, [], 1],
+        ["kv", "Int8", {}, [128, 1]], ["kv", "HalfSums", {}, none], ["q", "Int8", {}, [64, 2]],
+        ["kv", "Int8", {}, [32, 2]], ["q", "Half", {}, none], ["kv", "Half", {}, none],
+        ["q", "Int8", {}, [128, 1]], ["operands", "", {}, []],
     )  # fmt: skip
-    found[1:1] = [{**base, "causal": False, "pieces": each, "cluster": each[-1]} for each in sizes]
-    found[1:1] = [{**found[0], "cluster": 2}]
+    found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
     long = {**base, "shape": [1, 16384, 32, 128]}
     found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
     found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
     found += [{**long, "causal": False, "peer": "sdpa"}]
     return found
-
-
-def set_cluster(case: Case) -> None:
-    """Blocks that share what they stream."""
-    from pallas_kernels.ops.attention import mosaic_sm90_backward as half
-
-    if case.get("cluster", 1) != half.CLUSTER:
-        half.CLUSTER = case.get("cluster", 1)
-        jax.clear_caches()  # What was traced has the other number.
 
 
 def quant_of(name: str | None):
@@ -150,7 +130,6 @@ def exact(query, key, value, d_out, mask, sinks=None, lengths=None):
 
 def run_correct(case: Case) -> dict[str, Any]:
     """Relative L1 and cosine of O, dQ, dK and dV; raises out of bounds or if two runs differ."""
-    set_cluster(case)
     b, t, s, n, k, h = case["shape"]
     sizes = {"batch": b, "q_len": t, "num_heads": n, "head_dim": h}
     sizes["dtype"] = jnp.dtype(case.get("dtype", "bfloat16"))
@@ -200,7 +179,6 @@ def row(case: Case, name: str, timing, units: float, density: float = 1.0) -> di
 
 def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Rows of one case."""
-    set_cluster(case)
     if "peer" in case:
         return run_peer(case, repeats)
     if "pieces" in case:
@@ -218,7 +196,7 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    side, kind, changes, part, _ = case["pieces"]
+    side, kind, changes, part = case["pieces"]
     batch, length, heads, head_dim = shape = tuple(case["shape"])
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
@@ -304,7 +282,6 @@ def lower(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
     if "peer" in case:
         return {"lowered": "not needed"}
-    set_cluster(case)
     shape = case["shape"]
     b, t, s, n, k, h = shape if len(shape) == 6 else (*shape[:2], *shape[1:3], *shape[2:])
     half = jnp.dtype(case.get("dtype", "bfloat16"))

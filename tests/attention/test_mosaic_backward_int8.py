@@ -73,7 +73,7 @@ def plain(found, sums, mask, whole=False):
     d_s = p * (
         np.einsum("bthd,bshd->bhts", d_out[:, :t], wide(v[:, :s])) - (delta - rest)[..., None]
     )
-    turned = [dequantized(found["k_t"], found["k_t_scale"], 64)[:, :s]]
+    turned = [dequantized(found["k_t"], found["k_t_scale"], 128)[:, :s]]
     turned += [
         dequantized(found[name], found["q_side_scale"], 64, first)[:, :t]
         for name, first in (("q_t", 0), ("d_out_t", h // 32))
@@ -177,7 +177,7 @@ def test_operands_are_near(case):
     t, h = SHAPE[1], SHAPE[-1]
     mean = np.asarray(k, np.float64).mean(1, keepdims=True)
     for name, lines, block, first, x in (
-        ("k_t", "k_t_scale", 64, 0, np.asarray(k, np.float64) - mean),
+        ("k_t", "k_t_scale", 128, 0, np.asarray(k, np.float64) - mean),
         ("q_t", "q_side_scale", 64, 0, q),
         ("d_out_t", "q_side_scale", 64, h // 32, d_out),
     ):
@@ -281,9 +281,7 @@ def test_control_flow(monkeypatch, case, listed):
     with gpu_interpret_mode(detect_races=True):
         run = jax.jit(lambda *x: int8.gradient(*x, scale=SCALE, blocks=blocks, **bounds))
         got = run(*arrays, *sums)
-    d_query, *_ = plain(found, sums, blocks.as_mask() if listed else mask)
-    _, d_key, d_value = plain(found, sums, blocks.as_mask() if listed else mask, whole=True)
-    want = d_query, d_key, d_value
+    want = plain(found, sums, blocks.as_mask() if listed else mask)
     for x, y in zip(got, want, strict=True):
         assert x.shape == y.shape and error(x, y) < 0.006
 
@@ -330,6 +328,5 @@ def test_registers_suffice(tmp_path, side):
         own, turned = (4, 8), [config.block_kv // 32] * steps.count
         ring = [(*own, numbers, numbers)[: 3 + (side == "kv")], (*turned, numbers)]
         new = steps.tile(own, ring, fixed, None, sums, {"row": 0, "col": 0}, id, id)
-        # With 232 registers instead of 240 the kernel of keys spills a few.
-        limit = 64 if side == "kv" else 0
+        limit = 48 if side == "kv" else 0
         assert spilled(tmp_path / "loop.ptx", program, sums, new, count, config.registers) <= limit

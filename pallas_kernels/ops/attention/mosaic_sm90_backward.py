@@ -23,8 +23,6 @@ appendix B.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -37,9 +35,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
 
 HEAD_DIMS = (64, 128)
-PAD = 768  # numbers per row are padded to this: pairs of tiles of two or three warpgroups
-# Blocks of a cluster, 1 or 2. Two load what they stream once: what the L2 cache gives is a limit.
-CLUSTER = 1
+PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
 # By the side that is owned; "block_kv" rows are streamed at a time.
 CONFIGS = {
     "q": Config(block_kv=128, num_stages=2, qk_split=1),
@@ -294,7 +290,7 @@ class Half:
 # -- the kernel ------------------------------------------------------------------------------------
 
 
-def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
+def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     """Builds one kernel's entry function.
 
     Args:
@@ -302,10 +298,8 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
         names: what the operands are, in order.
         groups: query heads of a key head.
         dtype: of the results.
-        pair: two blocks own neighbouring tiles and share what is streamed.
     """
     plan = steps.plan
-    tiles = _tiles(plan, pair)
     config, block, stages, i32 = (
         plan.config,
         plan.config.block_kv,
@@ -319,13 +313,11 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
     def place(refs):
         """Tile, batch and head of this block's rows; the longest walks come first."""
         index = lax.axis_index("block")
-        if pair:
-            index = index * CLUSTER + lax.axis_index("pair")
         if listed:
             index = refs["order"][index]
-        head, tile = div(index, tiles), lax.rem(index, i32(tiles))
+        head, tile = div(index, plan.q_tiles), lax.rem(index, i32(plan.q_tiles))
         if of_queries and not listed:
-            tile = tiles - 1 - tile
+            tile = plan.q_tiles - 1 - tile
         return tile, div(head, plan.num_heads), lax.rem(head, i32(plan.num_heads))
 
     def streamed_head(head, j):
@@ -338,19 +330,6 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
 
     def walk(refs, b, head, j, tile):
         """Places [lo, hi), and [mid_lo, mid_hi), those that need no mask."""
-        if pair:  # from the first to the last tile that either block wants
-            first = tile - lax.rem(tile, i32(CLUSTER))
-            own = [plan.kv_tiles(first + i) for i in range(CLUSTER)]
-            lo, mid_lo, mid_hi, hi = (
-                pick(*(jnp.asarray(x, i32) for x in both))
-                for pick, both in zip(
-                    (jnp.minimum, jnp.maximum, jnp.minimum, jnp.maximum),
-                    zip(*own, strict=True),
-                    strict=True,
-                )
-            )
-            mid_lo = jnp.clip(mid_lo, lo, hi)
-            return [lo, mid_lo, jnp.clip(mid_hi, mid_lo, hi), hi]
         if not listed:
             return [jnp.asarray(x, i32) for x in plan.kv_tiles(tile)]
         whole, count = (entry_of(refs, "ranges", b, head, j, tile, i) for i in range(2))
@@ -388,10 +367,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
                     plgpu.barrier_wait(empty.at[slot])
                     for name, smem in zip(part, smems, strict=True):
                         source = steps.source(refs[name], name, b, streamed_head(head, j), rows)
-                        plgpu.copy_gmem_to_smem(
-                            source, smem.at[slot], filled.at[slot],
-                            collective_axes="pair" if pair else None,
-                        )  # fmt: skip
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], filled.at[slot])
                 return step + 1, then
 
             return lax.fori_loop(lo, hi, load, (step, code_at(refs, b, head, j, tile, lo)))[0]
@@ -401,7 +377,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
         else:
             lax.fori_loop(i32(0), i32(heads), one_head, i32(0))
 
-    def compute_group(wg, own, ring, refs, ready, free, done):
+    def compute_group(wg, own, ring, refs, ready, free):
         (own_ready, *ring_ready) = ready
         mine = [smem.at[wg] for smem in own]
         tile, b, head = place(refs)
@@ -427,8 +403,6 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
                 plgpu.barrier_wait(ring_ready[part].at[slot])
 
             def release(part):
-                if pair:  # One thread speaks for the warpgroup: the others must be done.
-                    plgpu.commit_smem()
                 plgpu.barrier_arrive(free[part].at[slot])
 
             def load(name):
@@ -487,9 +461,6 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(stage, out.at[b, rows, head])
         plgpu.wait_smem_to_gmem(0)
-        if pair:  # The other block's last word arrives in this one's memory.
-            plgpu.barrier_arrive(done.at[0])
-            plgpu.barrier_wait(done.at[0])
 
     def entry(*operands):
         refs = dict(zip(names, operands[: len(names)], strict=True)) | {
@@ -499,13 +470,9 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
         ring = [[steps.memory(name, (stages,), block) for name in part] for part in steps.ring]
         ready = [plgpu.Barrier(num_arrivals=len(own), num_barriers=compute)]
         ready += [plgpu.Barrier(num_arrivals=len(part), num_barriers=stages) for part in ring]
-        shared = plgpu.Barrier
-        if pair:
-            shared = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
-        free = [shared(num_arrivals=compute, num_barriers=stages) for _ in ring]
-        done = shared(num_arrivals=compute, num_barriers=1)
+        free = [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in ring]
 
-        def body(own, ring, ready, free, done):
+        def body(own, ring, ready, free):
             wg = lax.axis_index("wg")
 
             @pl.when(wg == compute)
@@ -516,16 +483,11 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype, pair: bool):
             @pl.when(wg < compute)
             def _compute():
                 plgpu.set_max_registers(config.registers, action="increase")
-                compute_group(wg, own, ring, refs, ready, free, done)
+                compute_group(wg, own, ring, refs, ready, free)
 
-        pl.run_scoped(body, own, ring, ready, free, done, collective_axes="wg")
+        pl.run_scoped(body, own, ring, ready, free, collective_axes="wg")
 
     return entry
-
-
-def _tiles(plan: Plan, pair: bool) -> int:
-    """Tiles of one head's rows, whole pairs of them if asked."""
-    return pl.cdiv(plan.q_tiles, CLUSTER) * CLUSTER if pair else plan.q_tiles
 
 
 def launch(steps, arrays: dict[str, jax.Array], blocks: BlockMask | None) -> list[jax.Array]:
@@ -542,14 +504,11 @@ def launch(steps, arrays: dict[str, jax.Array], blocks: BlockMask | None) -> lis
     if blocks is not None:
         arrays = arrays | tile_lists(blocks, steps.side, plan, 1 if steps.side == "q" else groups)
     out = jax.ShapeDtypeStruct(like.shape, like.dtype)
-    pair = CLUSTER == 2 and blocks is None and plan.q_tiles > 1
-    total = plan.batch * plan.num_heads * _tiles(plan, pair)
     results = plgpu.kernel(
-        _kernel(steps, tuple(arrays), groups, like.dtype, pair),
+        _kernel(steps, tuple(arrays), groups, like.dtype),
         out_type=[out] * (1 if steps.side == "q" else 2),
-        grid=(total // CLUSTER if pair else total,),
+        grid=(plan.total,),
         grid_names=("block",),
-        **({"cluster": (CLUSTER,), "cluster_names": ("pair",)} if pair else {}),
         num_threads=plan.config.num_compute + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(

@@ -60,20 +60,21 @@ from pallas_kernels.ops.quantize.mosaic_sm90 import (
     quantize_q,
 )
 
-# The kernel of queries waits for its tiles from the L2 cache: three warpgroups share what comes.
 CONFIGS = {
-    "q": Config(
-        num_compute=3, block_kv=64, num_stages=4, qk_split=1, registers=160, memory_registers=32
-    ),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1),
+    "q": Config(block_kv=128, num_stages=2, qk_split=1),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1, registers=240, memory_registers=24),
 }
 # Columns of a fresh tile of sums, and such tiles in flight; ptxas tells what fits the registers.
-PARTS = {"q": (64, 2), "kv": (32, 2)}
+PARTS = {"q": (64, 2), "kv": (128, 1)}
 K_BLOCK = 128  # keys that share scales at least
-LINE = 64  # numbers in which the scales of a tile are copied, most of them unused
+LINE = 32  # numbers in which the scales of a tile are copied, most of them unused
 CHANNELS = 32  # that share a scale
 TINY = 1e-30  # smallest maximum of a row: a row of zeros gets zero codes
-MAGIC = 1.5 * 2**23  # added to a small number, it leaves its nearest integer in the lowest bits
+# Added to a small number, it leaves its nearest integer in the lowest bits; an integer below 2^22
+# added to its bits is a number that much larger. The instruction that converts integers runs as
+# slowly as exp2, and was what the kernels waited for.
+MAGIC = 1.5 * 2**23
+MAGIC_BITS = 0x4B400000
 
 
 def gradient(
@@ -122,7 +123,7 @@ def gradient(
     results = []
     for side, config in CONFIGS.items():
         plan = plan_of(side, variant, *shapes, *limits, config)
-        steps = (Int8 if side == "q" else HalfSums)(side, plan, scale)
+        steps = Int8(side, plan, scale)
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
     return tuple(results)
@@ -154,7 +155,6 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
     minus_lse = jnp.pad(minus_lse, pad, constant_values=-jnp.inf)
     q_scale = jnp.pad(q_scale[:, :, :q_len], pad) * (scale * LOG2E)
     k_rows = jnp.tile(k_scale, scale_block // 8).reshape(*k_scale.shape[:2], -1)
-    k_rows = jnp.pad(k_rows, ((0, 0), (0, 0), (0, -k_rows.shape[2] % PAD)))
     arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "q": whole(query)}
     arrays["k_rows"] = k_rows
     arrays |= {"minus_lse": minus_lse, "q_scale": q_scale, "minus_delta": jnp.pad(-delta, pad)}
@@ -193,13 +193,21 @@ def probabilities(scores, scale, shift, masked: bool):
     Returns:
         float32 registers of the tile.
     """
-    out = []
+    out, shifts = [], {}
     for i, score in enumerate(scores):
-        p = ptx.exp2(ptx.fma(ptx.to_float(score), scale(i), shift(i)))
+        factor, add = scale(i), shift(i)
+        if (id(factor), id(add)) not in shifts:
+            shifts[id(factor), id(add)] = ptx.fma(factor, ptx.f32(-MAGIC), add), factor, add
+        p = ptx.exp2(ptx.fma(_shifted(score), factor, shifts[id(factor), id(add)][0]))
         if masked:
             p = ptx.select(ptx.eq(score, ptx.i32(tile_math.INT_MIN)), ptx.f32(0.0), p)
         out.append(p)
     return out
+
+
+def _shifted(integer):
+    """`MAGIC` more than an integer whose size is below 2^22, as float32."""
+    return ptx.as_float(ptx.add(integer, ptx.i32(MAGIC_BITS)))
 
 
 def encode(values):
@@ -247,8 +255,9 @@ def add_part(sums, tile, row_scale, channel_scale):
         float32 registers.
     """
     scale = [[ptx.fmul(r, c) for c in channel_scale] for r in row_scale]
+    magic = ptx.f32(MAGIC)
     return [
-        ptx.fma(ptx.to_float(x), scale[(i // 2) % 2][i // 4 * 8 // CHANNELS], total)
+        ptx.fma(ptx.fsub(_shifted(x), magic), scale[(i // 2) % 2][i // 4 * 8 // CHANNELS], total)
         for i, (total, x) in enumerate(zip(sums, tile, strict=True))
     ]
 
@@ -270,7 +279,7 @@ class Int8:
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
         head_dim, block = plan.head_dim, plan.config.block_kv
-        self.part, self.depth = PARTS[side]
+        self.part, self.depth = min(PARTS[side][0], head_dim), PARTS[side][1]
         if side == "q":
             self.own, self.ring = ("q8", "d_out"), (("k8", "v", "k_scale"), ("k_t", "k_t_scale"))
             numbers = ("q_scale", "minus_lse", "minus_delta", "rest", "k_mean")
