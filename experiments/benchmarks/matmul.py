@@ -90,7 +90,7 @@ def cases() -> list[Case]:
           for c in ({"units": 2}, {"blocks": 528}, {"units": 2, "blocks": 528},
                     {"units": 2, "blocks": 1056}, {"cache": ".L1::no_allocate.L2::256B"})),
         *(fast("nvfp4", 16, kernel="rows", config=c)
-          for c in ({"units": 2}, {"units": 2, "blocks": 528})),
+          for c in ({"units": 4}, {"blocks": 528})),
         *(fast("nvfp4", 4096, kernel="tokens", config=c)
           for c in ({"across": 16}, {"across": 4}, {"num_stages": 4}, {"num_stages": 6},
                     {"tile_m": 128, "num_stages": 8})),

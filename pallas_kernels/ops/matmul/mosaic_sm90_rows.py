@@ -45,13 +45,14 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        units: units of 16 inputs in a warp's step.
+        units: units of 16 inputs in a warp's step; None: four, or two where sixteen rows take
+            the registers.
         blocks: blocks among which the work is split, if there is so much; None: three for every
             multiprocessor.
         cache: how loads of the weights treat L1 and L2, PTX qualifiers.
     """
 
-    units: int = 4
+    units: int | None = None
     blocks: int | None = None
     cache: str = ".L1::no_allocate"
 
@@ -85,7 +86,7 @@ class Plan:
     @property
     def units(self) -> int:
         """Units of a warp's step."""
-        return min(self.config.units, self.total)
+        return min(self.config.units or 4 // self.tiles, self.total)
 
     @property
     def total(self) -> int:
@@ -104,21 +105,15 @@ class Plan:
 
     @property
     def splits(self) -> int:
-        """Blocks that share the contraction."""
+        """Blocks that share the contraction: as many turns each, or one more."""
         wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
         columns = pl.cdiv(self.weights.n, COLUMNS) * self.row_blocks
-        splits = max(min(wanted // columns, self.turns), 1)
-        return pl.cdiv(self.turns, pl.cdiv(self.turns, splits))
-
-    @property
-    def steps(self) -> int:
-        """Turns of a block."""
-        return pl.cdiv(self.turns, self.splits)
+        return max(min(wanted // columns, self.turns), 1)
 
     @property
     def ragged(self) -> bool:
         """Some warp's step lies beyond the last unit, wholly or in part."""
-        return self.splits * self.steps * WARPS * self.units != self.total
+        return self.turns * WARPS * self.units != self.total
 
 
 def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r", ok=None):
@@ -154,7 +149,12 @@ class _Thread:
         self.first = ptx.add(self.column, ptx.mul(self.g, i32(OWN)))
         if n % COLUMNS:  # outputs that do not exist are read elsewhere and not written
             self.first = ptx.imin(self.first, i32(n - OWN))
-        self.turn = ptx.mul(split, i32(plan.steps))
+        self.split = split
+        self.turn, end = (
+            ptx.div(ptx.mul(place, i32(plan.turns)), i32(plan.splits))
+            for place in (split, ptx.add(split, i32(1)))
+        )
+        self.count = ptx.sub(end, self.turn)
         row = bytes_at(ptx.mul(self.c, i32(2)), n)
         self.place = ptx.add(row, ptx.widen(self.first))
         self.x_places = []
@@ -267,8 +267,7 @@ class _Thread:
         plan, i32 = self.plan, ptx.i32
         column = ptx.add(self.column, ptx.mul(quad, i32(4)))
         ok = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
-        part = ptx.div(self.turn, i32(plan.steps))
-        index = ptx.add(ptx.mul(part, i32(plan.m)), row)
+        index = ptx.add(ptx.mul(self.split, i32(plan.m)), row)
         where = ptx.add(bytes_at(index, 4 * plan.weights.n), bytes_at(column, 4))
         ptx.store(self.refs["parts"], where, values, ok)
 
@@ -283,8 +282,8 @@ def _body(plan: Plan, refs, axes):
         return {"acc": thread.multiply(state["given"], state["acc"]), "given": following}
 
     state = {"acc": acc, "given": thread.loads(ptx.i32(0))}
-    if plan.steps > 1:
-        state = ptx.loop(plan.steps - 1, step, state)
+    if plan.turns > plan.splits:
+        state = ptx.loop(ptx.sub(thread.count, ptx.i32(1)), step, state)
     thread.join(thread.multiply(state["given"], state["acc"]))
 
 
