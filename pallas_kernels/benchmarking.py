@@ -72,7 +72,8 @@ def benchmark(
     the host clock around a run that has finished.
 
     Args:
-      function: takes arrays, returns a pytree of arrays; compiled with `jax.jit` here.
+      function: takes arrays, returns a pytree of arrays; compiled with `jax.jit` here, unless it is
+        a `jax.stages.Compiled` already.
       *args: its arguments.
       repeats: runs that count, at least 1.
       warmup: runs before them that do not.
@@ -97,7 +98,7 @@ def benchmark(
             f"device time needs a GPU; this is {current_device().platform}. "
             "device_time=False uses the host clock"
         )
-    compiled = jax.jit(function)
+    compiled = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
     start = time.perf_counter()
     jax.block_until_ready(compiled(*args))
     compile_seconds = time.perf_counter() - start

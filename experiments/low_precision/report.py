@@ -116,14 +116,11 @@ def draw_quadratic(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _write(figure, path)
 
 
-def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Speed-up over bf16 against the size of the product."""
+def draw_speed(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Speed-up over bf16 against the size of the product, by recipe."""
     figure, axis = _axes()
-    for name in rows[0]["recipes"]:
-        if name == "bf16":
-            continue
-        flops = [2 * row["tokens"] * row["inputs"] * row["outputs"] for row in rows]
-        axis.semilogx(flops, [row["recipes"][name]["speed_up"] for row in rows], "o", label=name)
+    for name, values in points.items():
+        axis.semilogx(*zip(*values, strict=True), "o", label=name)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xlabel("operations of the forward product")
     axis.set_ylabel("time of bf16 / time")

@@ -1,21 +1,47 @@
-"""E4: step times of FP8 and of emulated FP4 on a GPU, and the size from which FP8 pays."""
+"""E4: times of FP8 and of emulated FP4 on a GPU, and the size from which FP8 pays.
+
+Sections, each of which writes ``speed_<section>.json`` after every row:
+
+* ``linear``: forward and backward of a linear layer at the two sizes of the acceptance test.
+* ``quantize``: the fused quantiser against the formats, then its bandwidth beside a copy and XLA.
+* ``step``: a training step of a transformer with 1.1 billion parameters.
+* ``sweep``: the linear layer over sizes, for the break-even.
+"""
 
 import dataclasses
+import functools
 import itertools
+import json
 import math
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from experiments.low_precision.training import environment
+from jaxeff.nn.rope import RopeConfig, apply_rope
 from jaxeff.quant import RECIPES, Recipe, dot_general, init_history
-from pallas_kernels.benchmarking import benchmark, matmul_flops, teraflops
+from pallas_kernels import fake_quantize
+from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
+from pallas_kernels.formats import TE_SIGNS, get_format, rht
+from pallas_kernels.formats.block_format import tensor_encode_scale
+from pallas_kernels.formats.counter_random import counter_key
 
 PLAIN = (((1,), (0,)), ((), ()))
-# Two shapes of the acceptance test first: a time budget cuts off the end of the sweep.
-FIRST = ((8192, 8192, 8192), (16384, 4096, 4096), (15872, 4096, 16384))
-SWEEP = tuple(itertools.product((8192, 16384), (512, 1024, 2048, 4096, 8192, 16384), (4096, 16384)))
+SECTIONS = ("linear", "quantize", "step", "sweep")
+ISOLATED = ("quantize",)  # kernels that may hang run in a process of their own
+# The two shapes of the acceptance test: tokens, inputs, outputs.
+FIRST = ((8192, 8192, 8192), (16384, 4096, 4096))
+SIDES = (512, 1024, 2048, 4096, 16384)
+SWEEP = tuple((t, k, k) for t, k in itertools.product((2048, 8192, 16384), SIDES[:-1]))
+Row = dict[str, Any]
+Say = Callable[[str], None]
 
 
 def _native(name: str) -> Recipe:
@@ -28,6 +54,32 @@ def recipes() -> dict[str, Recipe]:
         name: _native(name) for name in ("fp8_current", "fp8_delayed", "fp8_rowwise", "fp8_block")
     }
     return {"bf16": RECIPES["bf16"], **eight, "fp4_all_the_way": RECIPES["fp4_all_the_way"]}
+
+
+@dataclasses.dataclass
+class Report:
+    """Rows of one section and the clock."""
+
+    path: Path
+    deadline: float
+    say: Say
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """Keeps a row, says it and writes all."""
+        self.rows.append(row)
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        self.say("  ".join(f"{k}={v}" for k, v in shown.items()))
+        content = {"environment": environment(), "rows": self.rows}
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+    @property
+    def is_late(self) -> bool:
+        """Whether no further measurement should begin."""
+        return time.monotonic() > self.deadline
+
+
+# --- the linear layer -----------------------------------------------------------------------------
 
 
 def layer_step(recipe: Recipe) -> Callable:
@@ -53,58 +105,327 @@ def layer_step(recipe: Recipe) -> Callable:
     return step
 
 
-def measure(shape: tuple[int, int, int], repeats: int = 20) -> dict[str, Any]:
-    """Times all recipes on one shape.
+def measure_linear(
+    shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 10
+) -> None:
+    """Adds a row for each shape and recipe; all programs of a shape are compiled at once.
 
-    Args:
-        shape: tokens, inputs, outputs.
-        repeats: timed runs of each.
-
-    Returns:
-        Row with milliseconds, TFLOP/s over the three products, ratio to bf16, and whether the
-        compiled program holds an 8-bit product.
+    A row has milliseconds, TFLOP/s over the three products, the ratio to bf16, and how many 8-bit
+    cuBLASLt calls the compiled program holds.
     """
-    t, k, n = shape
-    keys = jax.random.split(jax.random.key(0), 3)
-    operands = [
-        jax.random.normal(key, size, jnp.bfloat16) * scale
-        for key, size, scale in zip(
-            keys, ((t, k), (k, n), (t, n)), (1.0, k**-0.5, 1e-3), strict=True
-        )
-    ]
-    row: dict[str, Any] = {"tokens": t, "inputs": k, "outputs": n, "recipes": {}}
-    for name, recipe in recipes().items():
-        step = layer_step(recipe)
-        text = step.lower(*operands).compile().as_text()
-        timing = benchmark(step, *operands, repeats=repeats)
-        row["recipes"][name] = {
-            "milliseconds": 1e3 * timing.median,
-            "spread": timing.spread,
-            "teraflops": teraflops(3 * matmul_flops(t, n, k), timing),
-            "source": timing.source,
-            "fp8_custom_call": "cublas$lt$matmul$f8" in text,
-            "fp8_in_program": "f8e4m3fn" in text,
-        }
-    bf16 = row["recipes"]["bf16"]["milliseconds"]
-    for numbers in row["recipes"].values():
-        numbers["speed_up"] = bf16 / numbers["milliseconds"]
-    return row
+    for shape in shapes:
+        if report.is_late:
+            return
+        t, k, n = shape
+        types = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((t, k), (k, n), (t, n))]
+        with ThreadPoolExecutor(8) as pool:
+            programs = {
+                name: pool.submit(layer_step(recipes()[name]).lower(*types).compile)
+                for name in names
+            }
+        # Drawn in float32 and cast: bfloat16 normals have few values.
+        keys = jax.random.split(jax.random.key(0), 3)
+        scales = (1.0, k**-0.5, 1e-3)
+        operands = [
+            (jax.random.normal(key, kind.shape) * scale).astype(jnp.bfloat16)
+            for key, kind, scale in zip(keys, types, scales, strict=True)
+        ]
+        plain = None
+        for name, program in programs.items():
+            compiled = program.result()
+            timing = benchmark(compiled, *operands, repeats=repeats)
+            plain = timing.median if name == "bf16" else plain
+            row = {"tokens": t, "inputs": k, "outputs": n, "recipe": name}
+            report.add(row | _numbers(timing, 3 * matmul_flops(t, n, k), plain, compiled))
 
 
-def break_even(rows: list[dict[str, Any]], recipe: str) -> dict[str, Any]:
+def _numbers(timing: Timing, flops: float, plain: float | None, compiled: Any) -> Row:
+    text = compiled.as_text()
+    return {
+        "milliseconds": 1e3 * timing.median,
+        "spread": timing.spread,
+        "teraflops": teraflops(flops, timing),
+        "speed_up": None if plain is None else plain / timing.median,
+        "source": timing.source,
+        "fp8_calls": len(re.findall(r"cublas\$lt\$matmul\$f8", text)),
+        "fp8_in_program": "f8e4m3fn" in text,
+    }
+
+
+def speed_ups(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Operations of one product and ratio to bf16, by recipe, in rising order."""
+    points = {}
+    for row in rows:
+        if row["recipe"] != "bf16" and row["speed_up"] is not None:
+            flops = 2.0 * row["tokens"] * row["inputs"] * row["outputs"]
+            points.setdefault(row["recipe"], []).append((flops, row["speed_up"]))
+    return {name: sorted(values) for name, values in points.items()}
+
+
+def break_even(points: list[tuple[float, float]]) -> Row:
     """Smallest product size from which a recipe is never slower than bf16.
 
     Args:
-        rows: results of ``measure``.
-        recipe: name.
+        points: operations and ratio to bf16.
 
     Returns:
-        ``flops`` of one product (None if it never pays), and the rows below.
+        ``flops`` of one product (None if it never pays), and those that were slower.
+
+    >>> break_even([(2.0, 0.5), (4.0, 1.2), (8.0, 0.9), (16.0, 1.5)])
+    {'flops': 16.0, 'slower_at_flops': [2.0, 8.0]}
     """
-    points = sorted(
-        (math.prod((r["tokens"], r["inputs"], r["outputs"])) * 2, r["recipes"][recipe]["speed_up"])
-        for r in rows
-    )
-    slower = [flops for flops, speed_up in points if speed_up < 1]
+    slower = [flops for flops, ratio in points if ratio < 1]
     above = [flops for flops, _ in points if not slower or flops > max(slower)]
     return {"flops": min(above, default=None), "slower_at_flops": slower}
+
+
+# --- the quantiser --------------------------------------------------------------------------------
+
+
+def nvfp4_plan(x: jax.Array):
+    """The plan of the fused kernel for NVFP4."""
+    from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Plan
+
+    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"), "nearest")
+
+
+def nvfp4_factors(x: jax.Array) -> jax.Array:
+    """Encode and decode scale of the tensor for both sides: the pass before the kernel's."""
+    kind = get_format("nvfp4")
+    top = jnp.abs(x).max().astype(jnp.float32)
+    encode = tensor_encode_scale(top, kind.element_type, kind.scale_type)
+    return jnp.broadcast_to(jnp.stack([encode, 1 / encode]), (2, 2))
+
+
+def wide_data(shape: tuple[int, int], dtype=jnp.bfloat16) -> jax.Array:
+    """Normal values whose size differs from row to row, e^±2 at one deviation."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    return (x * jnp.exp(2 * jax.random.normal(jax.random.key(1), (shape[0], 1)))).astype(dtype)
+
+
+def quantizer_programs(x: jax.Array) -> dict[str, tuple[Callable, int, int]]:
+    """What is compared: a function of (x, factors), bytes moved in sizes of x, passes over it."""
+    from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Side, round_matrix
+
+    words = jnp.uint32([[1, 2], [3, 0xDEADBEEF]])
+    near, drawn = Side(), Side(True)
+
+    def kernel(rows, columns):
+        return lambda x, factors: round_matrix(x, factors, words, nvfp4_plan(x), rows, columns)
+
+    def plain(axis, stochastic):
+        key = {"rounding": "stochastic", "key": counter_key(words[1 - axis])} if stochastic else {}
+        return lambda x, factors: fake_quantize(x, "nvfp4", axis=axis, **key)
+
+    return {
+        "copy": (lambda x, factors: -x, 2, 1),
+        "kernel rows SR": (kernel(drawn, None), 2, 1),
+        "kernel rows and columns SR": (kernel(drawn, drawn), 3, 1),
+        "XLA rows RtN": (plain(1, False), 2, 2),
+        "XLA rows SR": (plain(1, True), 2, 2),
+        "kernel rows SR with tensor scale": (
+            lambda x, factors: kernel(drawn, None)(x, nvfp4_factors(x)), 2, 2
+        ),
+        "kernel rows RtN, columns rotated SR": (kernel(near, Side(True, TE_SIGNS)), 3, 1),
+        "kernel columns SR": (kernel(None, drawn), 2, 1),
+        "kernel rows RtN": (kernel(near, None), 2, 1),
+        "amax by XLA": (lambda x, factors: jnp.abs(x).max(), 1, 1),
+        "XLA columns SR": (plain(0, True), 2, 2),
+        "XLA columns rotated SR": (lambda x, factors: plain(0, True)(rht(x, axis=0), None), 2, 3),
+    }  # fmt: skip
+
+
+# Result of a kernel, and the program that must give the same.
+_SAME = (
+    ("kernel rows SR", 0, "XLA rows SR"),
+    ("kernel rows and columns SR", 0, "XLA rows SR"),
+    ("kernel rows and columns SR", 1, "XLA columns SR"),
+    ("kernel rows RtN, columns rotated SR", 0, "XLA rows RtN"),
+    ("kernel rows RtN, columns rotated SR", 1, "XLA columns rotated SR"),
+)
+
+
+def measure_quantizer(report: Report, shape: tuple[int, int] = (16384, 8192)) -> None:
+    """Checks the fused quantiser bit for bit, then times it beside a copy and plain XLA."""
+    for size, dtype in (((96, 288), jnp.float32), (shape, jnp.bfloat16)):
+        x = jax.block_until_ready(wide_data(size, dtype))
+        rotated = rht(x, axis=0)
+        factors = jnp.stack([nvfp4_factors(x)[0], nvfp4_factors(rotated)[0]])
+        rotates = "kernel rows RtN, columns rotated SR"
+        sides = {rotates: factors}  # the others take the scale of x on both sides
+        given = {name: sides.get(name, nvfp4_factors(x)) for name in quantizer_programs(x)}
+        with ThreadPoolExecutor(16) as pool:
+            compiled = {
+                name: pool.submit(jax.jit(function).lower(x, factors).compile)
+                for name, (function, *_) in quantizer_programs(x).items()
+                if size == shape or "SR" in name or "RtN" in name
+            }
+        compiled = {name: program.result() for name, program in compiled.items()}
+        report.say(f"{size}: compiled")
+        for kernel, index, plain in _SAME:
+            got = compiled[kernel](x, given[kernel])[index]
+            want = compiled[plain](x, factors)
+            row = {"check": f"{kernel}: {plain}", "shape": list(size), "dtype": str(x.dtype)}
+            report.add(row | {"different": int((got != want).sum()), "of": x.size})
+    for name, (_, moved, passes) in quantizer_programs(x).items():
+        if report.is_late:
+            return
+        timing = benchmark(compiled[name], x, given[name], repeats=10)
+        rate = moved * x.size * x.dtype.itemsize / timing.median / 1e12
+        row = {"what": name, "microseconds": 1e6 * timing.median, "terabytes_per_second": rate}
+        report.add(row | {"spread": timing.spread, "passes": passes, "source": timing.source})
+
+
+# --- a transformer step ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A decoder as of 1B parameters: 16 layers, grouped-query attention, SwiGLU."""
+
+    layers: int = 16
+    dim: int = 2048
+    heads: int = 16
+    kv_heads: int = 8
+    mlp: int = 8192
+    vocab: int = 32768
+    batch: int = 8
+    seq_len: int = 2048
+    attention: str | None = "cudnn"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.heads
+
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the weights of a layer."""
+        kv = self.kv_heads * self.head_dim
+        return {
+            "q": (self.dim, self.dim),
+            "k": (self.dim, kv),
+            "v": (self.dim, kv),
+            "out": (self.dim, self.dim),
+            "gate": (self.dim, self.mlp),
+            "up": (self.dim, self.mlp),
+            "down": (self.mlp, self.dim),
+        }
+
+
+def init_parameters(sizes: Sizes) -> dict[str, jax.Array]:
+    """Float32 weights, the layers' stacked along a leading axis."""
+    shapes = {name: (sizes.layers, *shape) for name, shape in sizes.kernels().items()}
+    shapes |= {"embed": (sizes.vocab, sizes.dim), "head": (sizes.dim, sizes.vocab)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    parameters = {
+        name: jax.random.normal(key, shape) * shape[-2] ** -0.5
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    return parameters | {
+        "norms": jnp.ones((sizes.layers, 2, sizes.dim)),
+        "norm": jnp.ones(sizes.dim),
+    }
+
+
+def loss_of(parameters, tokens, step, recipe: Recipe, sizes: Sizes) -> jax.Array:
+    """Next-token loss; the layers are a scan, so that one of them is compiled."""
+    names = list(sizes.kernels())
+    positions = jnp.broadcast_to(jnp.arange(sizes.seq_len), (sizes.batch, sizes.seq_len))
+
+    def layer(x, given):
+        weights, norms, index = given
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index)
+
+        def product(name, value):
+            own = jax.random.fold_in(key, names.index(name)) if recipe.needs_key else None
+            numbers = (((value.ndim - 1,), (0,)), ((), ()))
+            return dot_general(recipe, own)(value, weights[name].astype(value.dtype), numbers)
+
+        h = _normed(x, norms[0])
+        heads = (*x.shape[:2], -1, sizes.head_dim)
+        q, k, v = (product(name, h).reshape(heads) for name in "qkv")
+        q, k = (apply_rope(part, positions, RopeConfig()) for part in (q, k))
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation=sizes.attention
+        ).reshape(x.shape)
+        x = x + product("out", out)
+        h = _normed(x, norms[1])
+        hidden = jax.nn.silu(product("gate", h)) * product("up", h)
+        return x + product("down", hidden), None
+
+    x = parameters["embed"].astype(jnp.bfloat16)[tokens[:, :-1]]
+    stacked = {name: parameters[name] for name in names}
+    x, _ = jax.lax.scan(layer, x, (stacked, parameters["norms"], jnp.arange(sizes.layers)))
+    logits = _normed(x, parameters["norm"]) @ parameters["head"].astype(jnp.bfloat16)
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def _normed(x, scale):
+    wide = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+    return (wide * factor * scale).astype(x.dtype)
+
+
+OPTIMIZER = optax.adamw(1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def train_step(state, tokens, step, recipe: Recipe, sizes: Sizes):
+    """One step of AdamW; returns the new state and the loss."""
+    parameters, moments = state
+    loss, gradient = jax.value_and_grad(loss_of)(parameters, tokens, step, recipe, sizes)
+    updates, moments = OPTIMIZER.update(gradient, moments, parameters)
+    return (optax.apply_updates(parameters, updates), moments), loss
+
+
+def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> None:
+    """Adds a row for bf16, FP8 and emulated FP4, timed by the host over whole steps."""
+    tokens = jax.random.randint(
+        jax.random.key(1), (sizes.batch, sizes.seq_len + 1), 0, sizes.vocab, jnp.int32
+    )
+    initial = jax.jit(lambda: (p := init_parameters(sizes), OPTIMIZER.init(p)))
+    types = jax.eval_shape(initial)
+    names = ("bf16", "fp8_current", "fp4_all_the_way")
+    with ThreadPoolExecutor(8) as pool:
+        programs = {
+            name: pool.submit(
+                train_step.lower(types, tokens, jnp.int32(0), recipes()[name], sizes).compile
+            )
+            for name in names
+        }
+    plain = None
+    for name, program in programs.items():
+        if report.is_late:
+            return
+        compiled, state = program.result(), initial()
+        times = []
+        for step in range(repeats + 2):
+            began = time.perf_counter()
+            state, loss = compiled(state, tokens, jnp.int32(step))
+            loss = float(loss)
+            times.append(time.perf_counter() - began)
+        timing = Timing(tuple(times[2:]), times[0], "wall")
+        plain = timing.median if name == "bf16" else plain
+        weights = math.prod((sizes.layers,)) * sum(k * n for k, n in sizes.kernels().values())
+        flops = 6.0 * tokens.size * (weights + sizes.dim * sizes.vocab)
+        row = {
+            "recipe": name,
+            "loss": loss,
+            "parameters": sum(x.size for x in jax.tree.leaves(state[0])),
+        }
+        report.add(row | _numbers(timing, flops, plain, compiled))
+        del state
+
+
+def run_section(section: str, report: Report) -> None:
+    """Runs one of ``SECTIONS``."""
+    if section == "linear":
+        names = ("bf16", "fp8_current", "fp8_delayed", "fp4_all_the_way")
+        measure_linear(FIRST, names, report)
+    elif section == "quantize":
+        measure_quantizer(report)
+    elif section == "step":
+        measure_steps(report)
+    else:
+        measure_linear(SWEEP, ("bf16", "fp8_current"), report, repeats=5)

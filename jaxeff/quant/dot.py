@@ -1,5 +1,6 @@
 """Matrix products whose six operand uses are quantised by a recipe, with their own derivative."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import numpy as np
 from jax import lax
 
 from jaxeff.quant.delayed import TENSORS, delayed_scale, record_amax, round_delayed
-from jaxeff.quant.noise import counter_key
 from jaxeff.quant.operand import quantizer_options, round_operand
 from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
 from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
+from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.matmul.api import matmul
 from pallas_kernels.ops.quantize.api import quantize
 
@@ -195,8 +196,15 @@ def _product(recipe: Recipe, how: tuple, x, w, given: _Given):
 def _forward(recipe, how, x, w, given):
     precision, result_type = how
     if recipe.execution == "native":
-        z = _contract_native(recipe, ("fwd_x", "fwd_w"), (x, w), given, precision, result_type)
-        return z, (x, w, (None, None), given)
+        kept = x, w
+        if _shares_codes(recipe):
+            narrow = _scaled_inside(recipe, result_type)
+            kept = tuple(
+                _Coded(_codes(recipe, point, value, given, narrow), jnp.zeros(0, value.dtype))
+                for point, value in (("fwd_x", x), ("fwd_w", w))
+            )
+        z = _contract_native(recipe, ("fwd_x", "fwd_w"), kept, given, precision, result_type)
+        return z, (*kept, (None, None), given)
     qx, mask_x = _operand(recipe, "fwd_x", x, given)  # [t, k], blocks along k
     qw, mask_w = _operand(recipe, "fwd_w", w, given)  # [k, n], blocks along k
     z = _contract(qx, 1, qw, 0, precision, result_type)  # [t, n]
@@ -210,8 +218,7 @@ def _backward(recipe, how, residuals, d):
     if recipe.execution == "native":
         contract = functools.partial(_contract_native, recipe, given=given, precision=precision)
         grad_x = contract(("bwd_d", "bwd_w"), (d, w), result_type=x.dtype)  # [t, k]
-        rotated = _rotate(recipe, "upd_x", x, given), _rotate(recipe, "upd_d", d, given)
-        grad_w = contract(("upd_x", "upd_d"), rotated, result_type=w.dtype)  # [k, n]
+        grad_w = contract(("upd_x", "upd_d"), (x, d), result_type=w.dtype)  # [k, n]
         return grad_x, grad_w, _no_gradient(given)
     operand = functools.partial(_operand, recipe, given=given)
     # Rounding happens in the dtype of the gradient that arrives, the product in that of x.
@@ -238,10 +245,16 @@ def _contract(a, a_axis, b, b_axis, precision, result_type):
 
 
 def _contract_native(recipe, points, operands, given, precision, result_type):
-    """Product of real 8-bit operands; tiled scales multiply partial sums, others the result."""
+    """Product of real 8-bit operands; tiled scales multiply partial sums, others the result.
+
+    With one scale per tensor and a 16-bit result, the scales multiply the operands in that dtype:
+    the form that XLA turns into one cuBLASLt call on the codes, with the scales as its arguments,
+    where a product of codes in float32 would be written and read once more to be scaled.
+    """
     axes = [_CONTRACTED[point] for point in points]
+    scaled_inside = _scaled_inside(recipe, result_type)
     quantized = [
-        _codes(recipe, point, operand, given)
+        _codes(recipe, point, operand, given, scaled_inside)
         for point, operand in zip(points, operands, strict=True)
     ]
     if NATIVE_TILE in (getattr(recipe, point).tile for point in points):
@@ -251,20 +264,57 @@ def _contract_native(recipe, points, operands, given, precision, result_type):
         )
         return matmul(a, b, preferred_element_type=result_type)
     a, b = quantized
+    if scaled_inside:
+        wide = [
+            qt.qvalue.astype(jnp.bfloat16) * qt.scale.astype(jnp.bfloat16).reshape(())
+            for qt in quantized
+        ]
+        return _contract(wide[0], axes[0], wide[1], axes[1], precision, result_type)
     product = _contract(a.qvalue, axes[0], b.qvalue, axes[1], precision, jnp.float32)
     scale_a = a.scale if axes[0] == 1 else a.scale.T  # [rows or 1, 1]
     scale_b = b.scale if axes[1] == 0 else b.scale.T  # [1, columns or 1]
     return (product * (scale_a * scale_b)).astype(result_type)
 
 
-def _codes(recipe, point, value, given) -> QTensor:
+def _scaled_inside(recipe, result_type) -> bool:
+    per_tensor = all(getattr(recipe, point).granularity == "tensor" for point in POINTS)
+    return per_tensor and result_type == jnp.bfloat16
+
+
+class _Coded(NamedTuple):
+    """A tensor that is kept for the backward pass as codes; the second array has its dtype."""
+
+    codes: QTensor
+    like: jax.Array
+
+    @property
+    def dtype(self):
+        return self.like.dtype
+
+
+def _shares_codes(recipe) -> bool:
+    """Whether the backward products take x and w as the forward product does."""
+    shared = recipe.fwd_x == recipe.upd_x and recipe.fwd_w == recipe.bwd_w
+    per_tensor = recipe.fwd_x.granularity == recipe.fwd_w.granularity == "tensor"
+    return shared and per_tensor and not recipe.needs_key and not recipe.has_transforms
+
+
+def _codes(recipe, point, value, given, narrow_scale=False) -> QTensor:
+    """Codes and scale; ``narrow_scale`` rounds the scale to bfloat16 before it is used."""
+    if isinstance(value, _Coded):
+        return value.codes
+    value = _rotate(recipe, point, value, given)
     quant = getattr(recipe, point)
+    kind = get_format(quant.format)
     if recipe.delayed is not None:
-        codes, scale = _delayed(recipe, point, value, given)
-        dtype = get_format(quant.format).element_type.dtype
-        return QTensor(codes.astype(dtype), scale.reshape(1, 1), qtype=quant.format)
+        codes, scale = _delayed(recipe, point, value, given, narrow_scale)
+        return QTensor(
+            codes.astype(kind.element_type.dtype), scale.reshape(1, 1), qtype=quant.format
+        )
     key = _point_key(recipe, point, given.key_data)
-    return quantize(value, quant.format, **quantizer_options(_CONTRACTED[point], quant, key))
+    if narrow_scale:
+        kind = dataclasses.replace(kind, scale="bfloat16")
+    return quantize(value, kind, **quantizer_options(_CONTRACTED[point], quant, key))
 
 
 def _transposed(qt: QTensor) -> QTensor:
@@ -313,10 +363,13 @@ def _after_switch(recipe, point, value, given):
     return round_operand(value, _CONTRACTED[forward], getattr(recipe, forward), key)[0]
 
 
-def _delayed(recipe, point, value, given):
+def _delayed(recipe, point, value, given, narrow_scale=False):
     quant = getattr(recipe, point)
     scale = delayed_scale(given.history, point[-1], quant.format, recipe.delayed)
-    return round_delayed(value, scale, quant.format)
+    if narrow_scale:
+        scale = 1 / (1 / scale).astype(jnp.bfloat16).astype(jnp.float32)
+    codes, decode = round_delayed(value, scale, quant.format)
+    return codes, decode.astype(jnp.bfloat16) if narrow_scale else decode
 
 
 # --- rotations ----------------------------------------------------------------------------------

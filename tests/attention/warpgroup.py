@@ -69,6 +69,12 @@ ARITHMETIC = {
     "div": np.floor_divide,
     "rem": np.remainder,
     "xor": np.bitwise_xor,
+    "land": np.bitwise_and,
+    "lor": np.bitwise_or,
+    "shr": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
+    "shl": np.left_shift,
+    "bits": lambda a: a.astype(np.float32).view(np.int32),
+    "from_bits": lambda a: a.view(np.float32),
     "imax": np.maximum,
     "imin": np.minimum,
     "lt": np.less,
@@ -82,6 +88,9 @@ ARITHMETIC = {
     "fmul": lambda a, b: quiet(np.multiply, a, b),
     "fdiv": lambda a, b: quiet(np.divide, a, b),
     "fmax": np.maximum,
+    "fmin": np.minimum,
+    "fge": np.greater_equal,
+    "fneg": np.negative,
     "fabs": np.abs,
     "feq": np.equal,
     "to_float": lambda a: a.astype(np.float32),
@@ -115,11 +124,19 @@ CONTROL = {"loop": loop, "branch": branch}
 FLOATS = {
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "add.f32": np.add,
+    "add.rn.f32": np.add,
+    "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
+    "div.rn.f32": np.divide,
     "ex2.approx.ftz.f32": lambda a: flushed(np.exp2(a)),
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
+
+
+def rounded_down(x):
+    near = x.astype(np.float32)
+    return np.where(near > x, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def words(x):
@@ -181,6 +198,10 @@ INTS = {
 PAIRS = {
     "cvt.rn.satfinite.e4m3x2.f32": lambda a: (
         np.clip(a, -448, 448).astype(E4M3).view(np.uint8),
+        8,
+    ),
+    "cvt.rn.satfinite.e5m2x2.f32": lambda a: (
+        np.clip(a, -57344, 57344).astype(ml_dtypes.float8_e5m2).view(np.uint8),
         8,
     ),
     "cvt.rn.bf16x2.f32": lambda a: (a.astype(ml_dtypes.bfloat16).view(np.uint16), 16),
