@@ -3,8 +3,9 @@
 
 ``out^T = W^T x^T`` by ``mma.sync`` m16n8k16. The operand A is 16 outputs and 16 inputs of W^T: a
 thread's load of 8 or 16 bytes of a row (two inputs, as many outputs) is one register of four or
-eight such operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight rows of x. A
-product of the inputs that share a scale starts from zero, and is scaled and added in float32:
+eight such operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight
+rows of x. A product of the inputs that share a scale starts from zero, and is scaled and added in
+float32:
 
     acc += scale[group, output] * sum over the group of code * x
 
