@@ -28,7 +28,12 @@ from pallas_kernels.ops.decode_attention import (
     window_attention_weights,
 )
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
-from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
+from pallas_kernels.ops.quantize.api import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_both,
+    quantize,
+)
 
 __all__ = [
     "FORMATS",
@@ -45,6 +50,7 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "fake_quantize",
+    "fake_quantize_both",
     "get_format",
     "inverse_rht",
     "matmul",

@@ -186,7 +186,7 @@ def nvfp4_plan(x: jax.Array):
     """The plan of the fused kernel for NVFP4."""
     from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Plan
 
-    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"), "nearest")
+    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"))
 
 
 def nvfp4_factors(x: jax.Array) -> jax.Array:

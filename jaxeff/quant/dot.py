@@ -17,7 +17,7 @@ from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
 from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
 from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.matmul.api import matmul
-from pallas_kernels.ops.quantize.api import quantize
+from pallas_kernels.ops.quantize.api import fake_quantize_both, quantize
 
 
 def quantized_dot_general(
@@ -222,10 +222,13 @@ def _backward(recipe, how, residuals, d):
         return grad_x, grad_w, _no_gradient(given)
     operand = functools.partial(_operand, recipe, given=given)
     # Rounding happens in the dtype of the gradient that arrives, the product in that of x.
-    qd, qw = operand("bwd_d", d)[0], operand("bwd_w", w)[0]  # blocks along n
-    grad_x = _contract(qd, 1, qw, 1, precision, x.dtype)  # [t, k]
-    qd, qx = operand("upd_d", d)[0], operand("upd_x", x)[0]  # blocks along t
-    grad_w = _contract(qx, 0, qd, 0, precision, w.dtype)  # [k, n]
+    if _rounds_at_once(recipe, "bwd_d", "upd_d", given):
+        qd_n, qd_t = _both(recipe, "bwd_d", "upd_d", d, given)
+    else:
+        qd_n, qd_t = operand("bwd_d", d)[0], operand("upd_d", d)[0]
+    qw, qx = operand("bwd_w", w)[0], operand("upd_x", x)[0]
+    grad_x = _contract(qd_n, 1, qw, 1, precision, x.dtype)  # [t, k], blocks along n
+    grad_w = _contract(qx, 0, qd_t, 0, precision, w.dtype)  # [k, n], blocks along t
     grad_x = _unrotate(recipe, 1, grad_x, mask_x)
     grad_w = _unrotate(recipe, 0, grad_w, mask_w)
     return grad_x, grad_w, _no_gradient(given)
@@ -350,6 +353,39 @@ def _operand(recipe: Recipe, point: str, value, given: _Given):
         return exact, None if shapes[1] is None else jnp.ones(shapes[1].shape, bool)
 
     return lax.cond(given.phase, plain, quantized)
+
+
+def _rounds_at_once(recipe: Recipe, last: str, first: str, given: _Given) -> bool:
+    """Whether one function can round a tensor for two products, blocks along its two axes."""
+    one, other = getattr(recipe, last), getattr(recipe, first)
+    plain = all(
+        q.format and (q.method, q.granularity) == ("block", "contraction") for q in (one, other)
+    )
+    turned = recipe.transform_of(first)
+    return (
+        plain
+        and (one.format, one.block, one.two_level) == (other.format, other.block, other.two_level)
+        and recipe.transform_of(last) is None
+        and (turned is None or (not turned.is_random and turned.size == 16))
+        and given.phase is None
+        and recipe.delayed is None
+    )
+
+
+def _both(recipe: Recipe, last: str, first: str, value, given: _Given):
+    """A tensor as it enters two products, with blocks along its last and along its first axis."""
+    options = []
+    for point in (last, first):
+        key = _point_key(recipe, point, given.key_data)
+        options.append(quantizer_options(_CONTRACTED[point], getattr(recipe, point), key))
+        del options[-1]["axis"]
+    turned, rows = recipe.transform_of(first), value.shape[0]
+    if turned is not None:
+        value = _pad(value, 0, turned.size)
+    signs = None if turned is None else turned.signs or (1,) * turned.size
+    kind = getattr(recipe, last).format
+    by_last, by_first = fake_quantize_both(value, kind, *options, signs=signs)
+    return by_last[:rows], by_first
 
 
 def _after_switch(recipe, point, value, given):
