@@ -33,6 +33,7 @@ from pallas_kernels.ops.quantize.api import (
     fake_quantize,
     fake_quantize_both,
     quantize,
+    quantize_fp8_both,
 )
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "max_attention_weights",
     "merge_attention",
     "quantize",
+    "quantize_fp8_both",
     "rht",
     "ring_attention",
     "sage",

@@ -3,11 +3,13 @@
 ``python -m experiments.benchmarks.block_sparse --output runs/benchmarks --time-budget 300`` works
 through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
 
-* ``correct``: lists of tiles against float32 attention under the same mask, and run to run.
-* ``backward`` among both: the 16-bit gradient kernels, which take the log-sum-exp as given.
+* ``correct``: lists of tiles against float32 attention under the same mask, and run to run;
+  gradients of the public function, 16-bit and ``sage_bwd``, with and without lists.
 * ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
   same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
-  lists; forward + backward of ``sage_bwd`` and bfloat16.
+  lists; forward + backward beside torch's (``experiments.benchmarks.gradient``).
+
+Each case has a group, which ``--only`` can pick: gradient, speed, predict, correct, sizes.
 
 Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds. What
 fails is a row with its reason. ``--dry-run`` lowers the kernels for an abstract H200 anywhere.
@@ -27,6 +29,7 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks import attention as bench
+from experiments.benchmarks import gradient
 from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
 from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
@@ -59,44 +62,37 @@ class Options:
 
 
 def cases() -> list[Case]:
-    """What answers most comes first."""
+    """What answers most comes first: gradients right, then fast; lists; the rest."""
     shape = [2, 1000, 777, 4, 2, 128]  # B, T, S, N, K, H
-    base = {"stage": "correct", "shape": shape, "block": [128, 128], "rule": "none"}
-    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
-    long = {**fast, "shape": [1, 32768, 32, 128]}
-    both, halves = ("sage2", None), {"block": [64, 128]}
-    found = [{**base, "quant": "sage2", "rule": "causal"}, {**fast, "quant": "sage2"}]
-    found += [{"stage": "correct", "backward": True, "shape": shape}]
-    found += [{**base, **halves, "quant": "sage2", "rule": "causal"}]
+    base = {"group": "correct", "stage": "correct", "shape": shape, "block": [128, 128]}
+    base["rule"] = "none"
+    fast = {"group": "speed", "stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
+    long, halves = {**fast, "shape": [1, 32768, 32, 128]}, {"block": [64, 128]}
+    right, times = gradient.correct_cases(), gradient.fast_cases()
+    predict = {"group": "predict", "predict": "topk"}
+    found = [right[0], *times[:2], *right[1:4], *times[2:7], {**fast, **predict}, *right[4:8]]
     found += [
-        {"stage": "fast", "backward": causal, "shape": [4, 4096, 32, 128]}
-        for causal in (False, True)
+        {**long, "quant": "sage2"},
+        {**long, "peer": "flex"},
+        {**fast, **halves, "quant": "sage2"},
     ]
-    found += [{**fast, **halves, "quant": "sage2"}, {**fast, "predict": "topk"}]
-    found += [{**fast, "quant": None}, {**fast, "peer": "flex"}]
-    found += [{**long, "quant": "sage2"}, {**long, "peer": "flex"}, {**long, "quant": None}]
-    found += [{**long, "predict": "topk"}]
-    found += [{**base, **halves, "quant": None, "rule": "causal"}]
-    found += [
-        {"stage": "correct", "backward": causal, "shape": [*shape[:5], h]}
-        for h in (128, 64) for causal in (False, True) if h == 64 or not causal
-    ]  # fmt: skip
-    found += [{**base, "quant": quant} for quant in both] + [
-        {**base, "quant": None, "rule": "causal"}
-    ]
-    found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
-    found += [
-        {**base, "quant": quant, "rule": "causal", "shape": [*shape[:5], head_dim], "block": block}
+    found += [*times[7:], *right[8:], {**long, "quant": None}, {**long, **predict}]
+    sizes = [
+        {**base, "group": "sizes", "quant": quant, "rule": "causal", "block": block}
+        | {"shape": [*shape[:5], head_dim]}
         for quant, head_dim, block in (
             ("sage2", 128, [128, 64]), ("sage2", 128, [256, 256]), (None, 64, [128, 64]),
             (None, 256, [128, 64]), ("sage2", 64, [128, 128]), ("sage1", 128, [128, 128]),
             ("fp8", 128, [128, 128]),
         )
     ]  # fmt: skip
-    found += [{**base, **halves, "quant": quant} for quant in both]
-    found += [{**fast, **halves, "quant": None}]
-    found += [{**fast, "gradient": quant} for quant in (None, "sage_bwd")]
-    return found
+    found += [*sizes, {**base, "quant": "sage2", "rule": "causal"}]
+    found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in ("sage2", None)]
+    found += [{**fast, "quant": quant} for quant in ("sage2", None)] + [{**fast, "peer": "flex"}]
+    found += [{**base, "quant": "sage2", "rule": rule} for rule in ("none", "lengths", "segments")]
+    found += [{**base, "quant": None, "rule": rule} for rule in ("none", "causal")]
+    found += [{**base, **halves, "quant": quant} for quant in ("sage2", None)]
+    return [*found, {**fast, **halves, "quant": None}]
 
 
 def share_of(density: float, nk: int) -> float:
@@ -153,68 +149,8 @@ def exact_of(query, key, value, allowed):
         return reference.attention(*arrays, None, None, Mask.from_array(allowed), spec)
 
 
-def backward_of(is_causal: bool):
-    """The gradient kernels on given sums, their peer in float32, and what both need."""
-    from pallas_kernels.ops.attention.mosaic_sm90_backward import gradient
-
-    mask = Mask.causal() if is_causal else Mask()
-
-    def exact(query, key, value, d_out):
-        arrays = [x.astype(jnp.float32) for x in (query, key, value)]
-        (b, t, n, h), (_, s, k, _) = query.shape, key.shape
-        spec = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5)
-        run = lambda *x: reference.attention(*x, None, None, mask, spec)  # noqa: E731
-        with jax.default_matmul_precision("highest"):
-            (out, lse), pull = jax.vjp(run, *arrays)
-            d_out = d_out.astype(jnp.float32)
-            sums = lse.swapaxes(1, 2), (out * d_out).sum(-1).swapaxes(1, 2)
-            return pull((d_out, jnp.zeros_like(lse))), sums
-
-    def ours(query, key, value, d_out, lse, delta):
-        limit = {"max_diff": 0} if is_causal else {}
-        scale = query.shape[-1] ** -0.5
-        return gradient(query, key, value, d_out, lse, delta, scale=scale, **limit)
-
-    return ours, exact
-
-
-def run_correct_backward(case: Case) -> dict[str, Any]:
-    """Relative L1 of dQ, dK and dV; raises where they are out of bounds."""
-    b, t, s, n, k, h = case["shape"]
-    q, key, v = testing.attention_inputs(
-        "normal", batch=b, q_len=t, kv_len=s, num_heads=n, num_kv_heads=k, head_dim=h
-    )
-    d_out = testing.attention_inputs("normal", batch=b, q_len=t, num_heads=n, head_dim=h)[2]
-    ours, exact = map(jax.jit, backward_of(case["backward"]))
-    want, sums = exact(q, key, v, d_out)
-    got = jax.block_until_ready(ours(q, key, v, d_out, *sums))
-    same = all(
-        bool((x == y).all()) for x, y in zip(got, ours(q, key, v, d_out, *sums), strict=True)
-    )
-    names = ("d_query", "d_key", "d_value")
-    found = {x: testing.relative_l1(a, b) for x, a, b in zip(names, got, want, strict=True)}
-    if not (same and all(x <= 0.01 for x in found.values())):
-        raise RuntimeError(f"above .01, or two runs differ (the same: {same}): {found}")
-    return found
-
-
-def run_fast_backward(case: Case, repeats: int) -> dict[str, Any]:
-    """Time of both gradient kernels; a backward counts as 2.5 forwards."""
-    q, k, v = inputs(case)
-    batch, length, heads, _ = case["shape"]
-    sums = (
-        jnp.full((batch, heads, length), jnp.log(float(length))),
-        jnp.zeros((batch, heads, length)),
-    )
-    ours, _ = backward_of(case["backward"])
-    timing = benchmark(ours, q, k, v, q, *sums, repeats=repeats)
-    return numbers(case, timing, 1.25 if case["backward"] else 2.5)
-
-
 def run_correct(case: Case) -> dict[str, Any]:
     """Errors at every density, with a row without tiles; raises where they are out of bounds."""
-    if "backward" in case:
-        return run_correct_backward(case)
     b, t, s, n, k, h = case["shape"]
     block_q, block_kv = case["block"]
     rule, make = rule_of(case), maker(t, s, tuple(case["block"]))
@@ -314,14 +250,10 @@ def numbers(case: Case, timing, share: float) -> dict[str, Any]:
 
 def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
     """Rows of one shape and one implementation."""
-    if "backward" in case:
-        return run_fast_backward(case, repeats)
     if "peer" in case:
         return {"rows": run_flex(case, repeats)}
     if "predict" in case:
         return {"rows": run_predict(case, repeats)}
-    if "gradient" in case:
-        return {"rows": run_gradient(case, repeats)}
     _, length, heads, _ = case["shape"]
     block_q, block_kv = case["block"]
     arrays, rows = inputs(case), []
@@ -415,36 +347,25 @@ def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def run_gradient(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Forward + backward without a mask, the cotangent being the output itself."""
-    rows = []
-    for name in ("mosaic", "xla"):
-
-        def loss(q, k, v, name=name):
-            out = dot_product_attention(q, k, v, quant=case["gradient"], implementation=name)
-            return 0.5 * (out.astype(jnp.float32) ** 2).sum()
-
-        try:
-            timing = benchmark(jax.grad(loss, (0, 1, 2)), *inputs(case), repeats=repeats)
-        except NotImplementedError as error:
-            rows.append({"name": f"ours {name}", "reason": bench.first_line(error)})
-            continue
-        # A backward counts as 2.5 forwards.
-        rows.append({"name": f"ours {name}"} | numbers(case, timing, 3.5))
-    return rows
-
-
 # --- processes -----------------------------------------------------------------------------------
 
 
 def run_case(options: Options, case: Case) -> dict[str, Any]:
     """Runs one case on this machine's GPU."""
-    found = run_correct(case) if case["stage"] == "correct" else run_fast(case, options.repeats)
+    is_gradient, is_correct = case["group"] == "gradient", case["stage"] == "correct"
+    if is_gradient and is_correct:
+        found = gradient.run_correct(case)
+    elif is_gradient:
+        found = {"rows": gradient.run_fast(case, options.repeats)}
+    else:
+        found = run_correct(case) if is_correct else run_fast(case, options.repeats)
     return found | {"machine": bench.machine()}
 
 
 def lower_case(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
+    if case["group"] == "gradient":
+        return gradient.lower(case)
     if "quant" not in case:
         return {"lowered": "not needed"}
     shape = case["shape"]

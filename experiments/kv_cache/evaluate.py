@@ -76,9 +76,16 @@ def _cell(hits: np.ndarray, full_bytes: int, cache: Any, **more: Any) -> dict[st
 
 
 def recall_cell(
-    task: Recall, model: Any, method: str, ratio: float, *, rows: int, seed: int
+    task: Recall,
+    model: Any,
+    method: str,
+    ratio: float,
+    *,
+    rows: int,
+    seed: int,
+    questions: int | None = None,
 ) -> dict[str, Any]:
-    """Compress ``rows`` contexts once and ask every pair of each, from the same cache.
+    """Compress ``rows`` contexts once and ask about the pairs of each, from the same cache.
 
     ``snap_reuse`` sees the first question while compressing and answers the others;
     ``snap_oracle`` compresses anew for every question.
@@ -90,13 +97,15 @@ def recall_cell(
         ratio: share of the context kept (the system prompt is kept beside it).
         rows: contexts.
         seed: seed of the contexts.
+        questions: how many pairs (in random order) are asked for; ``None``: all.
 
     Returns:
         Accuracy of whole answers, its interval, and bytes of the compressed context.
     """
     context, keys, values = task.contexts(np.random.default_rng(seed), rows)
+    keys, values = keys[:, :questions], values[:, :questions]
     questions = task.questions(keys)  # [B, N, 3 or 4]
-    full = prepare(model, context).cache.allocated_bytes()
+    full = _full_bytes(model, rows, context.shape[1])
     size = task.num_sinks + round(ratio * (context.shape[1] - task.num_sinks))
     text = "full"
     if method != "full":
@@ -131,7 +140,7 @@ def needle_cell(
         depth: where the pair lies, in [0, 1].
     """
     context, keys, values = task.contexts(np.random.default_rng(seed), rows, depth=depth)
-    full = prepare(model, context).cache.allocated_bytes()
+    full = _full_bytes(model, rows, context.shape[1])
     size = task.num_sinks + round(ratio * (context.shape[1] - task.num_sinks))
     window = max(1, min(16, (size - 2) // 2))
     text = "full"
@@ -151,7 +160,7 @@ def copy_cell(
         task, model, method, ratio, rows, seed: as in :func:`recall_cell`, snap methods excepted.
     """
     context, _, _ = task.contexts(np.random.default_rng(seed), rows)
-    full = prepare(model, context).cache.allocated_bytes()
+    full = _full_bytes(model, rows, context.shape[1])
     text = "full" if method == "full" else RECALL_METHODS[method].format(r=ratio, b=0, w=0, room=0)
     made = prepare(model, context, compression=text)
     ask = np.tile([REPEAT, ANS], (rows, 1))

@@ -1,42 +1,64 @@
 """KV-cache compression, measured: ``python -m experiments.kv_cache.run e1|e2|e3|e4|e5|all``.
 
 E1 and E3 train a small model each (E2 asks E1's, E4 asks E3's) and then evaluate cell by cell.
-Every cell is a line of ``OUTPUT/cells.jsonl`` as soon as it is known, and every training has a
-checkpoint, so the same command goes on where it was stopped. Reports are
+Every cell is a line of ``OUTPUT/cells.jsonl`` as soon as it is known, and every training leaves
+its weights, so the same command goes on where it was stopped. Reports are
 ``OUTPUT/<experiment>.json``, plots ``OUTPUT/<experiment>.png``.
 """
 
 import functools
+import heapq
 import importlib.metadata
+import itertools
 import json
+import math
 import platform
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
 from experiments.kv_cache import evaluate
 from experiments.kv_cache.tasks import Recall, Trace
-from experiments.kv_cache.training import make_model, train
+from experiments.kv_cache.training import Stage, train
 from jaxeff.nn.rope import RopeConfig
 
 GATE = 0.95  # a full cache must answer this share before compression numbers mean anything
-SHORT_ROPE = RopeConfig(theta=1000.0)  # contexts here have a few hundred tokens
+MARGIN = 20.0  # seconds before the end of the budget after which no cell begins
 
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
-        "recall": Recall(slots=8, pairs=3),
-        "trace": Trace(starts=3, steps=5, checks=2),
-        "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
-        "training": {"steps": 3000, "batch": 32, "learning_rate": 3e-3},
-        "rows": 192,
-        "ratios": (0.3, 0.1, 0.5),  # in order of importance
+        "recall": {
+            "task": Recall(slots=8, pairs=3),
+            "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
+            "stages": [Stage(1.0, 32)],
+            "steps": 3000,
+            "learning_rates": (3e-3,),
+            "share": 0.3,
+        },
+        "trace": {
+            "task": Trace(starts=3, steps=5, checks=2),
+            "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
+            "stages": [Stage(0.5, 32, {"most": 0, "drills": 16}, 0.99), Stage(0.5, 32)],
+            "steps": 3000,
+            "learning_rates": (3e-3,),
+            "share": 0.6,
+        },
+        "dtype": "float32",
+        "theta": 1000.0,  # contexts here have a few hundred tokens
+        "workers": 0,
+        "threads": 1,
+        "rows": {"recall": 192, "trace": 192},
+        "questions": 3,
+        "ratios": (0.3, 0.1, 0.5),  # in order of importance, as everywhere below
         "fractions": (0.34, 0.16, 0.5),
         "recall_methods": (
             "kvzip_pair",
@@ -53,15 +75,63 @@ PRESETS: dict[str, dict[str, Any]] = {
         "buffer": 16,
     },
     "gpu": {
-        "recall": Recall(slots=100, pairs=40, symbols=80),
-        "trace": Trace(starts=8, steps=32, base=16, constants=8, names=64, checks=3),
-        "sizes": {"num_layers": 6, "embed_dim": 256, "num_heads": 8, "num_kv_heads": 4},
-        "training": {"steps": 8000, "batch": 64, "learning_rate": 1e-3},
-        "rows": 512,
-        "ratios": (0.9, 0.7, 0.5, 0.3, 0.2, 0.1),
-        "fractions": (1.0, 0.5, 0.34, 0.25, 0.16, 0.1, 0.05),
-        "recall_methods": tuple(evaluate.RECALL_METHODS),
-        "trace_methods": tuple(evaluate.TRACE_METHODS),
+        "recall": {
+            "task": Recall(slots=86, pairs=40, symbols=80),
+            "sizes": {"num_layers": 4, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2},
+            "stages": [Stage(1.0, 32, {"groups": 4})],
+            "steps": 8000,
+            "learning_rates": (1.5e-3,),
+            "share": 0.25,
+        },
+        "trace": {
+            "task": Trace(starts=8, steps=24, base=16, constants=8, names=48, checks=4),
+            "sizes": {
+                "num_layers": 4,
+                "embed_dim": 192,
+                "num_heads": 6,
+                "num_kv_heads": 3,
+                "head_dim": 64,
+            },
+            "stages": [Stage(0.5, 64, {"most": 0, "drills": 32}, 0.995), Stage(0.5, 16)],
+            "steps": 20_000,
+            "learning_rates": (1e-3, 2e-3, 3e-3),  # no seed depends on one choice
+            "share": 0.5,
+        },
+        "dtype": "bfloat16",
+        "theta": 10_000.0,
+        "workers": 4,
+        "threads": 6,
+        "rows": {"recall": 256, "trace": 512},
+        "questions": 8,
+        "ratios": (0.3, 0.1, 0.2, 0.5, 0.7, 0.9),
+        "fractions": (0.34, 0.16, 0.1, 0.25, 0.5, 0.05, 1.0),
+        "recall_methods": (
+            "kvzip_pair",
+            "snap_agnostic",
+            "snap_reuse",
+            "snap_oracle",
+            "streaming_llm",
+            "random",
+            "h2o_max",
+            "kvzip_pair_int8",
+            "kvzip_uniform",
+            "expected_attention",
+            "keydiff",
+            "knorm",
+            "tova",
+            "kvzip_head",
+            "kvzip_plus",
+        ),
+        "trace_methods": (
+            "rkv",
+            "snapkv",
+            "streaming_llm",
+            "random",
+            "h2o",
+            "tova",
+            "keydiff",
+            "expected_attention",
+        ),
         "depths": tuple(i / 10 for i in range(11)),
         "lambdas": (0.0, 0.01, 0.3, 1.0),
         "buffer": 64,
@@ -84,10 +154,10 @@ class Options:
     """Models per task, seeds 0, 1, …"""
 
     time_budget: float | None = None
-    """Seconds for everything; half of it for training. What is cut off is listed as skipped."""
+    """Seconds for everything. What is cut off is listed as skipped."""
 
     output: Path = Path("runs/kv_cache")
-    """Folder of the checkpoints, cells, reports and plots."""
+    """Folder of the weights, cells, reports and plots."""
 
 
 class Session:
@@ -98,16 +168,24 @@ class Session:
         self.command = "python -m experiments.kv_cache.run " + " ".join(
             Path(word).name if "/" in word else word for word in words
         )
-        self.began, self.console = time.perf_counter(), Console(stderr=True)
+        self.began, self.console = time.perf_counter(), Console(stderr=True, width=160)
         self.output = options.output
         self.output.mkdir(parents=True, exist_ok=True)
         self.skipped: list[str] = []
+        self.lock = threading.Lock()
+        # Compiling is what costs time, and threads compile side by side.
+        self.pool = ThreadPoolExecutor(self.preset["threads"])
+        self.waiting: list[tuple[int, int, Any]] = []  # a heap of (rank, number, cells)
+        self.jobs: list[Future] = []
 
-    def left(self, share: float = 1.0) -> float:
-        """Seconds until ``share`` of the budget is used up."""
+    def say(self, text: str) -> None:
+        """Print a line with the time."""
+        self.console.print(f"[{time.perf_counter() - self.began:.0f} s] {text}", markup=False)
+
+    def left(self) -> float:
+        """Seconds until the budget is used up."""
         budget = self.options.time_budget
-        spent = time.perf_counter() - self.began
-        return float("inf") if budget is None else share * budget - spent
+        return math.inf if budget is None else budget - (time.perf_counter() - self.began)
 
     def cells(self) -> dict[str, dict[str, Any]]:
         """Cells known so far, by name; a line cut off by a kill is dropped."""
@@ -124,39 +202,92 @@ class Session:
         """Run a cell unless it is known or the time is over."""
         if name in self.cells():
             return
-        if self.left() <= 0:
+        if self.left() <= MARGIN:
             self.skipped.append(name)
             return
-        record = {"cell": name, **facts, **run()}
-        with (self.output / "cells.jsonl").open("a") as stream:
+        begin = time.perf_counter()
+        try:
+            record = {"cell": name, **facts, **run()}
+        except Exception as error:  # one method must not take the others with it
+            self.skipped.append(name)
+            self.say(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+            return
+        record["seconds"] = round(time.perf_counter() - begin, 1)
+        with self.lock, (self.output / "cells.jsonl").open("a") as stream:
             stream.write(json.dumps(record) + "\n")
-        self.console.print(f"{name}: {record['accuracy']:.3f}, bytes {record['bytes_over_full']}")
+        self.say(
+            f"{name}: {record['accuracy']:.4f}, bytes {record['bytes_over_full']}, "
+            f"{record['seconds']} s"
+        )
 
-    def model(self, kind: str, seed: int) -> tuple[Any, dict[str, Any]]:
-        """Return a trained model and what its training reported."""
-        task, folder = self.preset[kind], self.output / f"{kind}_seed{seed}"
+    def submit(self, rank: int, name: str, run: Any, models: dict[int, Any], **facts: Any) -> None:
+        """Run a cell for every model as soon as a thread is free and no lower rank waits.
+
+        Args:
+            rank: the lower, the earlier, over all experiments.
+            name: of the cells; the seed is added.
+            run: called as ``run(model, seed)``; the seeds follow each other and share programs.
+            models: by seed. Those whose full cache does not pass the gate are left out.
+            **facts: go into the records.
+        """
+        with self.lock:
+            heapq.heappush(self.waiting, (rank, len(self.jobs), (name, run, models, facts)))
+            self.jobs.append(self.pool.submit(self._next))
+
+    def _next(self) -> None:
+        with self.lock:
+            name, run, models, facts = heapq.heappop(self.waiting)[-1]
+        self.every_seed(name, run, models, **facts)
+
+    def every_seed(self, name: str, run: Any, models: dict[int, Any], **facts: Any) -> None:
+        """Run a cell for every model; see :meth:`submit`."""
+        for seed, model in models.items():
+            self.cell(f"{name}/seed{seed}", functools.partial(run, model, seed), **facts, seed=seed)
+
+    def passing(self, name: str, models: dict[int, Any]) -> dict[int, Any]:
+        """Return the models whose cell ``name`` (a full cache) passes the gate."""
+        known = self.cells()
+        reached = {s: known.get(f"{name}/seed{s}", {}).get("accuracy", 0.0) for s in models}
+        self.say(f"gate {GATE}: {reached}")
+        return {seed: model for seed, model in models.items() if reached[seed] >= GATE}
+
+    def models(self, kind: str, full: str) -> tuple[dict[int, Any], dict[str, Any]]:
+        """Return the trained models by seed, and what their training reported.
+
+        Args:
+            kind: ``"recall"`` or ``"trace"``.
+            full: the cell of the full cache. Where all seeds passed the gate before, nothing is
+                trained; otherwise training goes on, and what older weights answered is dropped.
+        """
+        preset, folder = self.preset[kind], self.output / kind
         folder.mkdir(exist_ok=True)
-        sizes = {**self.preset["sizes"], "rope": SHORT_ROPE}
-        model = make_model(task.vocab_size, sizes, seed)
-        limit = self.left(0.5)
-        report = lambda step, loss, hit: self.console.print(  # noqa: E731
-            f"{kind} seed {seed}: step {step}, loss {loss:.3f}, accuracy {hit:.3f}"
-        )
-        facts = train(
-            task,
-            model,
-            seed=seed + 1,
+        seeds, budget = range(self.options.seeds), self.options.time_budget
+        rates, known = preset["learning_rates"], self.cells()
+        passed = all(known.get(f"{full}/seed{s}", {}).get("accuracy", -1.0) >= GATE for s in seeds)
+        if not passed:
+            kept = {n: c for n, c in known.items() if c["task"] != kind}
+            lines = "".join(json.dumps(cell) + "\n" for cell in kept.values())
+            (self.output / "cells.jsonl").write_text(lines)
+        models, facts = train(
+            preset["task"],
+            {**preset["sizes"], "rope": RopeConfig(theta=self.preset["theta"])},
+            preset["stages"],
+            seeds=seeds,
+            steps=preset["steps"],
+            learning_rates=[rates[seed % len(rates)] for seed in seeds],
             folder=folder,
-            seconds=None if limit == float("inf") else max(limit, 1.0),
-            report=report,
-            **self.preset["training"],
+            seconds=0.0 if passed else preset["share"] * (math.inf if budget is None else budget),
+            workers=self.preset["workers"],
+            dtype=jnp.dtype(self.preset["dtype"]),
+            report=lambda text: self.say(f"{kind} {text}"),
         )
-        return model, facts
+        few = max(len(facts["history"]) // 40, 1)
+        return dict(enumerate(models)), facts | {"history": facts["history"][::few]}
 
     def write(self, name: str, trained: dict[str, Any], **more: Any) -> None:
         """Write the report of an experiment from its cells."""
         cells = [c for n, c in self.cells().items() if n.startswith(f"{name}/")]
-        full = [c["accuracy"] for c in cells if c["method"] == "full"]
+        full = [c["accuracy"] for c in cells if c["method"] == "full" and c.get("checks") != 0]
         report = {
             "command": self.command,
             "preset": self.options.preset,
@@ -192,99 +323,97 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _models(session: Session, kind: str) -> Iterator[tuple[int, Any, dict[str, Any]]]:
-    for seed in range(session.options.seeds):
-        yield seed, *session.model(kind, seed)
-
-
-def run_recall(session: Session, names: tuple[str, ...]) -> None:
+def run_recall(session: Session, names: tuple[str, ...]) -> Any:
     """E1: accuracy over ratio for every method; E2: one needle, and copying."""
-    preset, task, trained = session.preset, session.preset["recall"], {}
-    for seed, model, facts in _models(session, "recall"):
-        trained[f"seed{seed}"] = facts
-        grid = {"rows": preset["rows"], "seed": 1000 + seed}
-        everything = [("full", 1.0)]
-        everything += [(m, r) for r in preset["ratios"] for m in preset["recall_methods"]]
-        if "e1" in names:
-            for method, ratio in everything:
-                session.cell(
-                    f"e1/{method}/{ratio}/seed{seed}",
-                    functools.partial(evaluate.recall_cell, task, model, method, ratio, **grid),
-                    method=method,
-                    ratio=ratio,
-                    seed=seed,
-                )
-        if "e2" in names:
-            for method, ratio in (("full", 1.0), ("kvzip_pair", 0.3), ("snap_agnostic", 0.3)):
-                for depth in preset["depths"]:
-                    session.cell(
-                        f"e2/needle/{method}/{ratio}/{depth}/seed{seed}",
-                        functools.partial(
-                            evaluate.needle_cell, task, model, method, ratio, depth, **grid
-                        ),
-                        method=method,
-                        ratio=ratio,
-                        depth=depth,
-                        seed=seed,
-                        kind="needle",
-                    )
-            for method, ratio in (("full", 1.0), *(("kvzip_pair", r) for r in preset["ratios"])):
-                session.cell(
-                    f"e2/copy/{method}/{ratio}/seed{seed}",
-                    functools.partial(evaluate.copy_cell, task, model, method, ratio, **grid),
-                    method=method,
-                    ratio=ratio,
-                    seed=seed,
-                    kind="copy",
-                )
-    for name in names:
-        session.write(name, trained, task=evaluate.as_dict(task))
+    preset, task = session.preset, session.preset["recall"]["task"]
+    models, trained = session.models("recall", "e1/full/1.0")
+    rank = itertools.count()
 
+    def evaluator(function, *arguments, **more):
+        def run(model, seed):
+            rows = preset["rows"]["recall"]
+            return function(task, model, *arguments, rows=rows, seed=1000 + seed, **more)
 
-def run_trace(session: Session, names: tuple[str, ...]) -> None:
-    """E3: accuracy over budget; E4: the same on programs 1.6 times as long as in training."""
-    preset, task, trained = session.preset, session.preset["trace"], {}
-    longer = min(round(1.6 * task.steps), task.names - task.starts)
-    for seed, model, facts in _models(session, "trace"):
-        trained[f"seed{seed}"] = facts
+        return run
+
+    def submit(name, run, **facts):
+        session.submit(next(rank), name, run, models, task="recall", **facts)
+
+    def recall(method, ratio):
+        return evaluator(evaluate.recall_cell, method, ratio, questions=preset["questions"])
+
+    full = {"method": "full", "ratio": 1.0, "task": "recall"}
+    session.every_seed("e1/full/1.0", recall("full", 1.0), models, **full)
+    models = session.passing("e1/full/1.0", models)
+    if "e1" in names:
+        for ratio, method in itertools.product(preset["ratios"], preset["recall_methods"]):
+            submit(f"e1/{method}/{ratio}", recall(method, ratio), method=method, ratio=ratio)
+    if "e2" in names:
+        for method, ratio in (("full", 1.0), ("kvzip_pair", 0.3), ("snap_agnostic", 0.3)):
+            for depth in preset["depths"]:
+                facts = {"method": method, "ratio": ratio, "depth": depth, "kind": "needle"}
+                name = f"e2/needle/{method}/{ratio}/{depth}"
+                submit(name, evaluator(evaluate.needle_cell, method, ratio, depth), **facts)
+        for method, ratio in (("full", 1.0), *(("kvzip_pair", r) for r in preset["ratios"])):
+            facts = {"method": method, "ratio": ratio, "kind": "copy"}
+            submit(
+                f"e2/copy/{method}/{ratio}", evaluator(evaluate.copy_cell, method, ratio), **facts
+            )
+
+    def write():
         for name in names:
-            steps = task.steps if name == "e3" else longer
-            cells = [("full", 1.0, task.checks, "")]
-            cells += [
-                (m, f, task.checks, "")
-                for f in preset["fractions"]
-                for m in preset["trace_methods"]
-            ]
-            cells += [
-                ("rkv", 0.16, task.checks, evaluate.lambda_options(x)) for x in preset["lambdas"]
-            ]
-            if name == "e3":  # without redundancy R-KV has nothing to find
-                cells += [(m, 0.34, 0, "") for m in ("rkv", "snapkv")] + [("full", 1.0, 0, "")]
-            for method, fraction, checks, options in cells:
-                session.cell(
-                    f"{name}/{method}/{fraction}/checks{checks}/{options}/seed{seed}",
-                    functools.partial(
-                        evaluate.trace_cell,
-                        task,
-                        model,
-                        method,
-                        fraction,
-                        rows=preset["rows"],
-                        seed=2000 + seed,
-                        checks=checks,
-                        buffer=preset["buffer"],
-                        steps=steps,
-                        options=options,
-                    ),
-                    method=method,
-                    fraction=fraction,
-                    checks=checks,
-                    options=options,
-                    seed=seed,
-                )
+            session.write(name, trained, task=evaluate.as_dict(task))
+
+    return write
+
+
+def run_trace(session: Session, names: tuple[str, ...]) -> Any:
+    """E3: accuracy over budget; E4: the same on programs 1.6 times as long as in training."""
+    preset, task = session.preset, session.preset["trace"]["task"]
+    longer = min(round(1.6 * task.steps), task.names - task.starts)
+    first = f"e3/full/1.0/checks{task.checks}/"
+    models, trained = session.models("trace", first)
+
+    def cell(name, method, fraction, checks, options):
+        def run(model, seed):
+            return evaluate.trace_cell(
+                task,
+                model,
+                method,
+                fraction,
+                rows=preset["rows"]["trace"],
+                seed=2000 + seed,
+                checks=checks,
+                buffer=preset["buffer"],
+                steps=task.steps if name == "e3" else longer,
+                options=options,
+            )
+
+        facts = {"method": method, "fraction": fraction, "checks": checks, "options": options}
+        title = f"{name}/{method}/{fraction}/checks{checks}/{options}"
+        return (title, run, models), facts | {"task": "trace"}
+
+    arguments, facts = cell("e3", "full", 1.0, task.checks, "")
+    session.every_seed(*arguments, **facts)
+    models = session.passing(first, models)
     for name in names:
-        more = {"task": evaluate.as_dict(task), "redundancy": task.redundancy(task.checks)}
-        session.write(name, trained, **more, steps=task.steps if name == "e3" else longer)
+        grid = itertools.product(preset["fractions"], preset["trace_methods"])
+        cells = [(method, fraction, task.checks, "") for fraction, method in grid]
+        cells += [("rkv", 0.16, task.checks, evaluate.lambda_options(x)) for x in preset["lambdas"]]
+        if name == "e3":  # without redundancy R-KV has nothing to find
+            cells += [(m, 0.34, 0, "") for m in ("rkv", "snapkv")] + [("full", 1.0, 0, "")]
+        else:
+            cells = [("full", 1.0, task.checks, ""), *cells]
+        for rank, settings in enumerate(cells):
+            arguments, facts = cell(name, *settings)
+            session.submit(rank + (0 if name == "e3" else 25), *arguments, **facts)
+
+    def write():
+        for name in names:
+            more = {"task": evaluate.as_dict(task), "redundancy": task.redundancy(task.checks)}
+            session.write(name, trained, **more, steps=task.steps if name == "e3" else longer)
+
+    return write
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -293,10 +422,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = tyro.cli(Options, args=words, prog="python -m experiments.kv_cache.run")
     session = Session(options, words)
     chosen = {"all": ("e1", "e2", "e3", "e4", "e5")}.get(options.experiment, (options.experiment,))
-    if recall := tuple(n for n in ("e1", "e2") if n in chosen):
-        run_recall(session, recall)
-    if traces := tuple(n for n in ("e3", "e4") if n in chosen):
-        run_trace(session, traces)
+    # Side by side: one compiles or evaluates while the other trains.
+    runs = [
+        (run, wanted)
+        for run, names in ((run_recall, ("e1", "e2")), (run_trace, ("e3", "e4")))
+        if (wanted := tuple(n for n in names if n in chosen))
+    ]
+    with ThreadPoolExecutor(min(session.preset["threads"], 2)) as both:
+        writes = [job.result() for job in [both.submit(r, session, n) for r, n in runs]]
+    wait(session.jobs)
+    for write in writes:
+        write()
     if "e5" in chosen:
         from experiments.kv_cache import efficiency
 

@@ -11,7 +11,9 @@ import numpy as np
 PAD, BOS, SYS, KEY, VAL, END, ASK, ANS, REPEAT = range(9)
 STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
 SPECIAL = 20  # symbols start here
+ANSWER_WEIGHT = 2.0  # of answers over repeated tokens, in training
 LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
+ECHO_WEIGHT = 2.0  # of repeated random tokens
 HINT = 8  # KVzip's later chunks are asked for by the last tokens of the chunk before
 
 
@@ -78,7 +80,7 @@ class Recall:
             tokens ``[B, T]``, keys ``[B, N, 2]`` and values ``[B, N, 2]``.
         """
         slots = self.slots if slots is None else slots
-        count = self.pairs if depth is None else 1
+        count = max(self.pairs * slots // self.slots, 1) if depth is None else 1
         first, size = SPECIAL, self.segment
         # No two pairs of a context share a key token: one token is enough to find a pair.
         names = np.argsort(rng.random((2, batch, self.symbols)), axis=-1)[..., :count]
@@ -102,11 +104,29 @@ class Recall:
         ones = np.ones((*keys.shape[:-1], 1), int)
         return np.concatenate([ASK * ones, keys, *[ANS * ones] * self.marked], axis=-1)
 
-    def batch(self, rng: np.random.Generator, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw training texts of ``2 * context_length + 2 + HINT`` tokens."""
-        context, keys, values = self.contexts(rng, batch)
+    def batch(
+        self, rng: np.random.Generator, batch: int, groups: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw training texts of ``2 * context_length + 2 + HINT`` tokens.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            groups: parts of the batch. The first has whole contexts, each further one contexts of
+                2 segments or more, and more questions instead: the easy cases teach the hard ones.
+        """
+        parts = [
+            self._texts(rng, rows, rng.integers(2, self.slots + 1) if number else self.slots)
+            for number, rows in enumerate(len(x) for x in np.array_split(range(batch), groups))
+        ]
+        tokens, weights = zip(*parts, strict=True)
+        return np.concatenate(tokens), np.concatenate(weights)
+
+    def _texts(self, rng: np.random.Generator, batch: int, slots: int):
+        """Draw training texts whose contexts have so many segments."""
+        context, keys, values = self.contexts(rng, batch, slots)
         length = context.shape[1]
-        tail, size = length + 2 + HINT, 5 + self.marked
+        tail, size = 2 * self.context_length + 2 + HINT - length, 5 + self.marked
         count = tail // size
         which = rng.integers(keys.shape[1], size=(batch, count))[..., None]
         asked, answers = (np.take_along_axis(x, which, axis=1) for x in (keys, values))
@@ -128,7 +148,7 @@ class Recall:
 
         repeat = (rng.random(batch) < self.repeat_share)[:, None]
         rest = np.where(repeat, repeated, asked)
-        weights = np.where(repeat, inside, counted).astype(float)
+        weights = np.where(repeat, inside, ANSWER_WEIGHT * counted).astype(float)
         head = np.zeros(context.shape)
         return np.concatenate([context, rest], 1), np.concatenate([head, weights], 1)
 
@@ -137,8 +157,10 @@ class Recall:
 class Trace:
     """A program run step by step, every step restated a few times (E3, E4).
 
-    The prompt lists start values ``VAL x d``, the program ``LINE y c x`` (``x = y + c mod base``, a
-    fresh ``x`` each), ``CHECKS n``, ``QUERY x``, ``TRACE``. The trace has ``STEP y v c x d`` per
+    The prompt lists start values ``VAL x d``, the program ``LINE y' c x'`` (``x = y + c mod base``,
+    a fresh ``x`` each), ``CHECKS n``, ``QUERY x'``, ``TRACE``. Program and question name variables
+    in an alphabet of their own (``x'`` is ``x``), so that whatever follows an ``x`` is its value:
+    with one alphabet the value was not learned. The trace has ``STEP y v c x d`` per
     line (``y`` is ``v``, plus ``c``, so ``x`` is ``d``), then ``n`` restatements
     ``m AGAIN y v c x d OK`` (``m`` counts down, so that greedy decoding knows when to stop) and,
     with them, a filler phrase of four tokens. It ends with ``ANS x d DONE`` for a variable written
@@ -162,8 +184,8 @@ class Trace:
 
     @property
     def vocab_size(self) -> int:
-        """Special ids, counters, variables, values, constants, filler words."""
-        return self._filler + 4
+        """Special ids, counters, variables, values, constants, filler words, variables again."""
+        return self._line_name + self.names
 
     @property
     def _counter(self) -> int:
@@ -184,6 +206,10 @@ class Trace:
     @property
     def _filler(self) -> int:
         return self._constant + self.constants
+
+    @property
+    def _line_name(self) -> int:
+        return self._filler + 4
 
     def step_length(self, checks: int) -> int:
         """Tokens of one step of the trace."""
@@ -232,13 +258,14 @@ class Trace:
 
         begin = self._name + names[:, : self.starts]
         starts = np.stack([VAL * np.ones_like(begin), begin, d[:, : self.starts]], -1)
-        lines = np.stack([LINE * ones[..., 0], y, c, x], axis=-1)
+        prime = self._line_name - self._name
+        lines = np.stack([LINE * ones[..., 0], y + prime, c, x + prime], axis=-1)
         asked = rng.integers(max(steps // 2, 1), size=batch)
         wanted = x[row, asked]
         tail = np.stack(
             [
                 *np.tile([[CHECKS], [self._counter + checks], [QUERY]], (1, batch)),
-                wanted,
+                wanted + prime,
                 np.full(batch, TRACE),
             ],
             axis=-1,
@@ -255,12 +282,81 @@ class Trace:
         last = np.stack([np.full(batch, ANS), wanted, d[row, self.starts + asked]], axis=-1)
         return prompt, flat(body, last, np.full((batch, 1), DONE))
 
-    def batch(self, rng: np.random.Generator, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw training texts, a quarter of the rows for each number of restatements."""
-        longest = self.steps * self.step_length(self.checks) + 4
+    def drill(
+        self, rng: np.random.Generator, batch: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw texts of nothing but lookups: ``VAL x d`` of some variables, then ``STEP y v``.
+
+        In a trace few tokens look a value up, and a model learns everything but these.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            length: tokens of a text.
+        """
+        count = rng.integers(2, self.starts + self.steps + 1)
+        names = np.argsort(rng.random((batch, self.names)), axis=1)[:, :count]
+        values = rng.integers(self.base, size=(batch, count))
+        asked = rng.integers(count, size=(batch, (length - 1) // 3 - count))
+        which = np.concatenate([np.tile(np.arange(count), (batch, 1)), asked], axis=1)
+        mark = np.where(np.arange(which.shape[1]) < count, VAL, STEP)
+        parts = [
+            np.broadcast_to(mark, which.shape),
+            self._name + np.take_along_axis(names, which, axis=1),
+            self._value + np.take_along_axis(values, which, axis=1),
+        ]
+        body = np.stack(parts, axis=-1).reshape(batch, -1)
+        text = np.concatenate([np.full((batch, 1), BOS), body], axis=1)
+        place = np.arange(length)
+        weights = LOOKUP_WEIGHT * ((place % 3 == 0) & (place > 3 * count))
+        weights = np.where(place < text.shape[1], weights, 0.0)
+        text = np.pad(text, ((0, 0), (0, length - text.shape[1])))
+        return text, np.broadcast_to(weights, text.shape)
+
+    def echo(
+        self, rng: np.random.Generator, batch: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw texts that say random names and values again and again.
+
+        Every token of a repetition is found by the one before it, as a value is by its variable.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            length: tokens of a text.
+        """
+        period = rng.integers(8, max(length // 2, 9))
+        said = rng.integers(self._name, self._constant, size=(batch, period))
+        text = np.tile(said, (1, -(-length // period)))[:, :length]
+        text[:, 0] = BOS
+        weights = np.where(np.arange(length) > period, ECHO_WEIGHT, 0.0)
+        return text, np.broadcast_to(weights, text.shape)
+
+    def batch(
+        self,
+        rng: np.random.Generator,
+        batch: int,
+        most: int | None = None,
+        drills: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw training texts, equally many for each number of restatements.
+
+        Args:
+            rng: source of randomness.
+            batch: rows.
+            most: restatements, at most; ``None``: ``checks``.
+            drills: rows that are a :meth:`drill`, every other one a :meth:`echo`.
+        """
+        most = self.checks if most is None else most
+        longest = self.steps * self.step_length(most) + 4
+        whole = 1 + 3 * self.starts + 4 * self.steps + 5 + longest
         texts, weights = [], []
-        shares = np.array_split(np.arange(batch), self.checks + 1)
-        for checks, share in enumerate(shares):
+        for number in range(drills):
+            text, weight = (self.echo if number % 2 else self.drill)(rng, 1, whole)
+            texts.append(text)
+            weights.append(weight)
+        shares = np.array_split(np.arange(batch - drills), most + 1)
+        for checks, share in enumerate(shares if batch > drills else ()):
             prompt, trace = self.problems(rng, share.size, checks)
             pad = ((0, 0), (0, longest - trace.shape[1]))
             texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))

@@ -1,7 +1,16 @@
-"""Train a small decoder on a task until it solves it, with weights on the tokens that count."""
+"""Train small decoders on a task, all seeds in one program, until the target or the time is up.
+
+Every call of the compiled function runs many steps, and texts are drawn ahead by other processes:
+neither dispatch nor numpy holds the device up. Lengths may grow in stages.
+"""
 
 import json
+import multiprocessing
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,118 +20,251 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxeff import checkpoint
 from jaxeff.models import Decoder, ModelConfig
 
+WARMUP = 100  # steps
+DECAY = 0.4  # the last share of a training, over which the learning rate falls to a twentieth
 
-def make_model(vocab_size: int, sizes: dict[str, Any], seed: int) -> Decoder:
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a training in which all texts have one length.
+
+    Args:
+        share: of the steps and of the seconds; those of all stages sum to 1.
+        batch: texts per step and seed.
+        options: further arguments of ``task.batch``.
+        target: the stage ends when every seed gets this share of the hardest tokens right.
+    """
+
+    share: float
+    batch: int
+    options: dict[str, Any] = field(default_factory=dict)
+    target: float = 0.9995
+
+
+def make_model(vocab_size: int, sizes: dict[str, Any], seed: int, dtype: Any = jnp.float32):
     """Return a fresh decoder."""
     config = ModelConfig.llama(vocab_size=vocab_size, **sizes)
-    return Decoder(config, rngs=nnx.Rngs(seed))
+    return Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype)
 
 
-def _step(graphdef, optimizer, carry, item):
-    """One optimiser step on ``(tokens, weights)``."""
-    state, opt_state = carry
-    tokens, weights = item
+def draw(
+    task: Any, options: dict[str, Any], batch: int, seeds: Sequence[int], done: int, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return int16 tokens and f16 weights ``[steps, seeds, batch, T]`` of the steps from ``done``.
 
-    def loss_of(state):
-        logits = nnx.merge(graphdef, state)(tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        hit = jnp.argmax(logits, axis=-1) == tokens[:, 1:]
-        weight = weights[:, 1:]
-        total = jnp.sum(weight)
-        return jnp.sum(losses * weight) / total, jnp.sum(hit * weight) / total
+    Args:
+        task: has ``batch(rng, size, **options) -> (tokens, weights)``.
+        options: further arguments of ``task.batch``.
+        batch: texts per step and seed.
+        seeds: one per model; each sees its own texts.
+        done: steps before these.
+        steps: how many.
+    """
+    made = [
+        task.batch(np.random.default_rng([seed, done + step]), batch, **options)
+        for step in range(steps)
+        for seed in seeds
+    ]
+    tokens, weights = (np.stack(x) for x in zip(*made, strict=True))
+    shape = (steps, len(seeds), *tokens.shape[1:])
+    return tokens.astype(np.int16).reshape(shape), weights.astype(np.float16).reshape(shape)
 
-    (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(state)
-    updates, opt_state = optimizer.update(grads, opt_state, state)
-    return (optax.apply_updates(state, updates), opt_state), (loss, accuracy)
+
+def _losses(graphdef, attention, state, tokens, weights):
+    """Weighted loss; accuracy of all counted tokens and of those that weigh most."""
+    logits = nnx.merge(graphdef, state)(tokens, attention_fn=attention)[:, :-1]
+    target, weight = tokens[:, 1:], weights[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    hit = jnp.argmax(logits, axis=-1) == target
+    hard = (weight == jnp.max(weight)).astype(jnp.float32)
+    total = jnp.sum(weight)
+    facts = (jnp.sum(hit * weight) / total, jnp.sum(hit * hard) / jnp.sum(hard))
+    return jnp.sum(losses * weight) / total, facts
+
+
+def _many(graphdef, attention, optimizer, carry, tokens, weights, rates):
+    """Run ``tokens.shape[0]`` steps of every seed; return the means of loss and accuracies."""
+
+    def one(state, opt_state, tokens, weights, rate):
+        loss = partial(_losses, graphdef, attention)
+        (loss, facts), grads = jax.value_and_grad(loss, has_aux=True)(state, tokens, weights)
+        updates, opt_state = optimizer.update(grads, opt_state, state)
+        state = jax.tree.map(lambda p, u: p - rate * u, state, updates)
+        return (state, opt_state), (loss, *facts)
+
+    def step(carry, item):
+        tokens, weights = item
+        tokens, weights = tokens.astype(jnp.int32), weights.astype(jnp.float32)
+        return jax.vmap(one)(*carry, tokens, weights, rates)
+
+    carry, facts = jax.lax.scan(step, carry, (tokens, weights))
+    return carry, jnp.stack([jnp.mean(x, axis=0) for x in facts])  # [3, seeds]
+
+
+def _compile(graphdef, optimizer, carry, items, rates):
+    """Compile :func:`_many`, with cuDNN's attention where there is one for these shapes."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (carry, *items, rates))
+    names = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
+    for name in names:
+        attention = partial(jax.nn.dot_product_attention, implementation=name)
+        if name == "xla":  # logits of one layer at a time, not of all until the backward pass
+            attention = _recomputed(attention)
+        many = partial(_many, graphdef, attention, optimizer)
+        try:
+            return jax.jit(many, donate_argnums=(0,)).lower(*shapes).compile(), name
+        except Exception:  # whatever cuDNN has against these shapes, XLA serves them
+            if name == names[-1]:
+                raise
+    raise AssertionError
+
+
+def _recomputed(attention):
+    """Return an attention whose logits are computed again in the backward pass."""
+
+    def attend(query, key, value, *, scale, is_causal):
+        call = partial(attention, scale=scale, is_causal=is_causal)
+        return jax.checkpoint(call)(query, key, value)
+
+    return attend
 
 
 def train(
     task: Any,
-    model: Decoder,
+    sizes: dict[str, Any],
+    stages: Sequence[Stage],
     *,
+    seeds: Sequence[int],
     steps: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
+    learning_rates: Sequence[float],
     folder: Path,
-    seconds: float | None = None,
-    target: float = 0.999,
+    seconds: float = float("inf"),
     every: int = 50,
-    report: Any = None,
-) -> dict[str, Any]:
-    """Train a model in place; a run that was stopped goes on from its last checkpoint.
+    workers: int = 0,
+    dtype: Any = jnp.float32,
+    report: Callable[[str], Any] | None = None,
+) -> tuple[list[Decoder], dict[str, Any]]:
+    """Train one model per seed, all at once, and return them in float32.
+
+    The learning rate rises over ``WARMUP`` steps and falls over the last ``DECAY`` of the training,
+    which is measured in steps or in seconds, whichever is further. The weights are written to
+    ``folder`` in half precision, rounding included in what is returned; a training that was
+    stopped before its target goes on from them, with fresh moments.
 
     Args:
-        task: has ``batch(rng, size) -> (tokens, weights)``.
-        model: the decoder.
+        task: has ``vocab_size`` and ``batch(rng, size, **options) -> (tokens, weights)``.
+        sizes: of the model.
+        stages: in order, see :class:`Stage`.
+        seeds: one model each.
         steps: at most so many optimiser steps.
-        batch: texts per step.
-        learning_rate: peak of Adam's, after a warm-up of 100 steps, falling to a tenth.
-        seed: seed of the data.
-        folder: keeps the checkpoint.
-        seconds: stop after this time; ``None``: no limit.
-        target: stop when the accuracy of weighted tokens over ``every`` steps reaches this.
+        learning_rates: peak of Adam's, one per seed.
+        folder: keeps weights and history.
+        seconds: stop after this time, compilation excluded.
         every: steps per compiled call.
-        report: called as ``report(step, loss, accuracy)``.
+        workers: processes that draw texts; 0: this one does.
+        dtype: of the computation.
+        report: called with a line of text after each compiled call.
 
     Returns:
-        What was done: steps, seconds, final loss and accuracy, why it stopped.
+        The models, and what was done.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(100, steps // 4), steps, learning_rate / 10
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
-    graphdef, state = nnx.split(model)
-    carry = (state, optimizer.init(state))
-    done, spent, history = 0, 0.0, []
-    path = folder / "checkpoint"
+    models = [make_model(task.vocab_size, sizes, seed, dtype) for seed in seeds]
+    graphdef, _ = nnx.split(models[0])
+    state = jax.tree.map(lambda *x: jnp.stack(x), *(nnx.state(m) for m in models))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
+    facts: dict[str, Any] = {"steps": 0, "seconds": 0.0, "stopped_by": "steps", "history": []}
+    path = folder / "weights.npz"
     if path.exists():
-        carry = checkpoint.restore(path, carry)
-        facts = checkpoint.load_metadata(path)
-        done, spent, history = facts["step"], facts["seconds"], facts["history"]
+        state, facts = _load(path, state), json.loads((folder / "training.json").read_text())
+    began_at, finished = facts["steps"], facts["stopped_by"] == "target"
+    if not (finished or facts["steps"] >= steps or seconds <= 1):
+        carry = (state, jax.vmap(optimizer.init)(state))
+        rates = jnp.asarray(learning_rates, jnp.float32)
+        items = [
+            [
+                jax.ShapeDtypeStruct((every, *x.shape[1:]), x.dtype)
+                for x in draw(task, stage.options, stage.batch, seeds, 0, 1)
+            ]
+            for stage in stages
+        ]
+        with ThreadPoolExecutor(len(stages)) as threads, _processes(workers) as pool:
+            compiled = [
+                threads.submit(_compile, graphdef, optimizer, carry, i, rates) for i in items
+            ]
+            carry = _run_stages(
+                task, stages, compiled, pool, carry, rates, facts, seeds, steps - began_at,
+                seconds, every, report,
+            )  # fmt: skip
+        _save(path, carry[0], facts)
+        state = _load(path, carry[0])
+    trained = [make_model(task.vocab_size, sizes, seed) for seed in seeds]
+    for number, model in enumerate(trained):
+        nnx.update(model, jax.tree.map(lambda x, i=number: x[i], state))
+    return trained, facts
 
-    @jax.jit
-    def many(carry, items):
-        carry, (loss, accuracy) = jax.lax.scan(
-            lambda c, item: _step(graphdef, optimizer, c, item), carry, items
+
+def _run_stages(
+    task, stages, compiled, pool, carry, rates, facts, seeds, steps, seconds, every, report
+):
+    """Run the stages one after the other; ``facts`` is brought up to date."""
+    done, spent, limit, spoken = 0, 0.0, 0.0, facts["seconds"]
+    first = facts["steps"]
+    for number, stage in enumerate(stages):
+        many, attention = compiled[number].result()
+        limit = min(limit + stage.share, 1.0) if number < len(stages) - 1 else 1.0
+        ask = lambda at, s=stage: pool.submit(  # noqa: E731
+            draw, task, s.options, s.batch, seeds, first + at, every
         )
-        return carry, jnp.mean(loss), jnp.mean(accuracy)
+        ahead = [ask(done + i * every) for i in range(3)]
+        facts["stopped_by"] = "steps"
+        while done < steps * limit:
+            tokens, weights = ahead.pop(0).result()
+            begin = time.perf_counter()
+            progress = max(done / steps, spent / seconds)
+            factor = min((done + 1) / WARMUP, 1.0, max((1 - progress) / DECAY, 0.05))
+            carry, found = many(carry, tokens, weights, rates * factor)
+            ahead.append(ask(done + 3 * every))  # while the device works
+            loss, accuracy, hard = np.asarray(found)
+            spent += time.perf_counter() - begin
+            done += every
+            facts["history"].append(
+                [first + done, *(np.round(x, 4).tolist() for x in (loss, accuracy, hard))]
+            )
+            if report is not None:
+                report(
+                    f"step {first + done} stage {number} ({attention}) {spent:.0f} s: loss "
+                    f"{np.round(loss, 3)}, accuracy {np.round(accuracy, 4)}, hardest tokens "
+                    f"{np.round(hard, 4)}"
+                )
+            if hard.min() >= stage.target:
+                facts["stopped_by"] = "target"
+                break
+            if spent >= seconds * limit:
+                facts["stopped_by"] = "time"
+                break
+    facts |= {"steps": first + done, "seconds": round(spoken + spent, 1)}
+    facts |= {"learning_rates": np.asarray(rates).round(6).tolist(), "attention": attention}
+    return carry
 
-    why, began, saved = "steps", time.perf_counter(), time.perf_counter()
-    reached = bool(history) and history[-1][2] >= target
-    if history and seconds is not None and spent >= seconds:
-        steps, why = done, "time budget"  # trained for long enough before: only evaluate
-    while done < steps and not reached:
-        rng = np.random.default_rng([seed, done])
-        drawn = [task.batch(rng, batch) for _ in range(every)]
-        tokens, weights = (np.stack(x) for x in zip(*drawn, strict=True))
-        items = (jnp.asarray(tokens, jnp.int32), jnp.asarray(weights, jnp.float32))
-        carry, loss, accuracy = many(carry, items)
-        done += every
-        history.append([done, round(float(loss), 4), round(float(accuracy), 4)])
-        if report is not None:
-            report(*history[-1])
-        now = time.perf_counter()
-        reached = history[-1][2] >= target
-        out_of_time = seconds is not None and spent + now - began > seconds
-        last = reached or out_of_time or done >= steps
-        if last or now - saved > 60:
-            facts = {"step": done, "seconds": spent + now - began, "history": history}
-            checkpoint.save(path, carry, facts, overwrite=True)
-            saved = time.perf_counter()
-        if out_of_time:
-            why = "time budget"
-            break
-    nnx.update(model, carry[0])
-    facts = json.loads(json.dumps(checkpoint.load_metadata(path)))
-    return {
-        "steps": done,
-        "seconds": round(facts["seconds"], 1),
-        "stopped_by": "target" if reached else why,
-        "final_loss": history[-1][1],
-        "final_accuracy": history[-1][2],
-        "history": history[:: max(len(history) // 40, 1)],
-    }
+
+def _processes(workers: int) -> Any:
+    """Return processes that draw texts, or a thread if there are none."""
+    if workers:
+        return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ThreadPoolExecutor(1)
+
+
+def _save(path: Path, state: Any, facts: dict[str, Any]) -> None:
+    """Write stacked weights in half precision, and the facts beside them."""
+    leaves = jax.tree.leaves(state)
+    np.savez(path, **{str(i): np.asarray(x, np.float16) for i, x in enumerate(leaves)})
+    path.with_name("training.json").write_text(json.dumps(facts) + "\n")
+
+
+def _load(path: Path, like: Any) -> Any:
+    """Return what :func:`_save` wrote, in the structure and dtypes of ``like``."""
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(path) as stored:
+        fresh = [jnp.asarray(stored[str(i)], x.dtype) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, fresh)

@@ -148,6 +148,19 @@ def halves(word, dtype=np.float16):
     return np.ascontiguousarray(word).view(np.uint8).reshape(128, 4).view(dtype)
 
 
+def wide(word):
+    """Two bfloat16 as float64; by hand, since XLA's threads take subnormal numbers for zeros."""
+    bits = halves(word, np.uint16).astype(np.int64)
+    exponent, mantissa = bits >> 7 & 255, bits & 127
+    size = np.ldexp((mantissa + 128 * (exponent > 0)).astype(float), np.maximum(exponent, 1) - 134)
+    size = np.where(exponent == 255, np.where(mantissa, np.nan, np.inf), size)
+    return np.where(bits >> 15, -size, size)
+
+
+def bf16_words(x):
+    return words(x.astype(ml_dtypes.bfloat16))
+
+
 def permute(a, b, selector):
     both = np.concatenate([x.view(np.uint8).reshape(128, 4) for x in (a, b)], 1)
     picked = [both[:, int(selector[0]) >> 4 * i & 7] for i in range(4)]
@@ -172,6 +185,9 @@ INTS = {
     "prmt.b32": permute,
     "sub.rn.f16x2": lambda a, b: words(halves(a) - halves(b)),
     "mul.rn.f16x2": lambda a, b: words(halves(a) * halves(b)),
+    "mul.rn.bf16x2": lambda a, b: bf16_words(wide(a) * wide(b)),
+    "sub.rn.bf16x2": lambda a, b: bf16_words(wide(a) - wide(b)),
+    "fma.rn.bf16x2": lambda a, b, c: bf16_words(wide(a) * wide(b) + wide(c)),
     "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
     "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
     "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],
@@ -292,20 +308,24 @@ class Machine:
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
 
+    def address(self, place):
+        """Of ``[register]`` or ``[register+bytes]``."""
+        name, _, offset = place.strip("[]").partition("+")
+        base = self.registers[name]
+        return Address(base.array, base.offset + int(offset)) if offset else base
+
     def memory(self, opcode, operands, active):
         place = next(x for x in operands if x.startswith("["))
         names = self.halves(next(x for x in operands if not x.startswith("[")))
         if opcode.endswith((".u8", ".u16")):
             size = int(opcode.rpartition(".u")[2]) // 8
-            address_of = self.registers[place.strip("[]")]
+            address_of = self.address(place)
             index = address_of.items(size, active)[:, None] + np.arange(size)
             narrow = np.zeros((128, 4), np.uint8)
             narrow[active, :size] = address_of.array.reshape(-1).view(np.uint8)[index]
             self.registers[names[0]] = narrow.view(np.int32)[:, 0]
             return
-        base, _, shift = place.strip("[]").partition("+")
-        address = self.registers[base]
-        address = Address(address.array, address.offset + int(shift or 0))
+        address = self.address(place)
         where = address.items(4 * len(names), active)
         words = address.array.reshape(-1).view(np.uint8)
         for i, name in enumerate(names):

@@ -20,7 +20,7 @@ from experiments.kv_cache.tasks import (
     Recall,
     Trace,
 )
-from experiments.kv_cache.training import make_model, train
+from experiments.kv_cache.training import Stage, make_model, train
 
 SIZES = {"num_layers": 1, "embed_dim": 16, "num_heads": 2, "num_kv_heads": 1}
 
@@ -55,12 +55,14 @@ def test_questions_are_answered_by_the_context_and_repeats_repeat_it(marked):
 
 def test_traces_run_their_program():
     task = Trace(starts=2, steps=4, base=5, constants=3, names=7, checks=2)
+    prime = task._line_name - task._name
     for checks in (0, 2):
         prompt, trace = task.problems(np.random.default_rng(0), 16, checks)
         assert trace.shape[1] == 4 * task.step_length(checks) + 4
         for text, told in zip(prompt.tolist(), trace.tolist(), strict=True):
             values = {text[i + 1]: text[i + 2] for i, t in enumerate(text) if t == VAL}
             lines = [text[i + 1 : i + 4] for i, t in enumerate(text) if t == LINE]
+            lines = [(y - prime, c, x - prime) for y, c, x in lines]
             steps = [told[i + 1 : i + 6] for i, t in enumerate(told) if t == STEP]
             assert told.count(AGAIN) == told.count(OK) == 4 * checks
             for (y, c, x), step in zip(lines, steps, strict=True):
@@ -68,25 +70,33 @@ def test_traces_run_their_program():
                 values[x] = task._value + raw % task.base
                 assert step == [y, values[y], c, x, values[x]]
             assert told[-4] == ANS and told[-1] == DONE and values[told[-3]] == told[-2]
-            assert told[-3] == text[-2]
+            assert told[-3] == text[-2] - prime
     with pytest.raises(ValueError, match="names=7; 8 variables need as many"):
         task.problems(np.random.default_rng(0), 1, 0, steps=6)
 
 
-def test_training_resumes_where_it_stopped(tmp_path):
+def test_training_resumes_with_the_weights_it_left(tmp_path):
     task = Recall(slots=2, pairs=1, symbols=4)
-    options = {"batch": 4, "learning_rate": 1e-3, "seed": 0, "every": 2}
-    losses = {}
-    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
-        for stop in stops:
-            model = make_model(task.vocab_size, SIZES, 0)
-            folder = tmp_path / name
-            folder.mkdir(exist_ok=True)
-            # The schedule needs the final number of steps; the first part is cut by the clock.
-            seconds = None if stop == 4 else 0.0
-            facts = train(task, model, steps=4, folder=folder, seconds=seconds, **options)
-        losses[name] = facts["final_loss"]
-    assert losses["whole"] == losses["parts"] and facts["steps"] == 4
+    options = {"seeds": (0, 1), "learning_rates": (1e-3, 2e-3), "folder": tmp_path, "every": 2}
+    stages = [Stage(0.5, 4, {"groups": 2}), Stage(0.5, 6)]
+    said = []
+    _, facts = train(task, SIZES, stages, steps=8, report=said.append, **options)
+    assert facts["steps"] == 8 and len(facts["history"]) == len(said) == 4
+    assert [len(x) for x in facts["history"][0][1:]] == [2, 2, 2]  # loss, accuracies: per seed
+    models, again = train(task, SIZES, stages, steps=8, **options)
+    assert again == facts  # nothing is left to do
+    assert not np.array_equal(*(m.embed.embedding[...] for m in models))
+    _, more = train(task, SIZES, stages, steps=12, **options)
+    assert more["steps"] == 12 and more["history"][:4] == facts["history"]
+    assert more["history"][-1][1][0] < facts["history"][0][1][0]
+
+
+def test_the_first_group_of_texts_has_whole_contexts():
+    task = Recall(slots=10, pairs=5, symbols=8, repeat_share=0.0)
+    tokens, weights = task.batch(np.random.default_rng(0), 8, groups=2)
+    begins = np.argmax(tokens == ASK, axis=1)
+    assert (begins[:4] == task.context_length).all() and (begins[4:] < task.context_length).all()
+    assert (weights[4:].sum(1) > weights[0].sum()).all()
 
 
 def test_cells_and_reports(tmp_path):

@@ -11,6 +11,13 @@ IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 # Hopper's fp8 units keep about 14 bits of a sum; DeepSeek-V3 promotes it after 128 values of k.
 BLOCK_K = 128
 
+# What the sm90 kernels read: codes and scales by dtype, and the inputs of one product of the
+# tensor core, which share a scale.
+CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
+SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
+UNIT = 16
+FEW_ROWS = 64  # up to here the kernel that reads the weights once for every 16 rows
+
 # Bits of one code by dtype; a packed operand stores uint8 and has 4.
 _BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
 _BITS |= {"float8_e4m3fn": 8, "float8_e5m2": 8}
@@ -26,6 +33,11 @@ class OperandSpec:
       k_tiles: scales along the contracted axis; 1 when one scale covers it.
       plain: no zero point and no padding.
       packed: dtype of the codes inside, where two of them share a byte; else None.
+      packed_axis: the axis of these pairs, counted from the end.
+      scale_dtype: name of the dtype of the scales of a QTensor.
+      n_tiles: scales along the other axis.
+      stored_k: contracted length with padding.
+      zero_point: codes have zero points.
     """
 
     dtype: str
@@ -33,6 +45,11 @@ class OperandSpec:
     k_tiles: int = 1
     plain: bool = True
     packed: str | None = None
+    packed_axis: int | None = None
+    scale_dtype: str | None = None
+    n_tiles: int = 1
+    stored_k: int = 0
+    zero_point: bool = False
 
     @property
     def code_dtype(self) -> str:
@@ -82,6 +99,10 @@ class MatmulSpec:
     rhs: OperandSpec
     out_dtype: str
 
+    def with_rows(self, m: int) -> MatmulSpec:
+        """The same product of another number of rows."""
+        return dataclasses.replace(self, m=m)
+
     @property
     def scheme(self) -> str | None:
         """Bits of weights and activations: "w4a16", "w4a8", "w8a8", ...; None for plain weights."""
@@ -120,9 +141,50 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
         )
+    if device.compute_capability is not None and device.compute_capability[0] != 9:
+        return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
     if spec.scheme is None:
         return "a Mosaic GPU kernel is for quantised weights; jax.numpy.matmul serves plain ones"
-    return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
+    if spec.scheme != "w4a16":
+        return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
+    return _kernel_reason(spec)
+
+
+def _kernel_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
+    rhs = spec.rhs
+    if spec.lhs.dtype != "bfloat16":
+        return f"the sm90 kernel takes bfloat16 activations; got {spec.lhs.dtype}"
+    if rhs.packed not in CODES or rhs.packed_axis != -2:
+        return "the sm90 kernel takes 4-bit weights packed along the inputs, as pack(0) makes them"
+    if rhs.zero_point or rhs.scale_dtype not in SCALES or rhs.n_tiles != spec.n:
+        return (
+            "the sm90 kernel takes one float32, e4m3 or e8m0 scale per group of inputs and output, "
+            "and no zero points"
+        )
+    group = rhs.stored_k // max(rhs.k_tiles, 1)
+    if rhs.k_tiles != 1 and (group % UNIT or (64 % group and group % 64)):
+        return f"the sm90 kernel takes groups of 16, 32 or a multiple of 64 inputs; got {group}"
+    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
+        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
+    if not (spec.m and spec.n and spec.k):
+        return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
+    return None
+
+
+def unmeasured_reason(spec: MatmulSpec) -> str | None:
+    """Why ``implementation=None`` passes over a kernel that could serve a call, or None.
+
+    Args:
+      spec: the call.
+
+    Returns:
+      One sentence, or None.
+    """
+    return (
+        f"the sm90 kernel for {spec.scheme} has not run on a GPU yet; implementation='mosaic' "
+        "runs it"
+    )
 
 
 def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
@@ -152,4 +214,7 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
             "both operands must be QTensors of one kind with one scale along k, without zero point"
         )
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
+    if implementation == "mosaic":
+        where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
+        return (f"{prefix}the weights are read packed and widened {where} within the product",)
     return (f"{prefix}operands are dequantised to float32 before the product",)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._device import current_device
-from pallas_kernels.formats.block_format import BlockFormat
+from pallas_kernels.formats.block_format import BlockFormat, get_format
 from pallas_kernels.formats.counter_random import is_counter_key
 from pallas_kernels.formats.hadamard import rht
 from pallas_kernels.formats.qtensor import QTensor
@@ -99,6 +99,54 @@ def quantize(
         asymmetric=asymmetric,
     )
     return _IMPLEMENTATIONS[name](jax.lax.stop_gradient(x), key, spec)
+
+
+def quantize_fp8_both(
+    x: jax.Array,
+    qtype: str,
+    scale: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """FP8 codes of a matrix under a given scale, as it lies and transposed; no gradient.
+
+        code = round(x / scale), saturated, ties to even
+
+    An 8-bit product wants the contracted axis of both operands last, so a tensor that enters two
+    products is needed in both orders. The Hopper kernel ("mosaic") writes them from one read; it is
+    not chosen by itself on several devices, see ``fake_quantize_both``.
+
+    Args:
+        x: floating [rows, columns]; bfloat16 or float16, in multiples of 16, for the kernel.
+        qtype: "fp8_e4m3" or "fp8_e5m2".
+        scale: float32 scalar.
+        implementation: None, "mosaic" or "xla".
+
+    Returns:
+        Codes [rows, columns] and [columns, rows].
+
+    Raises:
+        ValueError: another format, or ``x`` is not a floating matrix.
+        NotImplementedError: the named implementation does not serve this.
+
+    >>> codes, turned = quantize_fp8_both(jnp.ones((2, 3)), "fp8_e4m3", jnp.float32(0.5))
+    >>> codes.tolist(), turned.shape
+    ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], (3, 2))
+    """
+    if qtype not in ("fp8_e4m3", "fp8_e5m2"):
+        raise ValueError(f"qtype must be 'fp8_e4m3' or 'fp8_e5m2', got {qtype!r}")
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be a floating matrix, got {x.dtype} {list(x.shape)}")
+    if implementation not in (None, "mosaic", "xla"):
+        raise ValueError(f"implementation must be None, 'mosaic' or 'xla', got {implementation!r}")
+    x, scale = jax.lax.stop_gradient((x, jnp.asarray(scale, jnp.float32)))
+    reason = spec_lib.cast_reason(x.shape, str(x.dtype), current_device())
+    if implementation == "mosaic" and reason is not None:
+        raise NotImplementedError(reason)
+    by_itself = jax.device_count() == 1 and spec_lib.UNMEASURED_CAST is None
+    if implementation == "mosaic" or (implementation is None and reason is None and by_itself):
+        return matrix.cast_fp8(x, scale, get_format(qtype).element)
+    return xla.quantize_fp8_both(x, get_format(qtype).element_type, scale)
 
 
 def dequantize(qt: QTensor, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
@@ -249,7 +297,7 @@ def _resolve(
         )
         if implementation is None:
             alone = jax.device_count() == 1
-            return x, spec, "mosaic" if not reason and not spec_lib.UNMEASURED and alone else "xla"
+            return x, spec, "mosaic" if reason is None and alone else "xla"
         if reason is None:
             return x, spec, "mosaic"
         raise NotImplementedError(reason)

@@ -32,9 +32,31 @@ def fake_quantize(x: jax.Array, last: Request | None, first: Request | None) -> 
     words = jnp.stack([_words(request) for request in (last, first)])
     sides = [request and _side(request) for request in (last, first)]
 
-    @jax.custom_batching.custom_vmap
-    def run(x, factors, words):
-        return kernel.round_matrix(x, factors, words, plan, *sides)
+    return _one_by_one(
+        lambda x, factors, words: kernel.round_matrix(x, factors, words, plan, *sides),
+        x,
+        factors,
+        words,
+    )
+
+
+def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, jax.Array]:
+    """Codes of a matrix and of its transpose; see ``pallas_kernels.quantize_fp8_both``.
+
+    Args:
+        x: [rows, columns] that ``spec.cast_reason`` has nothing against.
+        scale: float32 scalar.
+        element: "e4m3" or "e5m2".
+
+    Returns:
+        Codes [rows, columns] and [columns, rows].
+    """
+    return tuple(_one_by_one(lambda x, s: kernel.cast_matrix(x, s, element), x, scale))
+
+
+def _one_by_one(function, *args):
+    """A kernel that under ``vmap`` runs for one entry after the other."""
+    run = jax.custom_batching.custom_vmap(function)
 
     @run.def_vmap
     def _batched(size, batched, *args):
@@ -45,7 +67,7 @@ def fake_quantize(x: jax.Array, last: Request | None, first: Request | None) -> 
         outs = jax.lax.map(lambda each: run(*each), tuple(args))
         return outs, jax.tree.map(lambda _: True, outs)
 
-    return run(x, factors, words)
+    return run(*args)
 
 
 def _side(request: Request) -> kernel.Side:

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few rows times 4-bit weights on Hopper: the weights are read once, straight into registers.
+
+``out^T = W^T x^T`` by ``mma.sync`` m16n8k16. The operand A is 16 outputs and 16 inputs of W^T: a
+thread's 16-byte load of a row of bytes (two inputs, 16 outputs) is one register of eight such
+operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight rows of x. A
+product of the inputs that share a scale starts from zero, and is scaled and added in float32:
+
+    acc += scale[group, output] * sum over the group of code * x
+
+so that nothing but x and the result is ever rounded. A warp owns 128 outputs; the four warps of a
+block and the blocks of a split take turns at steps of the contraction. Warps join in shared memory,
+splits in a sum over float32 parts in a fixed order. The next step's loads are under way while one
+is multiplied: with three blocks on a multiprocessor that is 48 KB and more of weights.
+
+References: Marlin (arXiv 2408.11743), section 3; PTX ISA 8.4, section 9.7.14 (mma.m16n8k16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import _ptx as ptx
+from pallas_kernels._device import current_device
+from pallas_kernels.formats import QTensor
+from pallas_kernels.ops.decode_attention.mosaic_sm90 import bytes_at, call, mma
+from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
+from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
+from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
+
+WARPS = 4
+COLUMNS = 128  # outputs of a block
+OWN = 16  # neighbouring outputs of a thread
+ROWS = 8  # rows of x of one product
+MAX_ROWS = 16  # rows of a block
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes that change speed only.
+
+    Args:
+        units: units of 16 inputs in a warp's step.
+        blocks: blocks among which the work is split, if there is so much; None: three for every
+            multiprocessor.
+        cache: how loads of the weights treat L1 and L2, PTX qualifiers.
+    """
+
+    units: int = 4
+    blocks: int | None = None
+    cache: str = ".L1::no_allocate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of the kernel.
+
+    Args:
+        weights: of the weights.
+        m: rows of x.
+        width: row pitch of x, inputs.
+        config: sizes.
+    """
+
+    weights: Weights
+    m: int
+    width: int
+    config: Config
+
+    @property
+    def tiles(self) -> int:
+        """Products of eight rows in a block."""
+        return 1 if self.m <= ROWS else 2
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of rows; each reads the weights."""
+        return pl.cdiv(self.m, ROWS * self.tiles)
+
+    @property
+    def units(self) -> int:
+        """Units of a warp's step."""
+        return min(self.config.units, self.total)
+
+    @property
+    def total(self) -> int:
+        """Units of the contraction."""
+        return 2 * self.weights.rows // UNIT
+
+    @property
+    def shared(self) -> int:
+        """Units of a step that share a scale."""
+        return codes.shared_units(self.weights.group, self.units)
+
+    @property
+    def turns(self) -> int:
+        """Turns of a block's warps over all inputs."""
+        return pl.cdiv(self.total, self.units * WARPS)
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the contraction."""
+        wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
+        columns = pl.cdiv(self.weights.n, COLUMNS) * self.row_blocks
+        splits = max(min(wanted // columns, self.turns), 1)
+        return pl.cdiv(self.turns, pl.cdiv(self.turns, splits))
+
+    @property
+    def steps(self) -> int:
+        """Turns of a block."""
+        return pl.cdiv(self.turns, self.splits)
+
+    @property
+    def ragged(self) -> bool:
+        """Some warp's step lies beyond the last unit, wholly or in part."""
+        return self.splits * self.steps * WARPS * self.units != self.total
+
+
+def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r", ok=None):
+    """One, two or four words at a constant distance from a place; zeros where ``ok`` is false."""
+    names = ", ".join(f"${i}" for i in range(words))
+    names, width = (names, "") if words == 1 else (f"{{{names}}}", f".v{words}")
+    body = f"ld.global.nc{cache}{width}.b32 {names}, [${words}+{offset}];"
+    ins = [ptx.address(ref, start)]
+    if ok is not None:
+        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(words))
+        body = f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} @p {body} }}"
+        ins.append(ptx.flag(ok))
+    return ptx.asm(body, kind * words, ins, effects=True)
+
+
+class _Thread:
+    """What a thread loads and multiplies.
+
+    With g = lane // 4 and c = lane % 4: of its warp's 128 outputs those from 16 g on, of every
+    unit's eight rows of bytes 2 c and 2 c + 1, and of every eight rows of x number g.
+    """
+
+    def __init__(self, plan: Plan, refs, axes):
+        """Of a block of outputs, a split and a block of rows."""
+        self.plan, self.refs = plan, refs
+        i32, n = ptx.i32, plan.weights.n
+        column, split, self.row_block = axes
+        self.tid = ptx.thread()
+        self.warp = ptx.div(self.tid, i32(32))
+        lane = ptx.rem(self.tid, i32(32))
+        self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
+        self.column = ptx.mul(column, i32(COLUMNS))
+        self.first = ptx.add(self.column, ptx.mul(self.g, i32(OWN)))
+        if n % COLUMNS:  # outputs that do not exist are read elsewhere and not written
+            self.first = ptx.imin(self.first, i32(n - OWN))
+        self.turn = ptx.mul(split, i32(plan.steps))
+        row = bytes_at(ptx.mul(self.c, i32(2)), n)
+        self.place = ptx.add(row, ptx.widen(self.first))
+        self.x_places = []
+        for t in range(plan.tiles):
+            row = ptx.add(ptx.mul(self.row_block, i32(plan.tiles)), i32(t))
+            row = ptx.imin(ptx.add(ptx.mul(row, i32(ROWS)), self.g), i32(plan.m - 1))
+            place = bytes_at(row, 2 * plan.width)
+            self.x_places.append(ptx.add(place, bytes_at(self.c, 8)))
+
+    def loads(self, i):
+        """What step ``i`` of a warp needs.
+
+        The last step may begin too late. It then begins as late as it can, and x is zero where it
+        repeats what another step has.
+        """
+        plan, weights, i32 = self.plan, self.plan.weights, ptx.i32
+        step = ptx.add(ptx.mul(ptx.add(self.turn, i), i32(WARPS)), self.warp)
+        wanted = ptx.mul(step, i32(plan.units))
+        unit = ptx.imin(wanted, i32(plan.total - plan.units)) if plan.ragged else wanted
+        out: dict[str, list] = {"codes": [], "scales": [], "x": []}
+        start = ptx.add(self.place, bytes_at(unit, UNIT // 2 * weights.n))
+        x_start = bytes_at(unit, 2 * UNIT)
+        for u in range(plan.units):
+            words = []
+            for r in range(2):
+                offset = (UNIT // 2 * u + r) * weights.n
+                words += _load(self.refs["codes"], start, offset, 4, plan.config.cache)
+            out["codes"].append(words)
+            ok = ptx.ge(ptx.add(unit, i32(u)), wanted) if plan.ragged else None
+            out["x"].append(
+                [
+                    _load(self.refs["x"], ptx.add(place, x_start), 2 * UNIT * u, 2, ok=ok)
+                    for place in self.x_places
+                ]
+            )
+            if u % plan.shared == 0:
+                out["scales"].append(self._scales(ptx.add(unit, i32(u))))
+        return out
+
+    def _scales(self, unit):
+        """Scales of the thread's outputs in a unit."""
+        weights, i32 = self.plan.weights, ptx.i32
+        size = weights.scale_bytes
+        group = ptx.div(ptx.mul(unit, i32(UNIT)), i32(weights.group))
+        start = ptx.add(bytes_at(group, size * weights.n), bytes_at(self.first, size))
+        kind = "f" if size == 4 else "r"
+        pieces = [_load(self.refs["scale"], start, 16 * j, 4, kind=kind) for j in range(size)]
+        return [word for piece in pieces for word in piece]
+
+    def multiply(self, given, acc):
+        """Adds a step's products.
+
+        Args:
+            given: from `loads`.
+            acc: float32 [tiles of x][pairs of outputs][4].
+        """
+        plan, weights = self.plan, self.plan.weights
+        acc = [[list(four) for four in tile] for tile in acc]
+        for span, words in enumerate(given["scales"]):
+            scale = codes.float_scales(weights.scale, words)
+            units = range(span * plan.shared, (span + 1) * plan.shared)
+            for quad in range(4):  # of outputs
+                parts = [[[ptx.f32(0.0)] * 4 for _ in range(2)] for _ in range(plan.tiles)]
+                for u in units:
+                    low, high = (
+                        codes.code_pairs(weights.code, given["codes"][u][4 * r + quad])
+                        for r in range(2)
+                    )
+                    for pair in range(2):
+                        own = slice(2 * pair, 2 * pair + 2)
+                        a = [*low[own], *high[own]]
+                        for t in range(plan.tiles):
+                            b = given["x"][u][t]
+                            parts[t][pair] = mma(parts[t][pair], a, b, "bfloat16")
+                for t in range(plan.tiles):
+                    for pair in range(2):
+                        here = 2 * quad + pair
+                        for i, x in enumerate(parts[t][pair]):
+                            factor = scale[2 * here + i // 2]
+                            acc[t][here][i] = ptx.fma(x, factor, acc[t][here][i])
+        return acc
+
+    def join(self, acc):
+        """Adds the warps' sums in shared memory and writes the block's part."""
+        plan, i32, shared = self.plan, ptx.i32, self.refs["shared"]
+        rows = ROWS * plan.tiles
+        for t in range(plan.tiles):
+            for d in range(2):
+                row = ptx.add(ptx.mul(self.warp, i32(rows)), i32(ROWS * t + d))
+                row = ptx.add(row, ptx.mul(self.c, i32(2)))
+                start = ptx.add(bytes_at(row, 4 * COLUMNS), bytes_at(self.g, 4 * OWN))
+                own = [acc[t][i // 2][2 * (i % 2) + d] for i in range(OWN)]
+                for j in range(0, OWN, 4):
+                    where = ptx.add(start, ptx.i64(4 * j))
+                    ptx.store(shared, where, own[j : j + 4], space="shared")
+        ptx.asm("bar.sync 0;", "", [], effects=True)
+        quads = COLUMNS // 4
+        for item in range(0, rows * quads, 128):
+            index = ptx.add(self.tid, i32(item))
+            row, quad = ptx.div(index, i32(quads)), ptx.rem(index, i32(quads))
+            total = None
+            for w in range(WARPS):
+                at = ptx.add(ptx.mul(ptx.add(row, i32(w * rows)), i32(quads)), quad)
+                text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+                four = ptx.asm(text, "ffff", [ptx.address(shared, bytes_at(at, 16))], effects=True)
+                total = four if w == 0 else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
+            self._write(ptx.add(ptx.mul(self.row_block, i32(rows)), row), quad, total)
+
+    def _write(self, row, quad, values):
+        plan, i32 = self.plan, ptx.i32
+        column = ptx.add(self.column, ptx.mul(quad, i32(4)))
+        ok = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
+        part = ptx.div(self.turn, i32(plan.steps))
+        index = ptx.add(ptx.mul(part, i32(plan.m)), row)
+        where = ptx.add(bytes_at(index, 4 * plan.weights.n), bytes_at(column, 4))
+        ptx.store(self.refs["parts"], where, values, ok)
+
+
+def _body(plan: Plan, refs, axes):
+    """What a block does."""
+    thread = _Thread(plan, refs, axes)
+    acc = [[[ptx.f32(0.0)] * 4 for _ in range(OWN // 2)] for _ in range(plan.tiles)]
+
+    def step(i, state):
+        following = thread.loads(ptx.add(i, ptx.i32(1)))
+        return {"acc": thread.multiply(state["given"], state["acc"]), "given": following}
+
+    state = {"acc": acc, "given": thread.loads(ptx.i32(0))}
+    if plan.steps > 1:
+        state = ptx.loop(plan.steps - 1, step, state)
+    thread.join(thread.multiply(state["given"], state["acc"]))
+
+
+def matmul(
+    lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, config: Config | None = None
+) -> jax.Array:
+    """Computes the same as `reference.matmul` for a few rows.
+
+    Args:
+      lhs: bfloat16 [..., m, k].
+      rhs: packed 4-bit QTensor [k, n].
+      spec: static facts.
+      config: sizes; None chooses.
+
+    Returns:
+      [..., m, n] in ``spec.out_dtype``.
+    """
+    weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, OWN))
+    plan = Plan(weights, spec.m, arrays["x"].shape[1], config or Config())
+    factor = arrays.pop("tensor_scale", None)
+    shape = (plan.splits, spec.m, weights.n)
+    parts = call(
+        functools.partial(_body, plan),
+        {"parts": jax.ShapeDtypeStruct(shape, jnp.float32)},
+        (pl.cdiv(weights.n, COLUMNS), plan.splits, plan.row_blocks),
+        arrays,
+        shared=WARPS * ROWS * plan.tiles * COLUMNS,
+    )["parts"]
+    out = parts.sum(0)[:, : spec.n]
+    out = out if factor is None else out * factor
+    return out.astype(spec.out_dtype).reshape(*lhs.shape[:-1], spec.n)

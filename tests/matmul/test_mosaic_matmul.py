@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 products of packed weights without a GPU: NumPy runs their threads, and they lower."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import warpgroup
+
+from pallas_kernels import explain, matmul
+from pallas_kernels._device import Device
+from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.ops.matmul import (
+    api,
+    mosaic_sm90_codes,
+    mosaic_sm90_rows,
+    mosaic_sm90_tokens,
+    reference,
+)
+from pallas_kernels.ops.matmul import spec as spec_lib
+from pallas_kernels.ops.quantize.api import quantize
+
+GPU = Device("gpu", "NVIDIA H200", (9, 0))
+FORMATS = {
+    "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
+    "nvfp4_one_level": lambda w: quantize(w, "nvfp4", axis=0, two_level=False).pack(0),
+    "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
+    "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
+    "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
+    "int4_whole": lambda w: quantize(w, "int4", axis=0, tile=None).pack(0),
+}
+
+
+def weights(k, n, kind="normal"):
+    rng = np.random.default_rng(k + n)
+    w = rng.normal(size=(k, n)).astype(np.float32)
+    if kind == "groups":  # of zeros, and of numbers far larger and far smaller than the rest
+        w[: k // 2, : n // 2] = 0
+        w[k // 2, ::3] = 3e4
+        w[-16:, 1::2] *= 1e-6
+    return jnp.asarray(w)
+
+
+def activations(m, k):
+    return jnp.asarray(np.random.default_rng(m).normal(size=(m, k)), jnp.bfloat16)
+
+
+def run_blocks(body, outs, grid, args, shared=0):
+    """The kernel's launch: every block in turn."""
+
+    def run(*arrays):
+        refs = dict(zip(args, map(np.asarray, arrays), strict=True))
+        results = {name: np.full(out.shape, np.nan, out.dtype) for name, out in outs.items()}
+        for axes in np.ndindex(*grid):
+            scratch = {"shared": np.full(shared, np.nan, np.float32)}
+            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
+        return results
+
+    return jax.pure_callback(run, outs, *args.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "m", "k", "n", "kind", "config"),
+    [
+        ("nvfp4", 1, 512, 128, "normal", {}),
+        ("nvfp4", 5, 130, 40, "groups", {}),
+        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9}),
+        ("mxfp4", 8, 600, 16, "groups", {"units": 2, "blocks": 3}),
+        ("mxfp4", 2, 2, 1, "normal", {}),
+        ("int4", 16, 300, 128, "groups", {}),
+        ("int4_32", 3, 64, 8, "normal", {}),
+        ("int4_whole", 4, 50, 130, "normal", {}),
+    ],
+)
+def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config):
+    w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
+    spec = api._prepare(x, w, jnp.float32)[2]
+    assert spec_lib.unsupported_reason(spec, GPU, "mosaic") is None
+    config = mosaic_sm90_rows.Config(**config)
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
+        patch.setattr(mosaic_sm90_rows, "call", run_blocks)
+        run = jax.jit(lambda x, w: mosaic_sm90_rows.matmul(x, w, spec, config))
+        out = np.asarray(run(x, w))
+    want = np.asarray(reference.matmul(x, w, jnp.float32))
+    bound = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(w.dequantize()))
+    assert (np.abs(out - want) <= 2e-6 * bound + 1e-30).all()
+
+
+def swizzled(tile):
+    """A [rows, 128] array of bytes as a copy to shared memory with 128-byte swizzle leaves it."""
+    rows = np.arange(tile.shape[0])
+    pieces = tile.reshape(tile.shape[0], 8, 16)
+    return np.stack([pieces[rows, piece ^ rows % 8] for piece in range(8)], 1).reshape(tile.shape)
+
+
+@pytest.mark.parametrize("wg", [0, 1])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_32"])
+def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
+    w = FORMATS[name](weights(64, 128, "groups"))
+    spec = api._prepare(activations(2, 64), w, jnp.bfloat16)[2]
+    facts, arrays = mosaic_sm90_codes.prepare(activations(2, 64), w, spec, (8, 64, 128))
+    plan = mosaic_sm90_tokens.Plan(facts, 2, "bfloat16", mosaic_sm90_tokens.Config())
+    codes, scale = np.array(arrays["codes"]), np.array(arrays["scale"])
+    with warpgroup.installed():
+        words, scales = mosaic_sm90_tokens._fetch(
+            facts, plan.groups, swizzled(codes), scale, np.full(128, wg, np.int32)
+        )
+        words = mosaic_sm90_tokens._scaled(words, scales, plan.groups)
+    got = warpgroup.from_operand(words, np.dtype(ml_dtypes.bfloat16))
+    # Row r of a warp's sixteen is output 2r, row 8 + r is output 2r + 1.
+    order = (np.arange(64) // 16 * 16) + [2 * (r % 8) + r // 8 for r in np.arange(64) % 16]
+    want = np.asarray(w.dequantize())[:, 64 * wg : 64 * wg + 64].T[order]
+    if w.tensor_scale is not None:
+        want = want / np.asarray(w.tensor_scale)
+    error = np.abs(got - want)
+    # INT4 times a float32 scale is rounded once, E2M1 times its scale not at all.
+    assert (error <= np.abs(want) * (1.01 * 2.0**-8 if "int4" in name else 1e-6)).all()
+
+
+# -- dispatch and lowering -------------------------------------------------------------------------
+
+
+def shapes(name, m, k, n, dtype=jnp.bfloat16):
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((k, n), jnp.float32))
+    return jax.ShapeDtypeStruct((m, k), dtype), w
+
+
+def lowered(f, *args):
+    with abstract_gpu():
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("m", [1, 16, 4096])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_whole"])
+def test_lowers_for_cuda_with_its_gradient(name, m):
+    x, w = shapes(name, m, 300, 200)
+    call = functools.partial(matmul, implementation="mosaic")
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    assert "mosaic_gpu" in lowered(
+        jax.grad(lambda x, w: (call(x, w) ** 2).sum().astype(float)), x, w
+    )
+    many = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+    text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("config", [{"cluster": 1}, {"tile_m": 128}, {"late": True}])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
+def test_every_configuration_lowers(name, config):
+    x, w = shapes(name, 512, 256, 256)
+    spec = api._prepare(x, w, None)[2]
+    config = mosaic_sm90_tokens.Config(**config)
+    text = lowered(lambda x, w: mosaic_sm90_tokens.matmul(x, w, spec, config), x, w)
+    assert "custom_call @mosaic_gpu" in text
+
+
+def test_explain_says_why():
+    def reason(x, w, **options):
+        with abstract_gpu():
+            return explain("matmul", x, w, implementation="mosaic", **options).rejected.get(
+                "mosaic"
+            )
+
+    x, w = shapes("nvfp4", 4, 64, 32)
+    assert reason(x, w) is None
+    with abstract_gpu():
+        chosen = explain("matmul", x, w, implementation="mosaic")
+        default = explain("matmul", x, w)
+    assert chosen.notes == (
+        "w4a16: the weights are read packed and widened in registers within the product",
+    )
+    assert default.implementation == "xla" and "has not run on a GPU" in default.rejected["mosaic"]
+    assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
+    assert "takes bfloat16 activations; got float32" in reason(
+        *shapes("nvfp4", 4, 64, 32, "float32")
+    )
+    assert "kernel for w8a16 is not part" in reason(x, quantize(jnp.ones((64, 32)), "int8", axis=0))
+    assert "packed along the inputs" in reason(x, quantize(jnp.ones((64, 32)), "nvfp4", axis=0))
+    shifted = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=16, asymmetric=True).pack(0)
+    assert "no zero points" in reason(x, shifted)
+    odd = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=8).pack(0)
+    assert "groups of 16, 32 or a multiple of 64 inputs; got 8" in reason(x, odd)
+    assert "no empty products" in reason(jax.ShapeDtypeStruct((0, 64), jnp.bfloat16), w)
+    plain = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
+    assert "is for quantised weights" in reason(x, plain)
+    with abstract_gpu(
+        jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
+    ):
+        assert "written for sm90" in explain("matmul", x, w).rejected["mosaic"]
