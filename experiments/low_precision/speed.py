@@ -2,6 +2,7 @@
 
 Sections, each of which writes ``speed_<section>.json`` after every row:
 
+* ``gemm``: the kernel for FP8 blocks against XLA's sum over tiles, then its rate.
 * ``linear``: forward and backward of a linear layer at the two sizes of the acceptance test.
 * ``quantize``: the fused quantiser against the formats, then its bandwidth beside a copy and XLA.
 * ``cast``: likewise FP8 codes of a matrix and of its transpose.
@@ -36,8 +37,8 @@ from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.quantize import spec as spec_lib
 
 PLAIN = (((1,), (0,)), ((), ()))
-SECTIONS = ("cast", "quantize", "linear", "step", "sweep")
-ISOLATED = ("cast", "quantize")  # kernels that may hang run in a process of their own
+SECTIONS = ("cast", "quantize", "linear", "gemm", "step", "sweep")
+ISOLATED = ("cast", "quantize", "gemm")  # kernels that may hang run in a process of their own
 # The two shapes of the acceptance test: tokens, inputs, outputs.
 FIRST = ((8192, 8192, 8192), (16384, 4096, 4096))
 SIDES = (512, 1024, 2048, 4096, 16384)
@@ -370,6 +371,66 @@ def measure_cast(report: Report, shape: tuple[int, int] = (16384, 8192)) -> None
         report.add(row | {"terabytes_per_second": rate, "spread": timing.spread})
 
 
+def measure_gemm(report: Report, side: int = 8192) -> None:
+    """Checks the kernel for scales per 128 of k, then times it beside bf16 and one scale."""
+    from pallas_kernels.ops.matmul.mosaic_sm90_fp8 import Config, block_scaled
+
+    def codes(seed, shape):
+        return jax.random.normal(jax.random.key(seed), shape).astype(jnp.float8_e4m3fn)
+
+    def given(m, n, k, squares):
+        sizes = ((k // 128, m), (k // 128, n // 128 if squares else n))
+        scales = [jnp.exp(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(sizes)]
+        return codes(2, (m, k)), codes(3, (n, k)), *scales
+
+    def exact(a, b, a_scale, b_scale):
+        k = a.shape[1]
+        b_scale = jnp.repeat(b_scale, b.shape[0] // b_scale.shape[1], 1)
+        wide = [
+            (x.astype(jnp.float32).reshape(-1, k // 128, 128) * s.T[..., None]).reshape(-1, k)
+            for x, s in ((a, a_scale), (b, b_scale))
+        ]
+        return jnp.matmul(wide[0], wide[1].T, precision="highest")
+
+    for cluster in (1, 2):
+        config = Config(cluster=cluster)
+        for m, n, k, squares in (
+            (200, 384, 256, True),
+            (200, 144, 1280, False),
+            (1024, 512, 4096, True),
+        ):
+            operands = given(m, n, k, squares)
+            run = jax.jit(functools.partial(block_scaled, out_dtype="float32", config=config))
+            got, want = run(*operands), jax.jit(exact)(*operands)
+            row = {"check": [m, n, k], "squares": squares, "cluster": cluster}
+            report.add(
+                row
+                | {
+                    "error": float(_relative(got, want)),
+                    "same": bool((got == run(*operands)).all()),
+                }
+            )
+    flops = matmul_flops(side, side, side)
+    a, b = codes(2, (side, side)), codes(3, (side, side))
+    wide = [x.astype(jnp.bfloat16) for x in (a, b)]
+    contract = (((1,), (1,)), ((), ()))
+    plain = functools.partial(
+        jax.lax.dot_general, dimension_numbers=contract, preferred_element_type=jnp.bfloat16
+    )
+    programs = {"bf16": (plain, wide), "one scale, XLA": (plain, (a, b))}
+    for squares in (True, False):
+        for cluster in (2, 1):
+            name = f"{'squares' if squares else 'columns'}, cluster {cluster}"
+            function = functools.partial(block_scaled, config=Config(cluster=cluster))
+            programs[name] = (function, given(side, side, side, squares))
+    for name, (function, operands) in programs.items():
+        if report.is_late:
+            return
+        compiled = jax.jit(function).lower(*operands).compile()
+        timing = benchmark(compiled, *operands, repeats=10)
+        report.add({"what": name} | _numbers(timing, flops, None, compiled))
+
+
 # --- a transformer step ---------------------------------------------------------------------------
 
 
@@ -519,6 +580,8 @@ def run_section(section: str, report: Report) -> None:
         measure_linear(FIRST, (*names, "fp8_delayed", "fp4_all_the_way"), report)
     elif section == "cast":
         measure_cast(report)
+    elif section == "gemm":
+        measure_gemm(report)
     elif section == "quantize":
         measure_quantizer(report)
     elif section == "step":
