@@ -82,7 +82,6 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "embed_dim": 128,
                 "num_heads": 4,
                 "num_kv_heads": 2,
-                "layer_windows": (4, None, None),
             },
             "stages": [
                 Stage(0.5, 256, {"slots": 8}, 0.97),
@@ -100,7 +99,6 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "embed_dim": 192,
                 "num_heads": 6,
                 "num_kv_heads": 3,
-                "layer_windows": (4, None, None, None),
             },
             "stages": [
                 Stage(0.4, 256, {"most": 0, "steps": 6, "drills": 128}, 0.97),
@@ -285,7 +283,13 @@ class Session:
             (self.output / "cells.jsonl").write_text(lines)
         models, facts = train(
             preset["task"],
-            {**preset["sizes"], "rope": RopeConfig(theta=self.preset["theta"])},
+            {
+                **preset["sizes"],
+                # Without it fresh embeddings are small beside what the layers add, and a model does
+                # not find out for thousands of steps that a token occurred before.
+                "embed_scale": preset["sizes"]["embed_dim"] ** 0.5,
+                "rope": RopeConfig(theta=self.preset["theta"]),
+            },
             preset["stages"],
             seeds=seeds,
             steps=preset["steps"],
