@@ -2,8 +2,10 @@
 
 Sections, each of which writes ``speed_<section>.json`` after every row:
 
+* ``gemm``: the kernel for FP8 blocks against XLA's sum over tiles, then its rate.
 * ``linear``: forward and backward of a linear layer at the two sizes of the acceptance test.
 * ``quantize``: the fused quantiser against the formats, then its bandwidth beside a copy and XLA.
+* ``cast``: likewise FP8 codes of a matrix and of its transpose.
 * ``step``: a training step of a transformer with 1.1 billion parameters.
 * ``sweep``: the linear layer over sizes, for the break-even.
 """
@@ -27,15 +29,16 @@ import optax
 from experiments.low_precision.training import environment
 from jaxeff.nn.rope import RopeConfig, apply_rope
 from jaxeff.quant import RECIPES, Recipe, dot_general, init_history
-from pallas_kernels import fake_quantize
+from pallas_kernels import fake_quantize, quantize_fp8_both
 from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
 from pallas_kernels.formats import TE_SIGNS, get_format, rht
 from pallas_kernels.formats.block_format import tensor_encode_scale
 from pallas_kernels.formats.counter_random import counter_key
+from pallas_kernels.ops.quantize import spec as spec_lib
 
 PLAIN = (((1,), (0,)), ((), ()))
-SECTIONS = ("linear", "quantize", "step", "sweep")
-ISOLATED = ("quantize",)  # kernels that may hang run in a process of their own
+SECTIONS = ("cast", "quantize", "linear", "gemm", "step", "sweep")
+ISOLATED = ("cast", "quantize", "gemm")  # kernels that may hang run in a process of their own
 # The two shapes of the acceptance test: tokens, inputs, outputs.
 FIRST = ((8192, 8192, 8192), (16384, 4096, 4096))
 SIDES = (512, 1024, 2048, 4096, 16384)
@@ -105,10 +108,60 @@ def layer_step(recipe: Recipe) -> Callable:
     return step
 
 
+def direct_step() -> Callable:
+    """The same with codes multiplied as they are, and their scales applied to the result."""
+
+    @jax.jit
+    def step(x, w, d):
+        coded = []
+        for value, qtype, largest in (
+            (x, "fp8_e4m3", 448),
+            (w, "fp8_e4m3", 448),
+            (d, "fp8_e5m2", 57344),
+        ):
+            scale = jnp.abs(value).max().astype(jnp.float32) / largest
+            coded.append((*quantize_fp8_both(value, qtype, scale, implementation="mosaic"), scale))
+
+        def product(a, b, scale):
+            out = jax.lax.dot_general(
+                a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16
+            )
+            return (out.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+
+        (x8, x8t, sx), (w8, w8t, sw), (d8, d8t, sd) = coded
+        return product(x8, w8t, sx * sw), product(d8, w8, sd * sw), product(x8t, d8t, sx * sd)
+
+    return step
+
+
+def cast_by(implementation: str, recipe: Recipe) -> Callable:
+    """``layer_step`` with one way to cast to FP8, chosen while it is traced."""
+
+    def lower(*types):
+        reason = spec_lib.UNMEASURED_CAST
+        spec_lib.UNMEASURED_CAST = None if implementation == "mosaic" else "not this time"
+        try:
+            return layer_step(recipe).lower(*types)
+        finally:
+            spec_lib.UNMEASURED_CAST = reason
+
+    return lower
+
+
+def linear_programs(names: Iterable[str]) -> dict[str, Callable]:
+    """Functions of operand types that lower a step."""
+    chosen = {name: layer_step(recipe).lower for name, recipe in recipes().items()}
+    for name in ("fp8_current", "fp8_delayed"):
+        chosen[name] = cast_by("mosaic", recipes()[name])
+        chosen[f"{name}, cast by XLA"] = cast_by("xla", recipes()[name])
+    chosen["fp8 codes as they are"] = direct_step().lower
+    return {name: chosen[name] for name in names}
+
+
 def measure_linear(
     shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 10
 ) -> None:
-    """Adds a row for each shape and recipe; all programs of a shape are compiled at once.
+    """Adds a row for each shape and name; all programs of a shape are compiled at once.
 
     A row has milliseconds, TFLOP/s over the three products, the ratio to bf16, and how many 8-bit
     cuBLASLt calls the compiled program holds.
@@ -120,8 +173,8 @@ def measure_linear(
         types = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((t, k), (k, n), (t, n))]
         with ThreadPoolExecutor(8) as pool:
             programs = {
-                name: pool.submit(layer_step(recipes()[name]).lower(*types).compile)
-                for name in names
+                name: pool.submit(lower(*types).compile)
+                for name, lower in linear_programs(names).items()
             }
         # Drawn in float32 and cast: bfloat16 normals have few values.
         keys = jax.random.split(jax.random.key(0), 3)
@@ -130,13 +183,23 @@ def measure_linear(
             (jax.random.normal(key, kind.shape) * scale).astype(jnp.bfloat16)
             for key, kind, scale in zip(keys, types, scales, strict=True)
         ]
-        plain = None
+        plain, exact = None, None
         for name, program in programs.items():
             compiled = program.result()
+            outs = compiled(*operands)
             timing = benchmark(compiled, *operands, repeats=repeats)
-            plain = timing.median if name == "bf16" else plain
+            if name == "bf16":
+                plain, exact = timing.median, outs
             row = {"tokens": t, "inputs": k, "outputs": n, "recipe": name}
-            report.add(row | _numbers(timing, 3 * matmul_flops(t, n, k), plain, compiled))
+            errors = [float(_relative(a, b)) for a, b in zip(outs, exact, strict=True)]
+            row |= _numbers(timing, 3 * matmul_flops(t, n, k), plain, compiled)
+            report.add(row | {"errors": errors})
+
+
+@jax.jit
+def _relative(a, b):
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
 
 
 def _numbers(timing: Timing, flops: float, plain: float | None, compiled: Any) -> Row:
@@ -186,7 +249,7 @@ def nvfp4_plan(x: jax.Array):
     """The plan of the fused kernel for NVFP4."""
     from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Plan
 
-    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"), "nearest")
+    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"))
 
 
 def nvfp4_factors(x: jax.Array) -> jax.Array:
@@ -215,7 +278,8 @@ def quantizer_programs(x: jax.Array) -> dict[str, tuple[Callable, int, int]]:
 
     def plain(axis, stochastic):
         key = {"rounding": "stochastic", "key": counter_key(words[1 - axis])} if stochastic else {}
-        return lambda x, factors: fake_quantize(x, "nvfp4", axis=axis, **key)
+        options = {"axis": axis, "implementation": "xla"} | key
+        return lambda x, factors: fake_quantize(x, "nvfp4", **options)
 
     return {
         "copy": (lambda x, factors: -x, 2, 1),
@@ -274,6 +338,97 @@ def measure_quantizer(report: Report, shape: tuple[int, int] = (16384, 8192)) ->
         rate = moved * x.size * x.dtype.itemsize / timing.median / 1e12
         row = {"what": name, "microseconds": 1e6 * timing.median, "terabytes_per_second": rate}
         report.add(row | {"spread": timing.spread, "passes": passes, "source": timing.source})
+
+
+def measure_cast(report: Report, shape: tuple[int, int] = (16384, 8192)) -> None:
+    """Checks FP8 codes of a matrix and of its transpose bit for bit, then times them."""
+    kinds = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
+
+    def cast(qtype, implementation):
+        return lambda x, scale: quantize_fp8_both(x, qtype, scale, implementation=implementation)
+
+    for size in ((160, 144), shape):
+        x = jax.block_until_ready(wide_data(size))
+        scales = {name: jnp.abs(x).max().astype(jnp.float32) / top for name, top in kinds.items()}
+        with ThreadPoolExecutor(8) as pool:
+            compiled = {
+                (name, how): pool.submit(jax.jit(cast(name, how)).lower(x, scale).compile)
+                for name, scale in scales.items()
+                for how in ("mosaic", "xla")
+            }
+        compiled = {name: program.result() for name, program in compiled.items()}
+        for name, scale in scales.items():
+            got, want = (compiled[name, how](x, scale) for how in ("mosaic", "xla"))
+            wrong = [
+                int((a.astype(jnp.float32) != b.astype(jnp.float32)).sum())
+                for a, b in zip(got, want, strict=True)
+            ]
+            report.add({"check": name, "shape": list(size), "different": wrong, "of": x.size})
+    for (name, how), program in compiled.items():
+        timing = benchmark(program, x, scales[name], repeats=10)
+        rate = 2 * x.size * x.dtype.itemsize / timing.median / 1e12  # read 2 bytes, write 1 and 1
+        row = {"what": f"{name} {how}", "microseconds": 1e6 * timing.median}
+        report.add(row | {"terabytes_per_second": rate, "spread": timing.spread})
+
+
+def measure_gemm(report: Report, side: int = 8192) -> None:
+    """Checks the kernel for scales per 128 of k, then times it beside bf16 and one scale."""
+    from pallas_kernels.ops.matmul.mosaic_sm90_fp8 import Config, block_scaled
+
+    def codes(seed, shape):
+        return jax.random.normal(jax.random.key(seed), shape).astype(jnp.float8_e4m3fn)
+
+    def given(m, n, k, squares):
+        sizes = ((k // 128, m), (k // 128, n // 128 if squares else n))
+        scales = [jnp.exp(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(sizes)]
+        return codes(2, (m, k)), codes(3, (n, k)), *scales
+
+    def exact(a, b, a_scale, b_scale):
+        k = a.shape[1]
+        b_scale = jnp.repeat(b_scale, b.shape[0] // b_scale.shape[1], 1)
+        wide = [
+            (x.astype(jnp.float32).reshape(-1, k // 128, 128) * s.T[..., None]).reshape(-1, k)
+            for x, s in ((a, a_scale), (b, b_scale))
+        ]
+        return jnp.matmul(wide[0], wide[1].T, precision="highest")
+
+    for cluster in (1, 2):
+        config = Config(cluster=cluster)
+        for m, n, k, squares in (
+            (200, 384, 256, True),
+            (200, 144, 1280, False),
+            (1024, 512, 4096, True),
+        ):
+            operands = given(m, n, k, squares)
+            run = jax.jit(functools.partial(block_scaled, out_dtype="float32", config=config))
+            got, want = run(*operands), jax.jit(exact)(*operands)
+            row = {"check": [m, n, k], "squares": squares, "cluster": cluster}
+            report.add(
+                row
+                | {
+                    "error": float(_relative(got, want)),
+                    "same": bool((got == run(*operands)).all()),
+                }
+            )
+    flops = matmul_flops(side, side, side)
+    a, b = codes(2, (side, side)), codes(3, (side, side))
+    wide = [x.astype(jnp.bfloat16) for x in (a, b)]
+    contract = (((1,), (1,)), ((), ()))
+    plain = functools.partial(
+        jax.lax.dot_general, dimension_numbers=contract, preferred_element_type=jnp.bfloat16
+    )
+    programs = {"bf16": (plain, wide), "one scale, XLA": (plain, (a, b))}
+    for squares in (True, False):
+        for cluster in (2, 1):
+            name = f"{'squares' if squares else 'columns'}, cluster {cluster}"
+            function = functools.partial(block_scaled, config=Config(cluster=cluster))
+            programs[name] = (function, given(side, side, side, squares))
+    for name, (function, operands) in programs.items():
+        if report.is_late:
+            return
+        compiled = jax.jit(function).lower(*operands).compile()
+        timing = benchmark(compiled, *operands, repeats=10)
+        report.add({"what": name} | _numbers(timing, flops, None, compiled))
 
 
 # --- a transformer step ---------------------------------------------------------------------------
@@ -421,8 +576,12 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
 def run_section(section: str, report: Report) -> None:
     """Runs one of ``SECTIONS``."""
     if section == "linear":
-        names = ("bf16", "fp8_current", "fp8_delayed", "fp4_all_the_way")
-        measure_linear(FIRST, names, report)
+        names = ("bf16", "fp8_current", "fp8_current, cast by XLA", "fp8 codes as they are")
+        measure_linear(FIRST, (*names, "fp8_delayed", "fp4_all_the_way"), report)
+    elif section == "cast":
+        measure_cast(report)
+    elif section == "gemm":
+        measure_gemm(report)
     elif section == "quantize":
         measure_quantizer(report)
     elif section == "step":

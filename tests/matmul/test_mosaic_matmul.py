@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sm90 products of packed weights without a GPU: NumPy runs their threads, and they lower."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,8 +31,12 @@ FORMATS = {
     "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
     "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
+    "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
     "int4_whole": lambda w: quantize(w, "int4", axis=0, tile=None).pack(0),
 }
+
+
+PER_ROW = functools.partial(quantize, qtype="int8", axis=-1, tile=None)
 
 
 def weights(k, n, kind="normal"):
@@ -67,10 +72,11 @@ def run_blocks(body, outs, grid, args, shared=0):
     [
         ("nvfp4", 1, 512, 128, "normal", {}),
         ("nvfp4", 5, 130, 40, "groups", {}),
+        ("nvfp4", 9, 300, 144, "normal", {"own": 8}),
         ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9}),
         ("mxfp4", 8, 600, 16, "groups", {"units": 2, "blocks": 3}),
         ("mxfp4", 2, 2, 1, "normal", {}),
-        ("int4", 16, 300, 128, "groups", {}),
+        ("int4", 16, 300, 128, "groups", {"own": 8, "units": 8}),
         ("int4_32", 3, 64, 8, "normal", {}),
         ("int4_whole", 4, 50, 130, "normal", {}),
     ],
@@ -96,23 +102,33 @@ def swizzled(tile):
     return np.stack([pieces[rows, piece ^ rows % 8] for piece in range(8)], 1).reshape(tile.shape)
 
 
+# Row r of a warp's sixteen is output 2r, row 8 + r is output 2r + 1.
+ORDER = (np.arange(64) // 16 * 16) + [2 * (r % 8) + r // 8 for r in np.arange(64) % 16]
+
+
+@pytest.mark.parametrize("wg", [0, 1])
+def test_the_int8_operand_is_the_transposed_weight(wg):
+    w = np.random.default_rng(wg).integers(-128, 128, size=(128, 128)).astype(np.int8)
+    kernel = mosaic_sm90_tokens.Int8(128, 2)
+    with warpgroup.installed():
+        words = kernel.finish(*kernel.fetch(swizzled(w), np.full(128, wg, np.int32)))
+    got = warpgroup.from_operand(words, np.dtype(np.int8))
+    np.testing.assert_array_equal(got, w[:, 64 * wg : 64 * wg + 64].T[ORDER])
+
+
 @pytest.mark.parametrize("wg", [0, 1])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_32"])
 def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
     w = FORMATS[name](weights(64, 128, "groups"))
     spec = api._prepare(activations(2, 64), w, jnp.bfloat16)[2]
     facts, arrays = mosaic_sm90_codes.prepare(activations(2, 64), w, spec, (8, 64, 128))
-    plan = mosaic_sm90_tokens.Plan(facts, 2, "bfloat16", mosaic_sm90_tokens.Config())
+    kernel = mosaic_sm90_tokens.FourBit(facts)
     codes, scale = np.array(arrays["codes"]), np.array(arrays["scale"])
     with warpgroup.installed():
-        words, scales = mosaic_sm90_tokens._fetch(
-            facts, plan.groups, swizzled(codes), scale, np.full(128, wg, np.int32)
-        )
-        words = mosaic_sm90_tokens._scaled(words, scales, plan.groups)
+        words, scales = kernel.fetch(swizzled(codes), scale, np.full(128, wg, np.int32))
+        words = kernel.finish(words, scales)
     got = warpgroup.from_operand(words, np.dtype(ml_dtypes.bfloat16))
-    # Row r of a warp's sixteen is output 2r, row 8 + r is output 2r + 1.
-    order = (np.arange(64) // 16 * 16) + [2 * (r % 8) + r // 8 for r in np.arange(64) % 16]
-    want = np.asarray(w.dequantize())[:, 64 * wg : 64 * wg + 64].T[order]
+    want = np.asarray(w.dequantize())[:, 64 * wg : 64 * wg + 64].T[ORDER]
     if w.tensor_scale is not None:
         want = want / np.asarray(w.tensor_scale)
     error = np.abs(got - want)
@@ -147,7 +163,23 @@ def test_lowers_for_cuda_with_its_gradient(name, m):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-@pytest.mark.parametrize("config", [{"cluster": 1}, {"tile_m": 128}, {"late": True}])
+@pytest.mark.parametrize("m", [3, 4096])
+def test_int8_lowers_for_cuda_with_its_gradient(m):
+    x = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 300), jnp.bfloat16))
+    w = jax.eval_shape(FORMATS["int8"], jax.ShapeDtypeStruct((300, 200), jnp.float32))
+    call = functools.partial(matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16)
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+
+    def loss(scale, x, w):
+        return (call(dataclasses.replace(x, scale=scale), w) ** 2).sum().astype(float)
+
+    assert "mosaic_gpu" in lowered(jax.grad(loss), x.scale, x, w)
+    many = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((5, m, 300), jnp.bfloat16))
+    text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("config", [{"cluster": 1}, {"tile_m": 128}])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
 def test_every_configuration_lowers(name, config):
     x, w = shapes(name, 512, 256, 256)
@@ -168,11 +200,11 @@ def test_explain_says_why():
     assert reason(x, w) is None
     with abstract_gpu():
         chosen = explain("matmul", x, w, implementation="mosaic")
-        default = explain("matmul", x, w)
+        eights = explain("matmul", PER_ROW(jnp.ones((4, 64))), FORMATS["int8"](jnp.ones((64, 32))))
     assert chosen.notes == (
         "w4a16: the weights are read packed and widened in registers within the product",
     )
-    assert default.implementation == "xla" and "has not run on a GPU" in default.rejected["mosaic"]
+    assert eights.implementation == "xla" and "w8a8 has not run" in eights.rejected["mosaic"]
     assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
     assert "takes bfloat16 activations; got float32" in reason(
         *shapes("nvfp4", 4, 64, 32, "float32")

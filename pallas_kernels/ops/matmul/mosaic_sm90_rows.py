@@ -2,16 +2,18 @@
 """Few rows times 4-bit weights on Hopper: the weights are read once, straight into registers.
 
 ``out^T = W^T x^T`` by ``mma.sync`` m16n8k16. The operand A is 16 outputs and 16 inputs of W^T: a
-thread's 16-byte load of a row of bytes (two inputs, 16 outputs) is one register of eight such
-operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight rows of x. A
-product of the inputs that share a scale starts from zero, and is scaled and added in float32:
+thread's load of 8 or 16 bytes of a row (two inputs, as many outputs) is one register of four or
+eight such operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight
+rows of x. A product of the inputs that share a scale starts from zero, and is scaled and added in
+float32:
 
     acc += scale[group, output] * sum over the group of code * x
 
-so that nothing but x and the result is ever rounded. A warp owns 128 outputs; the four warps of a
-block and the blocks of a split take turns at steps of the contraction. Warps join in shared memory,
-splits in a sum over float32 parts in a fixed order. The next step's loads are under way while one
-is multiplied: with three blocks on a multiprocessor that is 48 KB and more of weights.
+so that nothing but x and the result is ever rounded. A block owns 128 outputs, a warp 64 or all of
+them; warps of the same outputs, and the blocks of a split, take turns at steps of the contraction.
+Warps join in shared memory, splits in a sum over float32 parts in a fixed order. The next step's
+loads are under way while one is multiplied: with three blocks on a multiprocessor that is 48 KB of
+weights.
 
 References: Marlin (arXiv 2408.11743), section 3; PTX ISA 8.4, section 9.7.14 (mma.m16n8k16).
 """
@@ -35,7 +37,6 @@ from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
 
 WARPS = 4
 COLUMNS = 128  # outputs of a block
-OWN = 16  # neighbouring outputs of a thread
 ROWS = 8  # rows of x of one product
 MAX_ROWS = 16  # rows of a block
 
@@ -45,13 +46,16 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        units: units of 16 inputs in a warp's step.
+        own: neighbouring outputs of a thread, 8 or 16.
+        units: units of 16 inputs in a warp's step; None: four, or two where sixteen rows take
+            the registers.
         blocks: blocks among which the work is split, if there is so much; None: three for every
             multiprocessor.
         cache: how loads of the weights treat L1 and L2, PTX qualifiers.
     """
 
-    units: int = 4
+    own: int = 16
+    units: int | None = None
     blocks: int | None = None
     cache: str = ".L1::no_allocate"
 
@@ -83,9 +87,19 @@ class Plan:
         return pl.cdiv(self.m, ROWS * self.tiles)
 
     @property
+    def own(self) -> int:
+        """Outputs of a thread."""
+        return self.config.own
+
+    @property
+    def partners(self) -> int:
+        """Warps of a block that have the same outputs."""
+        return WARPS * 8 * self.own // COLUMNS
+
+    @property
     def units(self) -> int:
         """Units of a warp's step."""
-        return min(self.config.units, self.total)
+        return min(self.config.units or 4 // self.tiles, self.total)
 
     @property
     def total(self) -> int:
@@ -100,25 +114,19 @@ class Plan:
     @property
     def turns(self) -> int:
         """Turns of a block's warps over all inputs."""
-        return pl.cdiv(self.total, self.units * WARPS)
+        return pl.cdiv(self.total, self.units * self.partners)
 
     @property
     def splits(self) -> int:
-        """Blocks that share the contraction."""
+        """Blocks that share the contraction: as many turns each, or one more."""
         wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
         columns = pl.cdiv(self.weights.n, COLUMNS) * self.row_blocks
-        splits = max(min(wanted // columns, self.turns), 1)
-        return pl.cdiv(self.turns, pl.cdiv(self.turns, splits))
-
-    @property
-    def steps(self) -> int:
-        """Turns of a block."""
-        return pl.cdiv(self.turns, self.splits)
+        return max(min(wanted // columns, self.turns), 1)
 
     @property
     def ragged(self) -> bool:
         """Some warp's step lies beyond the last unit, wholly or in part."""
-        return self.splits * self.steps * WARPS * self.units != self.total
+        return self.turns * self.partners * self.units != self.total
 
 
 def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r", ok=None):
@@ -137,7 +145,7 @@ def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r",
 class _Thread:
     """What a thread loads and multiplies.
 
-    With g = lane // 4 and c = lane % 4: of its warp's 128 outputs those from 16 g on, of every
+    With g = lane // 4 and c = lane % 4: of its warp's outputs those from g · own on, of every
     unit's eight rows of bytes 2 c and 2 c + 1, and of every eight rows of x number g.
     """
 
@@ -147,14 +155,22 @@ class _Thread:
         i32, n = ptx.i32, plan.weights.n
         column, split, self.row_block = axes
         self.tid = ptx.thread()
-        self.warp = ptx.div(self.tid, i32(32))
+        warp = ptx.div(self.tid, i32(32))
+        self.warp = ptx.rem(warp, i32(plan.partners))  # among those of the same outputs
         lane = ptx.rem(self.tid, i32(32))
         self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
         self.column = ptx.mul(column, i32(COLUMNS))
-        self.first = ptx.add(self.column, ptx.mul(self.g, i32(OWN)))
+        part = ptx.mul(ptx.div(warp, i32(plan.partners)), i32(8))
+        self.within = ptx.mul(ptx.add(part, self.g), i32(plan.own))  # first output in the block
+        self.first = ptx.add(self.column, self.within)
         if n % COLUMNS:  # outputs that do not exist are read elsewhere and not written
-            self.first = ptx.imin(self.first, i32(n - OWN))
-        self.turn = ptx.mul(split, i32(plan.steps))
+            self.first = ptx.imin(self.first, i32(n - plan.own))
+        self.split = split
+        self.turn, end = (
+            ptx.div(ptx.mul(place, i32(plan.turns)), i32(plan.splits))
+            for place in (split, ptx.add(split, i32(1)))
+        )
+        self.count = ptx.sub(end, self.turn)
         row = bytes_at(ptx.mul(self.c, i32(2)), n)
         self.place = ptx.add(row, ptx.widen(self.first))
         self.x_places = []
@@ -171,7 +187,7 @@ class _Thread:
         repeats what another step has.
         """
         plan, weights, i32 = self.plan, self.plan.weights, ptx.i32
-        step = ptx.add(ptx.mul(ptx.add(self.turn, i), i32(WARPS)), self.warp)
+        step = ptx.add(ptx.mul(ptx.add(self.turn, i), i32(plan.partners)), self.warp)
         wanted = ptx.mul(step, i32(plan.units))
         unit = ptx.imin(wanted, i32(plan.total - plan.units)) if plan.ragged else wanted
         out: dict[str, list] = {"codes": [], "scales": [], "x": []}
@@ -181,7 +197,7 @@ class _Thread:
             words = []
             for r in range(2):
                 offset = (UNIT // 2 * u + r) * weights.n
-                words += _load(self.refs["codes"], start, offset, 4, plan.config.cache)
+                words += _load(self.refs["codes"], start, offset, plan.own // 4, plan.config.cache)
             out["codes"].append(words)
             ok = ptx.ge(ptx.add(unit, i32(u)), wanted) if plan.ragged else None
             out["x"].append(
@@ -201,7 +217,12 @@ class _Thread:
         group = ptx.div(ptx.mul(unit, i32(UNIT)), i32(weights.group))
         start = ptx.add(bytes_at(group, size * weights.n), bytes_at(self.first, size))
         kind = "f" if size == 4 else "r"
-        pieces = [_load(self.refs["scale"], start, 16 * j, 4, kind=kind) for j in range(size)]
+        own = self.plan.own
+        width = min(own * size // 4, 4)  # words of a load
+        pieces = [
+            _load(self.refs["scale"], start, offset, width, kind=kind)
+            for offset in range(0, own * size, 4 * width)
+        ]
         return [word for piece in pieces for word in piece]
 
     def multiply(self, given, acc):
@@ -216,11 +237,11 @@ class _Thread:
         for span, words in enumerate(given["scales"]):
             scale = codes.float_scales(weights.scale, words)
             units = range(span * plan.shared, (span + 1) * plan.shared)
-            for quad in range(4):  # of outputs
+            for quad in range(plan.own // 4):  # of outputs
                 parts = [[[ptx.f32(0.0)] * 4 for _ in range(2)] for _ in range(plan.tiles)]
                 for u in units:
                     low, high = (
-                        codes.code_pairs(weights.code, given["codes"][u][4 * r + quad])
+                        codes.code_pairs(weights.code, given["codes"][u][plan.own // 4 * r + quad])
                         for r in range(2)
                     )
                     for pair in range(2):
@@ -245,9 +266,9 @@ class _Thread:
             for d in range(2):
                 row = ptx.add(ptx.mul(self.warp, i32(rows)), i32(ROWS * t + d))
                 row = ptx.add(row, ptx.mul(self.c, i32(2)))
-                start = ptx.add(bytes_at(row, 4 * COLUMNS), bytes_at(self.g, 4 * OWN))
-                own = [acc[t][i // 2][2 * (i % 2) + d] for i in range(OWN)]
-                for j in range(0, OWN, 4):
+                start = ptx.add(bytes_at(row, 4 * COLUMNS), bytes_at(self.within, 4))
+                own = [acc[t][i // 2][2 * (i % 2) + d] for i in range(plan.own)]
+                for j in range(0, plan.own, 4):
                     where = ptx.add(start, ptx.i64(4 * j))
                     ptx.store(shared, where, own[j : j + 4], space="shared")
         ptx.asm("bar.sync 0;", "", [], effects=True)
@@ -256,7 +277,7 @@ class _Thread:
             index = ptx.add(self.tid, i32(item))
             row, quad = ptx.div(index, i32(quads)), ptx.rem(index, i32(quads))
             total = None
-            for w in range(WARPS):
+            for w in range(plan.partners):
                 at = ptx.add(ptx.mul(ptx.add(row, i32(w * rows)), i32(quads)), quad)
                 text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
                 four = ptx.asm(text, "ffff", [ptx.address(shared, bytes_at(at, 16))], effects=True)
@@ -267,8 +288,7 @@ class _Thread:
         plan, i32 = self.plan, ptx.i32
         column = ptx.add(self.column, ptx.mul(quad, i32(4)))
         ok = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
-        part = ptx.div(self.turn, i32(plan.steps))
-        index = ptx.add(ptx.mul(part, i32(plan.m)), row)
+        index = ptx.add(ptx.mul(self.split, i32(plan.m)), row)
         where = ptx.add(bytes_at(index, 4 * plan.weights.n), bytes_at(column, 4))
         ptx.store(self.refs["parts"], where, values, ok)
 
@@ -276,15 +296,15 @@ class _Thread:
 def _body(plan: Plan, refs, axes):
     """What a block does."""
     thread = _Thread(plan, refs, axes)
-    acc = [[[ptx.f32(0.0)] * 4 for _ in range(OWN // 2)] for _ in range(plan.tiles)]
+    acc = [[[ptx.f32(0.0)] * 4 for _ in range(plan.own // 2)] for _ in range(plan.tiles)]
 
     def step(i, state):
         following = thread.loads(ptx.add(i, ptx.i32(1)))
         return {"acc": thread.multiply(state["given"], state["acc"]), "given": following}
 
     state = {"acc": acc, "given": thread.loads(ptx.i32(0))}
-    if plan.steps > 1:
-        state = ptx.loop(plan.steps - 1, step, state)
+    if plan.turns > plan.splits:
+        state = ptx.loop(ptx.sub(thread.count, ptx.i32(1)), step, state)
     thread.join(thread.multiply(state["given"], state["acc"]))
 
 
@@ -302,7 +322,7 @@ def matmul(
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
-    weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, OWN))
+    weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, 16))
     plan = Plan(weights, spec.m, arrays["x"].shape[1], config or Config())
     factor = arrays.pop("tensor_scale", None)
     shape = (plan.splits, spec.m, weights.n)
@@ -311,7 +331,7 @@ def matmul(
         {"parts": jax.ShapeDtypeStruct(shape, jnp.float32)},
         (pl.cdiv(weights.n, COLUMNS), plan.splits, plan.row_blocks),
         arrays,
-        shared=WARPS * ROWS * plan.tiles * COLUMNS,
+        shared=plan.partners * ROWS * plan.tiles * COLUMNS,
     )["parts"]
     out = parts.sum(0)[:, : spec.n]
     out = out if factor is None else out * factor

@@ -145,12 +145,36 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
     if spec.scheme is None:
         return "a Mosaic GPU kernel is for quantised weights; jax.numpy.matmul serves plain ones"
+    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
+        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
+    if not (spec.m and spec.n and spec.k):
+        return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
+    if spec.block_scaled:
+        return _fp8_reason(spec)
+    if spec.scheme == "w8a8" and spec.direct == "int8":
+        return None
     if spec.scheme != "w4a16":
-        return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
-    return _kernel_reason(spec)
+        kinds = "" if spec.scheme != "w8a8" else " but INT8 with one scale per row and output"
+        return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
+    return _four_bit_reason(spec)
 
 
-def _kernel_reason(spec: MatmulSpec) -> str | None:
+def _fp8_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernel does not serve a product of fp8 codes with tiles of k, or None."""
+    lhs, rhs = spec.lhs, spec.rhs
+    if lhs.k_tiles * BLOCK_K != spec.k:
+        return f"the sm90 kernel takes one scale per {BLOCK_K} of k; got {lhs.k_tiles} of {spec.k}"
+    if lhs.n_tiles != spec.m or (rhs.n_tiles != spec.n and rhs.n_tiles * BLOCK_K != spec.n):
+        return (
+            f"the sm90 kernel takes scales per row of lhs, and per column or {BLOCK_K} columns of "
+            f"rhs; got {lhs.n_tiles} for {spec.m} rows and {rhs.n_tiles} for {spec.n} columns"
+        )
+    if spec.n % 16:
+        return f"the sm90 kernel takes columns in multiples of 16; got {spec.n}"
+    return None
+
+
+def _four_bit_reason(spec: MatmulSpec) -> str | None:
     """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
     rhs = spec.rhs
     if spec.lhs.dtype != "bfloat16":
@@ -165,10 +189,6 @@ def _kernel_reason(spec: MatmulSpec) -> str | None:
     group = rhs.stored_k // max(rhs.k_tiles, 1)
     if rhs.k_tiles != 1 and (group % UNIT or (64 % group and group % 64)):
         return f"the sm90 kernel takes groups of 16, 32 or a multiple of 64 inputs; got {group}"
-    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
-        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
-    if not (spec.m and spec.n and spec.k):
-        return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
     return None
 
 
@@ -181,6 +201,8 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
+    if spec.scheme == "w4a16":
+        return None
     return (
         f"the sm90 kernel for {spec.scheme} has not run on a GPU yet; implementation='mosaic' "
         "runs it"
@@ -214,6 +236,10 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
             "both operands must be QTensors of one kind with one scale along k, without zero point"
         )
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
+    if implementation == "mosaic" and spec.block_scaled:
+        return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
+    if implementation == "mosaic" and spec.direct:
+        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in int32",)
     if implementation == "mosaic":
         where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
         return (f"{prefix}the weights are read packed and widened {where} within the product",)

@@ -49,10 +49,14 @@ class Side:
     Args:
         stochastic: whether the neighbour is drawn.
         signs: 16 values of ±1 of a Hadamard transform before the rounding (columns only), or None.
+        scale_rule: "nearest" for E4M3 scales, "floor" or "ceil" for E8M0.
+        overrange: factor on the largest magnitude.
     """
 
     stochastic: bool = False
     signs: tuple[int, ...] | None = None
+    scale_rule: str = "nearest"
+    overrange: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +68,6 @@ class Plan:
         columns: matrix columns.
         dtype: of the matrix, one of `DTYPES`.
         format: element, block and scale; NVFP4-like (E4M3 scales, two levels) or MX (E8M0).
-        scale_rule: "nearest" for E4M3 scales, "floor" or "ceil" for E8M0.
-        overrange: factor on the largest magnitude.
         scale_min: lower clamp of a scale.
     """
 
@@ -73,8 +75,6 @@ class Plan:
     columns: int
     dtype: str
     format: BlockFormat
-    scale_rule: str
-    overrange: float = 1.0
     scale_min: float = 2.0**-9
 
     @property
@@ -163,7 +163,8 @@ def cast_matrix(x, scale, kind: str):
         kind: "e4m3" or "e5m2".
 
     Returns:
-        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; no -0.
+        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even.
+        -0 gives 0.
     """
     rows, columns = x.shape
     dtype = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[kind]
@@ -359,8 +360,8 @@ class _Rounder:
     def block_of(self, top):
         """Reciprocal and scale of a block from its largest magnitude; NaN if that is not finite."""
         plan = self.plan
-        if plan.overrange != 1.0:
-            larger = ptx.fmin(ptx.fmul(top, ptx.f32(plan.overrange)), ptx.f32(FLOAT32_MAX))
+        if self.side.overrange != 1.0:
+            larger = ptx.fmin(ptx.fmul(top, ptx.f32(self.side.overrange)), ptx.f32(FLOAT32_MAX))
             top = ptx.select(ptx.feq(top, ptx.f32(math.inf)), top, larger)
         finite = ptx.fge(ptx.f32(FLOAT32_MAX), top)
         scale = self._e4m3_scale(top) if plan.format.two_level else self._e8m0_scale(top, finite)
@@ -384,7 +385,7 @@ class _Rounder:
 
     def _e8m0_scale(self, top, finite):
         known = ptx.select(finite, top, ptx.f32(1.0))
-        if self.plan.scale_rule == "floor":
+        if self.side.scale_rule == "floor":
             exponent = ptx.sub(_exponent(known), ptx.i32(self.element.max_exponent))
         else:
             ratio = _div(known, ptx.f32(self.element.max))
