@@ -68,8 +68,9 @@ def cases() -> list[Case]:
 
     first = [
         right("tokens", "int8", 300, 1024, 512),
-        right("rows", "nvfp4", 5, 1024, 512),
+        right("rows", "nvfp4", 5, 4096, 512),
         right("tokens", "nvfp4", 300, 1024, 512),
+        right("rows", "int4", 16, 4096, 512),
     ]
     judged = [
         {"stage": "fast", "what": "copy"},
@@ -87,11 +88,11 @@ def cases() -> list[Case]:
     ]
     sizes = [
         *(fast("nvfp4", 1, "rows", **c)
-          for c in ({"own": 8, "units": 4}, {"own": 8, "units": 8}, {"own": 16, "units": 2},
-                    {"own": 16, "units": 4}, {"own": 8, "units": 4, "blocks": 792})),
+          for c in ({"own": 8}, {"units": 2}, {"own": 8, "blocks": 528}, {"own": 8, "units": 8},
+                    {"units": 2, "blocks": 528}, {"cluster": False})),
         *(fast("nvfp4", 16, "rows", **c)
-          for c in ({"own": 8, "units": 4}, {"own": 8, "units": 2}, {"own": 16, "units": 2},
-                    {"own": 16, "units": 4}, {"own": 8, "units": 4, "blocks": 528})),
+          for c in ({"own": 8, "units": 4}, {"own": 8, "units": 2}, {"blocks": 528}, {"units": 4},
+                    {"own": 8, "units": 4, "blocks": 528}, {"cluster": False})),
         *(fast("int8", 4096, "tokens", **c)
           for c in ({"num_stages": 3}, {"cluster": 1}, {"across": 16})),
         *(fast("nvfp4", 4096, "tokens", **c)
