@@ -241,6 +241,16 @@ def test_every_configuration_lowers(name, config):
     assert "custom_call @mosaic_gpu" in text
 
 
+def test_several_devices_leave_the_product_to_xla(monkeypatch):
+    x, w = shapes("nvfp4", 4, 64, 32)
+    with abstract_gpu():
+        assert explain("matmul", x, w).implementation == "mosaic"
+        monkeypatch.setattr(jax, "device_count", lambda: 2)
+        choice = explain("matmul", x, w)
+        assert choice.implementation == "xla" and "jax.shard_map" in choice.rejected["mosaic"]
+        assert explain("matmul", x, w, implementation="mosaic").implementation == "mosaic"
+
+
 def test_explain_says_why():
     def reason(x, w, **options):
         with abstract_gpu():

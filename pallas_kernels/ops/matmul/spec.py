@@ -18,6 +18,12 @@ SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32
 UNIT = 16
 FEW_ROWS = 64  # up to here the kernel that reads the weights once for every 16 rows
 
+# Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
+SEVERAL_DEVICES = (
+    "XLA splits a product over several devices, the sm90 kernel runs on one: call it in "
+    "jax.shard_map or with implementation='mosaic'"
+)
+
 # Bits of one code by dtype; a packed operand stores uint8 and has 4.
 _BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
 _BITS |= {"float8_e4m3fn": 8, "float8_e5m2": 8}
