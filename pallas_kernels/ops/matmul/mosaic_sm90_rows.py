@@ -49,9 +49,9 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        own: neighbouring outputs of a thread, 8 or 16.
-        units: units of 16 inputs in a warp's step; None: four, or two where sixteen rows take
-            the registers.
+        own: neighbouring outputs of a thread, 8 or 16; None: 16, or 8 where more than eight rows
+            take the registers.
+        units: units of 16 inputs in a warp's step.
         blocks: blocks among which the work is split, if there is so much; None: three for every
             multiprocessor.
         cache: how loads of the weights treat L1 and L2, PTX qualifiers.
@@ -59,11 +59,11 @@ class Config:
             they write float32 parts, which a second kernel adds.
     """
 
-    own: int = 16
-    units: int | None = None
+    own: int | None = None
+    units: int = 2
     blocks: int | None = None
     cache: str = ".L1::no_allocate"
-    cluster: bool = True
+    cluster: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Plan:
     @property
     def own(self) -> int:
         """Outputs of a thread."""
-        return self.config.own
+        return self.config.own or 16 // self.tiles
 
     @property
     def partners(self) -> int:
@@ -107,7 +107,7 @@ class Plan:
     @property
     def units(self) -> int:
         """Units of a warp's step."""
-        return min(self.config.units or 4 // self.tiles, self.total)
+        return min(self.config.units, self.total)
 
     @property
     def total(self) -> int:

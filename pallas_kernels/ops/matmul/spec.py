@@ -16,7 +16,7 @@ BLOCK_K = 128
 CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
-FEW_ROWS = 64  # up to here the kernel that reads the weights once for every 16 rows
+FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
 
 # Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
 SEVERAL_DEVICES = (
