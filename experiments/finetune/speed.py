@@ -8,8 +8,9 @@
   melded product, and the separate low-rank path in both precisions.
 
 It prints and writes after every measurement. Compiling is most of the time: ``--only`` chooses
-measurements, ``--layers`` shortens the model, and ``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false``
-leaves products to the library, without a search (the result has the flags). ``--preset cpu`` runs the same program on a tiny
+measurements, ``--layers`` shortens the model, and in the environment
+``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false`` leaves products to the library, without a search
+(the result has the flags). ``--preset cpu`` runs the same program on a tiny
 model, to check it, not to measure.
 """
 
