@@ -254,7 +254,7 @@ def test_several_devices_leave_the_product_to_xla(monkeypatch):
         assert explain("matmul", x, w, implementation="mosaic").implementation == "mosaic"
 
 
-def test_explain_says_why():
+def test_explain_says_why(monkeypatch):
     def reason(x, w, **options):
         with abstract_gpu():
             return explain("matmul", x, w, implementation="mosaic", **options).rejected.get(
@@ -265,11 +265,20 @@ def test_explain_says_why():
     assert reason(x, w) is None
     with abstract_gpu():
         chosen = explain("matmul", x, w, implementation="mosaic")
-        eights = explain("matmul", PER_ROW(jnp.ones((4, 64))), FORMATS["int8"](jnp.ones((64, 32))))
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        w8 = jax.eval_shape(FORMATS["int8"], jax.ShapeDtypeStruct((64, 32), jnp.float32))
+        few, many = (
+            explain(
+                "matmul", jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 64), jnp.float32)), w8
+            )
+            for m in (4, 100)
+        )
     assert chosen.notes == (
         "w4a16: the weights are read packed and widened in registers within the product",
     )
-    assert eights.implementation == "xla" and "w8a8 has not run" in eights.rejected["mosaic"]
+    assert few.implementation == "xla" and "more than 64 rows, got 4" in few.rejected["mosaic"]
+    assert many.implementation == "mosaic"
+    assert many.notes == ("w8a8: the int8 codes are multiplied directly and summed in int32",)
     assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
     assert "takes bfloat16 activations; got float32" in reason(
         *shapes("nvfp4", 4, 64, 32, "float32")
