@@ -16,7 +16,14 @@ BLOCK_K = 128
 CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
-FEW_ROWS = 64  # up to here the kernel that reads the weights once for every 16 rows
+_INT8_ROWS = 64
+FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
+
+# Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
+SEVERAL_DEVICES = (
+    "XLA splits a product over several devices, the sm90 kernel runs on one: call it in "
+    "jax.shard_map or with implementation='mosaic'"
+)
 
 # Bits of one code by dtype; a packed operand stores uint8 and has 4.
 _BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
@@ -201,11 +208,11 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
-    if spec.scheme == "w4a16":
+    if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (
-        f"the sm90 kernel for {spec.scheme} has not run on a GPU yet; implementation='mosaic' "
-        "runs it"
+        f"the sm90 kernel for INT8 was measured for more than {_INT8_ROWS} rows, got {spec.m}; "
+        "implementation='mosaic' runs it"
     )
 
 
