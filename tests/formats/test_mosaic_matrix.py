@@ -70,9 +70,8 @@ def assert_same(got, want):
     [
         ("nvfp4", None, "bfloat16", 1.0),
         ("nvfp4", None, "float32", 17 / 16),
-        ("mxfp4", "floor", "bfloat16", 1.0),
         ("mxfp4", "ceil", "float16", 1.0),
-        ("mxfp8", "ceil", "bfloat16", 1.0),
+        ("mxfp8", "floor", "bfloat16", 1.0),
     ],
 )
 def test_equals_the_formats(qtype, rule, dtype, overrange):
