@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -435,7 +434,10 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A decoder as of 1B parameters: 16 layers, grouped-query attention, SwiGLU."""
+    """A decoder as of 1B parameters: 16 layers, grouped-query attention, SwiGLU.
+
+    What has the same input is one product: queries, keys and values, gate and up projection.
+    """
 
     layers: int = 16
     dim: int = 2048
@@ -456,12 +458,9 @@ class Sizes:
         """Shapes of the weights of a layer."""
         kv = self.kv_heads * self.head_dim
         return {
-            "q": (self.dim, self.dim),
-            "k": (self.dim, kv),
-            "v": (self.dim, kv),
+            "qkv": (self.dim, self.dim + 2 * kv),
             "out": (self.dim, self.dim),
-            "gate": (self.dim, self.mlp),
-            "up": (self.dim, self.mlp),
+            "gate_up": (self.dim, 2 * self.mlp),
             "down": (self.mlp, self.dim),
         }
 
@@ -496,16 +495,16 @@ def loss_of(parameters, tokens, step, recipe: Recipe, sizes: Sizes) -> jax.Array
             return dot_general(recipe, own)(value, weights[name].astype(value.dtype), numbers)
 
         h = _normed(x, norms[0])
-        heads = (*x.shape[:2], -1, sizes.head_dim)
-        q, k, v = (product(name, h).reshape(heads) for name in "qkv")
+        qkv = product("qkv", h).reshape(*x.shape[:2], -1, sizes.head_dim)
+        q, k, v = jnp.split(qkv, (sizes.heads, sizes.heads + sizes.kv_heads), axis=2)
         q, k = (apply_rope(part, positions, RopeConfig()) for part in (q, k))
         out = jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation=sizes.attention
         ).reshape(x.shape)
         x = x + product("out", out)
         h = _normed(x, norms[1])
-        hidden = jax.nn.silu(product("gate", h)) * product("up", h)
-        return x + product("down", hidden), None
+        gate, up = jnp.split(product("gate_up", h), 2, axis=-1)
+        return x + product("down", jax.nn.silu(gate) * up), None
 
     x = parameters["embed"].astype(jnp.bfloat16)[tokens[:, :-1]]
     stacked = {name: parameters[name] for name in names}
@@ -561,7 +560,7 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
             times.append(time.perf_counter() - began)
         timing = Timing(tuple(times[2:]), times[0], "wall")
         plain = timing.median if name == "bf16" else plain
-        weights = math.prod((sizes.layers,)) * sum(k * n for k, n in sizes.kernels().values())
+        weights = sizes.layers * sum(k * n for k, n in sizes.kernels().values())
         flops = 6.0 * tokens.size * (weights + sizes.dim * sizes.vocab)
         row = {
             "recipe": name,
