@@ -117,7 +117,8 @@ def test_fp8_codes_as_they_lie_and_transposed(qtype):
     kind = BlockFormat(get_format(qtype).element, None, "bfloat16")
     want = quantize(x, kind, axis=None)
     with warpgroup.installed():
-        codes, turned = jax.block_until_ready(kernel.cast_matrix(x, want.scale, kind.element))
+        codes, turned, tops = jax.block_until_ready(kernel.cast_matrix(x, want.scale, kind.element))
+    assert tops.max() == jnp.abs(x).max()
     for got, codes_of in ((codes, want.qvalue), (turned, want.qvalue.T)):  # -0 becomes 0
         np.testing.assert_array_equal(got.astype(jnp.float32), codes_of.astype(jnp.float32))
 

@@ -45,7 +45,7 @@ def _round(x, factors, words, *, plan, last, first):
 
 
 @functools.partial(jax.jit, static_argnames="element")
-def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, jax.Array]:
+def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, ...]:
     """Codes of a matrix and of its transpose; see ``pallas_kernels.quantize_fp8_both``.
 
     Args:
@@ -54,9 +54,11 @@ def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, j
         element: "e4m3" or "e5m2".
 
     Returns:
-        Codes [rows, columns] and [columns, rows].
+        Codes [rows, columns] and [columns, rows], and max|x|, a float32 scalar.
     """
-    return tuple(_one_by_one(lambda x, s: kernel.cast_matrix(x, s, element), x, scale))
+    cast = lambda x, scale: kernel.cast_matrix(x, scale, element)  # noqa: E731
+    codes, turned, tops = _one_by_one(cast, x, scale)
+    return codes, turned, tops.max()
 
 
 def _one_by_one(function, *args):
