@@ -176,8 +176,11 @@ def _fp8_reason(spec: MatmulSpec) -> str | None:
             f"the sm90 kernel takes scales per row of lhs, and per column or {BLOCK_K} columns of "
             f"rhs; got {lhs.n_tiles} for {spec.m} rows and {rhs.n_tiles} for {spec.n} columns"
         )
-    if spec.n % 16:
-        return f"the sm90 kernel takes columns in multiples of 16; got {spec.n}"
+    if spec.n % 64 or spec.m % 8:
+        return (
+            "the sm90 kernel takes rows in multiples of 8 and columns of 64; "
+            f"got {spec.m} and {spec.n}"
+        )
     return None
 
 
