@@ -23,6 +23,7 @@ from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, Attention
 from pallas_kernels.ops.decode_attention import (
     append_tokens,
     decode_attention,
+    last_similar_keys,
     max_attention_weights,
     merge_attention,
     window_attention_weights,
@@ -54,6 +55,7 @@ __all__ = [
     "fake_quantize_both",
     "get_format",
     "inverse_rht",
+    "last_similar_keys",
     "matmul",
     "max_attention_weights",
     "merge_attention",

@@ -7,8 +7,9 @@ writes ``matmul.json`` after every case: device, versions, command, and one row 
 
 Bytes are those of the weights (codes and scales), x and the result. ``over_bf16`` is the time of
 XLA's bfloat16 product with as many rows over the case's, ``share_of_copy`` its bytes per second
-over those of the copy. W8A8 needs no kernel of ours: XLA multiplies INT8 codes by cuBLASLt, which
-the row says (``calls`` counts the targets in the optimised program).
+over those of the copy. "int8" without a kernel is XLA's product of INT8 codes, whose row counts
+the library calls in the optimised program; "with" and "without barrier" tell whether the barrier
+that ties codes to activations costs a fusion.
 
 Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds: a
 kernel that hangs costs one case. ``--dry-run`` lowers every kernel for an abstract H200 instead.
@@ -42,6 +43,7 @@ FORMATS = {
     "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
     "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
+    "int8": lambda w: quantize(w, "int8", axis=0, tile=None),  # with INT8 rows
 }
 KERNELS = {"rows": mosaic_sm90_rows, "tokens": mosaic_sm90_tokens}
 LARGE = {"k": 8192, "n": 8192}
@@ -53,49 +55,55 @@ BOUNDS = {"rows": 1e-5, "tokens": 5e-5, "tokens int4": 2.0**-8}
 
 
 def cases() -> list[Case]:
-    """Correctness of both kernels, what is judged, then formats, row counts and sizes."""
+    """Correctness of the kernels, what is judged, then sizes, row counts and remainders."""
 
     def right(kernel, weights, m, k, n, **change):
         return {"stage": "correct", "kernel": kernel, "format": weights, "m": m, "k": k, "n": n,
                 **change}  # fmt: skip
 
-    def fast(what, m, **change):
-        return {"stage": "fast", "what": what, "m": m, **LARGE, **change}
+    def fast(what, m, kernel=None, **config):
+        case = {"stage": "fast", "what": what, "m": m, **LARGE}
+        case |= {"kernel": kernel} if kernel else {}
+        return case | ({"config": config} if config else {})
 
-    many = {"m": 4096, **LARGE}
+    joined = {"config": {"cluster": True}}
     first = [
-        right("rows", "nvfp4", 5, 1024, 512),
-        right("tokens", "nvfp4", 300, 1024, 512, config={"cluster": 1}),
-        right("tokens", "nvfp4", 300, 1024, 512),
-        right("rows", "int4", 16, 1024, 512),
-        right("tokens", "int4", 300, 1024, 512),
-    ]
+        right("rows", "nvfp4", 5, 4096, 512, **joined),
+        right("rows", "int4", 17, 300, 136, kind="groups", **joined),
+        right("tokens", "int8", 77, 300, 200, kind="groups"),
+        *(fast("bf16", m) for m in (1, 16)),
+        *(fast(name, m, "rows", cluster=True)
+          for name in ("nvfp4", "int4", "mxfp4") for m in (1, 16)),
+        *(fast(f"{what} {with_it} barrier", 4096)
+          for what in ("nvfp4", "nf4") for with_it in ("with", "without")),
+        *(fast("nvfp4", m, "rows", cluster=True) for m in (4, 8)),
+        fast("int8", 16, "tokens"),
+    ]  # fmt: skip
     judged = [
+        right("rows", "nvfp4", 5, 1024, 512),
+        right("tokens", "nvfp4", 300, 1024, 512),
+        right("tokens", "int8", 300, 1024, 512),
         {"stage": "fast", "what": "copy"},
-        *(fast("bf16", m) for m in (1, 16, 4096)),
-        *(fast("nvfp4", m, kernel="rows") for m in (1, 16)),
-        fast("nvfp4", kernel="tokens", **{"m": 4096}),
-        fast("w8a8", 4096),
+        fast("bf16", 4096),
+        fast("int8", 4096, "tokens"),
+        *(fast(name, m, "rows") for name in ("nvfp4", "int4", "mxfp4") for m in (1, 16)),
+        *(fast(name, 4096, "tokens") for name in ("nvfp4", "int4", "mxfp4")),
+        fast("int8 from bf16", 4096),
+        fast("int8", 4096),
+        *(fast("nvfp4", m) for m in (1, 4096)),
         fast("torch bf16", 4096),
         fast("torch bf16", 1),
-        *(fast("int4", m, kernel="rows") for m in (1, 16)),
-        *(fast("mxfp4", m, kernel="rows") for m in (1, 16)),
-        *(fast("nvfp4", 4096, kernel="tokens", config=c) for c in ({"late": True}, {"cluster": 1})),
-        fast("nvfp4", 4096),
-        fast("nvfp4", 1),
-        *(fast(name, 4096, kernel="tokens") for name in ("int4", "mxfp4")),
     ]
-    sizes = [
-        *(fast("nvfp4", 1, kernel="rows", config=c)
-          for c in ({"units": 2}, {"blocks": 528}, {"units": 2, "blocks": 528},
-                    {"units": 2, "blocks": 1056}, {"cache": ".L1::no_allocate.L2::256B"})),
-        *(fast("nvfp4", 16, kernel="rows", config=c)
-          for c in ({"units": 2}, {"units": 2, "blocks": 528})),
-        *(fast("nvfp4", 4096, kernel="tokens", config=c)
-          for c in ({"across": 16}, {"across": 4}, {"num_stages": 4}, {"num_stages": 6},
-                    {"tile_m": 128, "num_stages": 8})),
-    ]  # fmt: skip
     rest = [
+        *(fast("nvfp4", 1, "rows", **c)
+          for c in ({"own": 8}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
+        *(fast("nvfp4", 16, "rows", **c)
+          for c in ({"own": 16}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
+        *(fast(name, 4096, "tokens", **c) for name in ("int8", "nvfp4")
+          for c in ({"num_stages": 3}, {"cluster": 1}, {"across": 16})),
+        *(case for m in (64, 256) for case in (
+            fast("bf16", m), fast("nvfp4", m, "rows"), fast("nvfp4", m, "tokens", tile_m=64),
+            fast("nvfp4", m, "tokens", tile_m=128), fast("nvfp4", m))),
         right("rows", "mxfp4", 3, 2080, 144, kind="groups"),
         right("rows", "nvfp4", 1, 130, 40, kind="groups"),
         right("rows", "int4", 17, 300, 136, kind="groups"),
@@ -103,21 +111,26 @@ def cases() -> list[Case]:
         right("tokens", "mxfp4", 100, 2080, 144, kind="groups"),
         right("tokens", "nvfp4", 65, 130, 40, kind="groups"),
         right("tokens", "int4", 513, 300, 392, kind="groups"),
-        right("tokens", "nvfp4", **many, config={"late": True}),
-        right("tokens", "nvfp4", **many),
-        *(fast(what, m, **kernel) for m in (64, 256)
-          for what, kernel in (("bf16", {}), ("nvfp4", {"kernel": "rows"}),
-                               ("nvfp4", {"kernel": "tokens"}),
-                               ("nvfp4", {"kernel": "tokens", "config": {"tile_m": 64}}))),
-        fast("w8a8 from bf16", 4096),
+        right("tokens", "nvfp4", 4096, 8192, 8192),
+        right("tokens", "int8", 4096, 8192, 8192),
         fast("int8 codes, both K-major", 4096),
-        *(fast(f"nvfp4 {with_it} barrier", 4096) for with_it in ("with", "without")),
-        *(fast(f"nf4 {with_it} barrier", 4096) for with_it in ("with", "without")),
     ]  # fmt: skip
-    return [*first, *judged, *sizes, *rest]
+    return [*first, *judged, *rest]
 
 
 # --- inputs --------------------------------------------------------------------------------------
+
+
+def on_host(function):
+    """Runs on the CPU, where nothing is compiled for long, and moves the result to the GPU."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with jax.default_device(jax.devices("cpu")[0]):
+            result = function(*args)
+        return jax.block_until_ready(jax.device_put(result, jax.devices()[0]))
+
+    return run
 
 
 def weights(k: int, n: int, kind: str = "normal") -> jax.Array:
@@ -128,15 +141,39 @@ def weights(k: int, n: int, kind: str = "normal") -> jax.Array:
     return w
 
 
-@functools.lru_cache(6)
+@functools.lru_cache(8)
+@on_host
 def packed(name: str, k: int, n: int, kind: str = "normal"):
-    """A packed weight."""
-    return jax.block_until_ready(jax.jit(FORMATS[name])(weights(k, n, kind)))
+    """A weight in a format; "bf16" is a plain array."""
+    w = weights(k, n, kind)
+    return w.astype(jnp.bfloat16) if name == "bf16" else jax.jit(FORMATS[name])(w)
 
 
-def activations(m: int, k: int) -> jax.Array:
-    """Normal numbers in bfloat16."""
-    return jax.random.normal(jax.random.key(1), (m, k)).astype(jnp.bfloat16)
+@functools.lru_cache(8)
+@on_host
+def activations(m: int, k: int, name: str = "") -> Any:
+    """Normal numbers in bfloat16; for INT8 weights as INT8 with a scale per row."""
+    x = jax.random.normal(jax.random.key(1), (m, k)).astype(jnp.bfloat16)
+    return per_row(x) if name == "int8" else x
+
+
+@jax.jit
+def per_row(x: jax.Array):
+    """INT8 with a scale per row."""
+    return quantize(x, "int8", axis=-1, tile=None)
+
+
+@on_host
+def oracle(x: Any, w: Any) -> tuple[jax.Array, jax.Array]:
+    """The product in float32, and sum |x| |w|."""
+    x, w = jax.device_put((x, w), jax.devices("cpu")[0])
+    want = matmul(x, w, preferred_element_type=jnp.float32, implementation="reference")
+    return want, jnp.abs(dense(x)) @ jnp.abs(dense(w))
+
+
+def dense(x: Any) -> jax.Array:
+    """float32, whatever it is."""
+    return x.astype(jnp.float32) if isinstance(x, jax.Array) else x.dequantize()
 
 
 def kernel_call(case: Case, x, w, out_dtype=None):
@@ -152,13 +189,11 @@ def kernel_call(case: Case, x, w, out_dtype=None):
 def run_correct(case: Case) -> dict[str, Any]:
     """Worst error against the oracle on the same codes, relative to sum |x| |w|; and two runs."""
     m, k, n, name = (case[key] for key in ("m", "k", "n", "format"))
-    x, w = activations(m, k), packed(name, k, n, case.get("kind", "normal"))
+    x, w = activations(m, k, name), packed(name, k, n, case.get("kind", "normal"))
     call = jax.jit(kernel_call(case, x, w, jnp.float32))
     out = jax.block_until_ready(call(x, w))
     same = bool((out == call(x, w)).all())
-    want = matmul(x, w, preferred_element_type=jnp.float32, implementation="reference")
-    product = functools.partial(jnp.matmul, precision="highest")
-    size = product(jnp.abs(x.astype(jnp.float32)), jnp.abs(w.dequantize()))
+    want, size = oracle(x, w)
     worst = float((jnp.abs(out - want) / jnp.maximum(size, 1e-30)).max())
     bound = BOUNDS.get(f"{case['kernel']} {name}", BOUNDS[case["kernel"]])
     if not worst <= bound or not same:
@@ -179,7 +214,7 @@ def run_fast(case: Case) -> dict[str, Any]:
         function, args = fast_call(case)
         timing = benchmark(function, *args, repeats=5, warmup=2)
         result = {"compile_s": timing.compile_seconds}
-        if case["what"].startswith(("w8a8", "int8")):
+        if case["what"].startswith("int8") and "kernel" not in case:
             text = jax.jit(function).lower(*args).compile().as_text()
             calls = re.findall(r'custom_call_target="([^"]+)"', text)
             result["calls"] = dict(collections.Counter(calls))
@@ -197,13 +232,14 @@ def run_fast(case: Case) -> dict[str, Any]:
 def fast_call(case: Case):
     """What is timed, and its arrays."""
     m, k, n, what = (case[key] for key in ("m", "k", "n", "what"))
-    x = activations(m, k)
+    x = activations(m, k, what)
     if what in FORMATS:
         w = packed(what, k, n)
         if "kernel" in case:
-            return kernel_call(case, x, w), (x, w)
-        return functools.partial(matmul, implementation="xla"), (x, w)
-    full = weights(k, n).astype(jnp.bfloat16)
+            return kernel_call(case, x, w, jnp.bfloat16), (x, w)
+        options = {"implementation": "xla", "preferred_element_type": jnp.bfloat16}
+        return functools.partial(matmul, **options), (x, w)
+    full = packed("bf16", k, n)
     if what == "bf16":
         return jnp.matmul, (x, full)
     if what.startswith("nf4"):  # as QLoRA's layers multiply, with the barrier that they have
@@ -219,27 +255,26 @@ def fast_call(case: Case):
         if " with " in what:
             return functools.partial(matmul, implementation="xla"), (x, packed("nvfp4", k, n))
         return lambda x, w: x @ w.dequantize(x.dtype), (x, packed("nvfp4", k, n))
-    per_row = functools.partial(quantize, qtype="int8", axis=-1, tile=None)
-    w8 = quantize(full, "int8", axis=0, tile=None)
-    if what == "w8a8 from bf16":
-        return lambda x, w: matmul(per_row(x), w, preferred_element_type=jnp.bfloat16), (x, w8)
-    if what == "w8a8":
-        call = functools.partial(matmul, preferred_element_type=jnp.bfloat16)
-        return call, (per_row(x), w8)
+    if what == "int8 from bf16":
+        call = functools.partial(
+            matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16
+        )
+        return lambda x, w: call(per_row(x), w), (x, packed("int8", k, n))
+    assert what == "int8 codes, both K-major", what
 
     def codes_only(a, b):
         return jax.lax.dot_general(
             a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )  # fmt: skip
 
-    return codes_only, (per_row(x).qvalue, jnp.array(w8.qvalue.T))
+    return codes_only, (per_row(x).qvalue, jnp.array(packed("int8", k, n).qvalue.T))
 
 
 def torch_timing(case: Case):
     """torch's bfloat16 product on the same numbers."""
     import torch
 
-    arrays = activations(case["m"], case["k"]), weights(case["k"], case["n"])
+    arrays = activations(case["m"], case["k"]), packed("bf16", case["k"], case["n"])
     x, w = (torch.from_numpy(np.array(a, np.float32)).to("cuda", torch.bfloat16) for a in arrays)
     return time_torch(lambda: x @ w, 10)
 
@@ -249,8 +284,9 @@ def lower(case: Case) -> dict[str, str]:
     if "kernel" not in case:
         return {"lowered": "no kernel"}
     m, k, n = (case[key] for key in ("m", "k", "n"))
-    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
-    make = FORMATS[case.get("format", case.get("what"))]
+    name = case.get("format", case.get("what"))
+    x, make = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), FORMATS[name]
+    x = jax.eval_shape(per_row, x) if name == "int8" else x
     w = jax.eval_shape(make, jax.ShapeDtypeStruct((k, n), jnp.float32))
     with abstract_gpu():
         call = jax.jit(kernel_call(case, x, w))
@@ -273,6 +309,8 @@ class Options:
     """A process that says nothing for so many seconds is ended."""
     only: str = ""
     """Cases whose JSON contains this text."""
+    first: int | None = None
+    """Only so many cases."""
     dry_run: bool = False
     """Lower every kernel instead of running it."""
     worker: bool = False
@@ -292,7 +330,7 @@ def main(options: Options) -> None:
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
-    chosen = [case for case in cases() if options.only in json.dumps(case)]
+    chosen = [case for case in cases() if options.only in json.dumps(case)][: options.first]
     command = f"python -m experiments.benchmarks.matmul --time-budget {options.time_budget:g}"
     command += f" --only {options.only}" * bool(options.only)
     report: dict[str, Any] = {"command": command, "rows": []}

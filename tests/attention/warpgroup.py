@@ -94,6 +94,7 @@ ARITHMETIC = {
     "fabs": np.abs,
     "feq": np.equal,
     "to_float": lambda a: a.astype(np.float32),
+    "as_float": lambda a: a.astype(np.int32).view(np.float32),
     "widen": lambda a: a.astype(np.int64),
     "flag": lambda a: a.astype(np.int32),
     "shuffle_xor": lambda a, distance: a[LANES ^ distance],
@@ -255,6 +256,8 @@ class Machine:
         active = np.ones(128, bool) if predicate is None else self.registers[predicate]
         if opcode in FLOATS:
             self.registers[target] = FLOATS[opcode](*(self.read(x, np.float32) for x in sources))
+        elif opcode.startswith("ldmatrix."):
+            self.load_matrices(operands)
         elif opcode.startswith(("ld.", "st.")):
             self.memory(opcode, operands, active)
         elif opcode.startswith("mma."):
@@ -307,6 +310,17 @@ class Machine:
         total = (total + left @ right).astype(np.float32)
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
+
+    def load_matrices(self, operands):
+        """Four 8 x 8 matrices of 16 bits, transposed: lane 8 i + j names row j of matrix i."""
+        names, address = self.halves(operands[0]), self.address(operands[1])
+        where = address.items(16, np.ones(128, bool))
+        raw = address.array.reshape(-1).view(np.uint8)[where[:, None] + np.arange(16)]
+        rows = raw.view(np.uint16).reshape(4, 4, 8, 8)  # warp, matrix, row, column
+        warp, g, c = LANES // 32, LANES % 32 // 4, LANES % 4
+        for i, name in enumerate(names):
+            pair = np.stack([rows[warp, i, 2 * c + h, g] for h in range(2)], 1)
+            self.registers[name] = np.ascontiguousarray(pair).view(np.int32)[:, 0]
 
     def address(self, place):
         """Of ``[register]`` or ``[register+bytes]``."""

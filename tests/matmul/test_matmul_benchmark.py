@@ -26,7 +26,7 @@ def test_rows_are_compared_with_bf16_and_the_copy():
     assert matmul._line(rows[2]).startswith("fast 1.0 s {'what': 'nvfp4', 'm': 1}: ms 1, gbps 1")
 
 
-@pytest.mark.parametrize("what", ["bf16", "w8a8", "w8a8 from bf16", "nf4 with barrier",
+@pytest.mark.parametrize("what", ["bf16", "int8", "nf4 with barrier",
                                   "nvfp4 without barrier", "int8 codes, both K-major"])  # fmt: skip
 def test_what_is_timed_runs(what):
     function, args = matmul.fast_call({"what": what, "m": 2, "k": 64, "n": 64})

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with packed 4-bit weights on Hopper: which kernel, its derivative and its batching."""
+"""Products of stored weights on Hopper: which kernel, its derivative and its batching."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.formats import QTensor
@@ -16,14 +17,14 @@ from pallas_kernels.ops.matmul.spec import FEW_ROWS, MatmulSpec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec) -> jax.Array:
-    """Multiplies bfloat16 activations with packed 4-bit weights.
+def matmul(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Array:
+    """Multiplies bfloat16 activations with packed 4-bit weights, or INT8 with INT8.
 
-    The derivative dequantises the weights, as `xla.matmul` does.
+    The derivative is that of `xla.matmul`.
 
     Args:
-      lhs: bfloat16 [..., m, k].
-      rhs: packed 4-bit QTensor [k, n].
+      lhs: bfloat16 or INT8 QTensor [..., m, k].
+      rhs: packed 4-bit or INT8 QTensor [k, n].
       spec: static facts.
 
     Returns:
@@ -35,7 +36,8 @@ def matmul(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec) -> jax.Array:
 def _forward(lhs, rhs, spec):
     @custom_vmap
     def call(lhs, rhs):
-        kernel = rows if spec.m <= FEW_ROWS else tokens
+        few = spec.scheme == "w4a16" and spec.m <= FEW_ROWS
+        kernel = rows if few else tokens
         return kernel.matmul(lhs, rhs, spec)
 
     @call.def_vmap
@@ -44,8 +46,10 @@ def _forward(lhs, rhs, spec):
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
             out = jax.vmap(functools.partial(xla.matmul, spec=spec), in_axes=tuple(axes))(lhs, rhs)
             return out, True
-        wide = spec.with_rows(axis_size * spec.m)
-        return _forward(lhs, rhs, wide), True
+        lhs = jax.tree.map(
+            lambda x, has: x if has else jnp.broadcast_to(x, (axis_size, *x.shape)), lhs, batched[0]
+        )
+        return _forward(lhs, rhs, spec.with_rows(axis_size * spec.m)), True
 
     return call(lhs, rhs)
 

@@ -16,7 +16,14 @@ BLOCK_K = 128
 CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
-FEW_ROWS = 64  # up to here the kernel that reads the weights once for every 16 rows
+_INT8_ROWS = 64
+FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
+
+# Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
+SEVERAL_DEVICES = (
+    "XLA splits a product over several devices, the sm90 kernel runs on one: call it in "
+    "jax.shard_map or with implementation='mosaic'"
+)
 
 # Bits of one code by dtype; a packed operand stores uint8 and has 4.
 _BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
@@ -145,11 +152,18 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
     if spec.scheme is None:
         return "a Mosaic GPU kernel is for quantised weights; jax.numpy.matmul serves plain ones"
+    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
+        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
+    if not (spec.m and spec.n and spec.k):
+        return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
     if spec.block_scaled:
         return _fp8_reason(spec)
+    if spec.scheme == "w8a8" and spec.direct == "int8":
+        return None
     if spec.scheme != "w4a16":
-        return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
-    return _kernel_reason(spec)
+        kinds = "" if spec.scheme != "w8a8" else " but INT8 with one scale per row and output"
+        return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
+    return _four_bit_reason(spec)
 
 
 def _fp8_reason(spec: MatmulSpec) -> str | None:
@@ -162,17 +176,15 @@ def _fp8_reason(spec: MatmulSpec) -> str | None:
             f"the sm90 kernel takes scales per row of lhs, and per column or {BLOCK_K} columns of "
             f"rhs; got {lhs.n_tiles} for {spec.m} rows and {rhs.n_tiles} for {spec.n} columns"
         )
-    if spec.n % 64 or spec.m % 8 or not (spec.m and spec.n):
+    if spec.n % 64 or spec.m % 8:
         return (
             "the sm90 kernel takes rows in multiples of 8 and columns of 64; "
             f"got {spec.m} and {spec.n}"
         )
-    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
-        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
     return None
 
 
-def _kernel_reason(spec: MatmulSpec) -> str | None:
+def _four_bit_reason(spec: MatmulSpec) -> str | None:
     """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
     rhs = spec.rhs
     if spec.lhs.dtype != "bfloat16":
@@ -187,10 +199,6 @@ def _kernel_reason(spec: MatmulSpec) -> str | None:
     group = rhs.stored_k // max(rhs.k_tiles, 1)
     if rhs.k_tiles != 1 and (group % UNIT or (64 % group and group % 64)):
         return f"the sm90 kernel takes groups of 16, 32 or a multiple of 64 inputs; got {group}"
-    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
-        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
-    if not (spec.m and spec.n and spec.k):
-        return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
     return None
 
 
@@ -203,9 +211,16 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
+    if spec.block_scaled:
+        return (
+            "the sm90 kernel for FP8 blocks has not run on a GPU yet; implementation='mosaic' "
+            "runs it"
+        )
+    if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
+        return None
     return (
-        f"the sm90 kernel for {spec.scheme} has not run on a GPU yet; implementation='mosaic' "
-        "runs it"
+        f"the sm90 kernel for INT8 was measured for more than {_INT8_ROWS} rows, got {spec.m}; "
+        "implementation='mosaic' runs it"
     )
 
 
@@ -238,6 +253,8 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
     if implementation == "mosaic" and spec.block_scaled:
         return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
+    if implementation == "mosaic" and spec.direct:
+        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in int32",)
     if implementation == "mosaic":
         where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
         return (f"{prefix}the weights are read packed and widened {where} within the product",)
