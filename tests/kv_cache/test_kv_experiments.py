@@ -12,10 +12,8 @@ from experiments.kv_cache.tasks import (
     ASK,
     DONE,
     KEY,
-    LINE,
     OK,
     REPEAT,
-    STEP,
     VAL,
     Recall,
     Trace,
@@ -60,10 +58,12 @@ def test_traces_run_their_program():
         prompt, trace = task.problems(np.random.default_rng(0), 16, checks)
         assert trace.shape[1] == 4 * task.step_length(checks) + 4
         for text, told in zip(prompt.tolist(), trace.tolist(), strict=True):
+            first = next(t for t in text if t >= task._line)
+            numbers = range(first, first + 4)
             values = {text[i + 1]: text[i + 2] for i, t in enumerate(text) if t == VAL}
-            lines = [text[i + 1 : i + 4] for i, t in enumerate(text) if t == LINE]
+            lines = [text[text.index(k) + 1 : text.index(k) + 4] for k in numbers]
             lines = [(y - prime, c, x - prime) for y, c, x in lines]
-            steps = [told[i + 1 : i + 6] for i, t in enumerate(told) if t == STEP]
+            steps = [told[told.index(k) + 1 : told.index(k) + 6] for k in numbers]
             assert told.count(AGAIN) == told.count(OK) == 4 * checks
             for (y, c, x), step in zip(lines, steps, strict=True):
                 raw = values[y] - task._value + c - task._constant
