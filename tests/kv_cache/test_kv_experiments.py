@@ -139,6 +139,8 @@ def test_bytes_of_an_8b_shaped_model():
         )
     )
     assert cut[0] == cut[1] and cut[0] < 0.1 * full
+    # The paper's lossless budget on AIME; with its buffer of 128 it would be 0.102.
+    assert efficiency.generation_bytes("rkv(budget=1536, buffer=64)", 128, 16384) < 0.1 * full
     lengths = efficiency.head_lengths(0.3, efficiency.CONTEXT)
     assert abs(lengths.mean() / efficiency.CONTEXT - 0.3) < 0.001
     whole = efficiency.dense_bytes(efficiency.CONTEXT)
