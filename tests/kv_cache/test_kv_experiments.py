@@ -122,10 +122,11 @@ def test_cells_and_reports(tmp_path):
         return {"accuracy": 0.5, "interval": [0.2, 0.8], "bytes_over_full": 1.0}
 
     for _ in range(2):  # the second time it is known
-        session.cell("e1/full/1.0/seed0", once, method="full", ratio=1.0)
+        session.cell("e1/full/1.0/seed0", once, method="full", ratio=1.0, seed=0)
     session.write("e1", {})
     report = json.loads((tmp_path / "e1.json").read_text())
     assert len(calls) == 1 and report["gate_passed"] is False and len(report["cells"]) == 1
+    assert report["full_cache_accuracy"] == {"0": 0.5} and report["passing_seeds"] == []
 
 
 def test_bytes_of_an_8b_shaped_model():
