@@ -72,7 +72,12 @@ def stdlib_corpus(max_bytes: int | None = None, validation: float = 0.05) -> Cor
 
 
 def directory_corpus(
-    root: str | Path, *, suffix: str = ".py", max_bytes: int | None = None, validation: float = 0.05
+    root: str | Path,
+    *,
+    suffix: str = ".py",
+    max_bytes: int | None = None,
+    validation: float = 0.05,
+    skip: tuple[str, ...] = ("site-packages", "dist-packages"),
 ) -> Corpus:
     """All files below a directory with one suffix, split by file as ``stdlib_corpus`` does.
 
@@ -81,6 +86,7 @@ def directory_corpus(
       suffix: end of the file names.
       max_bytes: upper limit on the bytes of both parts together, or None.
       validation: fraction of the files to hold out, in (0, 1).
+      skip: names of folders, of ``root`` itself or below it, whose files are left out.
 
     Returns:
       The Corpus, files in sorted order.
@@ -96,7 +102,7 @@ def directory_corpus(
     sizes = {
         path.relative_to(root).as_posix(): path.stat().st_size
         for path in root.rglob(f"*{suffix}")
-        if path.is_file() and not {"site-packages", "dist-packages"} & set(path.parts)
+        if path.is_file() and not set(skip) & set(path.parts)
     }
     held_out = {name for name in sizes if _fraction(name) < validation}
     parts = []

@@ -29,7 +29,13 @@ from pallas_kernels.ops.decode_attention import (
     window_attention_weights,
 )
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
-from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
+from pallas_kernels.ops.quantize.api import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_both,
+    quantize,
+    quantize_fp8_both,
+)
 
 __all__ = [
     "FORMATS",
@@ -46,6 +52,7 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "fake_quantize",
+    "fake_quantize_both",
     "get_format",
     "inverse_rht",
     "last_similar_keys",
@@ -53,6 +60,7 @@ __all__ = [
     "max_attention_weights",
     "merge_attention",
     "quantize",
+    "quantize_fp8_both",
     "rht",
     "ring_attention",
     "sage",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 
@@ -113,6 +114,17 @@ def describe(
     capability = compute_capability or capability
     smem = smem_bytes or table_smem or _SMEM_BY_CAPABILITY.get(capability, 101_376)
     return Device("gpu", kind, capability, smem, num_sms or table_sms)
+
+
+def xla_is_deterministic() -> bool:
+    """Whether XLA was told to keep to one order of additions on a GPU.
+
+    >>> xla_is_deterministic()
+    False
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    values = [flag.partition("=")[2] for flag in flags if "xla_gpu_deterministic_ops" in flag]
+    return bool(values) and values[-1].lower() in ("", "true", "1")
 
 
 def _parse_capability(text) -> tuple[int, int] | None:

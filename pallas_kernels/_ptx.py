@@ -75,6 +75,36 @@ def xor(a, b):
     return arith.xori(a, b)
 
 
+def land(a, b):
+    """Bitwise conjunction of integers."""
+    return arith.andi(a, b)
+
+
+def lor(a, b):
+    """Bitwise disjunction of integers."""
+    return arith.ori(a, b)
+
+
+def shr(a, b):
+    """Logical shift to the right."""
+    return arith.shrui(a, b)
+
+
+def shl(a, b):
+    """Shift to the left."""
+    return arith.shli(a, b)
+
+
+def bits(a):
+    """The i32 whose bits are those of a float32."""
+    return arith.bitcast(ir.IntegerType.get_signless(32), a)
+
+
+def from_bits(a):
+    """The float32 with the bits of an i32."""
+    return arith.bitcast(ir.F32Type.get(), a)
+
+
 def imax(a, b):
     """Larger signed integer."""
     return arith.maxsi(a, b)
@@ -140,6 +170,21 @@ def fmax(a, b):
     return arith.maximumf(a, b)
 
 
+def fmin(a, b):
+    """Smaller number; NaN if either is."""
+    return arith.minimumf(a, b)
+
+
+def fge(a, b):
+    """``a >= b`` of numbers, false for NaN."""
+    return arith.cmpf(arith.CmpFPredicate.OGE, a, b)
+
+
+def fneg(a):
+    """The number with the other sign."""
+    return arith.negf(a)
+
+
 def fabs(a):
     """Magnitude."""
     return mlir_math.absf(a)
@@ -153,6 +198,11 @@ def feq(a, b):
 def to_float(a):
     """float32 of a signed integer."""
     return arith.sitofp(ir.F32Type.get(), a)
+
+
+def as_float(a):
+    """The number whose bits an i32 holds."""
+    return arith.bitcast(ir.F32Type.get(), a)
 
 
 def widen(a):
@@ -313,7 +363,31 @@ def half_x2(values, dtype: str):
     return asm(f"cvt.rn.{name}.f32 $0, $2, $1;", "r", values)[0]
 
 
-def store(ref, offset, values, ok=None, space: str = "global"):
+def load_words(ref, offset, count: int, ok=None, shift: int = 0):
+    """Loads one, two or four 32-bit values from global memory.
+
+    Args:
+        ref: array in memory.
+        offset: i64, byte of the first value.
+        count: how many.
+        ok: i1, load only where it holds, zeros elsewhere; None is everywhere.
+        shift: bytes to add to the offset, part of the instruction.
+
+    Returns:
+        i32 values.
+    """
+    names = [f"${i}" for i in range(count)]
+    target = names[0] if count == 1 else "{" + ", ".join(names) + "}"
+    body = f"ld.global.{'' if count == 1 else f'v{count}.'}b32 {target}, [${count}+{shift}];"
+    ins = [address(ref, offset)]
+    if ok is not None:
+        ins.append(flag(ok))
+        zeros = " ".join(f"mov.b32 {name}, 0;" for name in names)
+        body = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0;\n{zeros}\n@p {body} }}"
+    return asm(body, "r" * count, ins, effects=True)
+
+
+def store(ref, offset, values, ok=None, space: str = "global", shift: int = 0):
     """Stores one, two or four 32-bit values.
 
     Args:
@@ -322,10 +396,16 @@ def store(ref, offset, values, ok=None, space: str = "global"):
         values: i32 or f32.
         ok: i1, store only where it holds; None is everywhere.
         space: "global" or "shared".
+        shift: bytes to add to the offset, part of the instruction.
     """
     n = len(values)
     body = ", ".join(f"${1 + i}" for i in range(n))
-    body = f"st.{space}.b32 [$0], {body};" if n == 1 else f"st.{space}.v{n}.b32 [$0], {{{body}}};"
+    place = f"[$0+{shift}]" if shift else "[$0]"
+    body = (
+        f"st.{space}.b32 {place}, {body};"
+        if n == 1
+        else f"st.{space}.v{n}.b32 {place}, {{{body}}};"
+    )
     ins = [address(ref, offset), *values]
     if ok is not None:
         ins.append(flag(ok))

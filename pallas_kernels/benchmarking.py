@@ -72,7 +72,8 @@ def benchmark(
     the host clock around a run that has finished.
 
     Args:
-      function: takes arrays, returns a pytree of arrays; compiled with `jax.jit` here.
+      function: takes arrays, returns a pytree of arrays; compiled with `jax.jit` here, unless it is
+        a `jax.stages.Compiled` already.
       *args: its arguments.
       repeats: runs that count, at least 1.
       warmup: runs before them that do not.
@@ -97,7 +98,7 @@ def benchmark(
             f"device time needs a GPU; this is {current_device().platform}. "
             "device_time=False uses the host clock"
         )
-    compiled = jax.jit(function)
+    compiled = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
     start = time.perf_counter()
     jax.block_until_ready(compiled(*args))
     compile_seconds = time.perf_counter() - start
@@ -151,7 +152,22 @@ def kernel_seconds(folder: Path) -> float:
     Raises:
       ValueError: the trace holds no GPU kernel.
     """
-    total = 0.0
+    return sum(kernel_times(folder).values())
+
+
+def kernel_times(folder: Path) -> dict[str, float]:
+    """Seconds of every GPU kernel in a profiler trace, by its name.
+
+    Args:
+      folder: the folder given to ``jax.profiler.trace``.
+
+    Returns:
+      Seconds by name, the longest first; kernels of one name are added up.
+
+    Raises:
+      ValueError: the trace holds no GPU kernel.
+    """
+    total: dict[str, float] = {}
     for path in folder.rglob("*.trace.json.gz"):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         devices = {
@@ -164,14 +180,12 @@ def kernel_seconds(folder: Path) -> float:
             for e in events
             if e.get("name") == "thread_name" and "Stream" in e["args"]["name"]
         }
-        total += sum(
-            e["dur"]
-            for e in events
-            if e.get("ph") == "X" and e["pid"] in devices and (e["pid"], e["tid"]) in streams
-        )
-    if total == 0:
+        for e in events:
+            if e.get("ph") == "X" and e["pid"] in devices and (e["pid"], e["tid"]) in streams:
+                total[e["name"]] = total.get(e["name"], 0.0) + e["dur"] * 1e-6
+    if not sum(total.values()):
         raise ValueError(f"no GPU kernel in the trace under {folder}")
-    return total * 1e-6
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 # -- how much work -----------------------------------------------------------------------------

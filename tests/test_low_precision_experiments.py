@@ -49,10 +49,11 @@ def test_tables():
     assert report.worse(runs, "rtn", "split")["passed"]
     assert not report.worse(runs, "split", "rtn")["passed"]
     rows = [
-        {"tokens": size, "inputs": 1, "outputs": 1, "recipes": {"fp8": {"speed_up": ratio}}}
+        {"tokens": size, "inputs": 1, "outputs": 1, "recipe": "fp8", "speed_up": ratio}
         for size, ratio in ((1, 0.5), (2, 1.2), (4, 0.9), (8, 1.5))
     ]
-    assert speed.break_even(rows, "fp8") == {"flops": 16, "slower_at_flops": [2, 8]}
+    points = speed.speed_ups(rows)["fp8"]
+    assert speed.break_even(points) == {"flops": 16, "slower_at_flops": [2, 8]}
 
 
 class Tiny(nnx.Module):
@@ -107,4 +108,6 @@ def test_speed_refuses_a_cpu(tmp_path):
     if jax.default_backend() != "cpu":
         pytest.skip("for machines without a GPU")
     with pytest.raises(SystemExit, match="speed needs a GPU"):
-        run.main(["speed", "--output", str(tmp_path)])
+        run.main(["speed", "--section", "step", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="only must be out of"):
+        run.main(["speed", "--only", "steps", "--output", str(tmp_path)])

@@ -3,17 +3,24 @@
 ``python -m experiments.benchmarks.block_sparse --output runs/benchmarks --time-budget 300`` works
 through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
 
-* ``correct``: lists of tiles against float32 attention under the same mask, and run to run.
-* ``backward`` among both: the 16-bit gradient kernels, which take the log-sum-exp as given.
+* ``correct``: lists of tiles against float32 attention under the same mask, and run to run;
+  gradients of the public function, 16-bit and ``sage_bwd``, with and without lists; no later token
+  leaks into an output (``experiments.benchmarks.leaks``).
 * ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
   same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
-  lists; forward + backward of ``sage_bwd`` and bfloat16.
+  lists; forward + backward beside torch's (``experiments.benchmarks.gradient``).
+
+Each case has a group, which ``--only`` can pick: gradient, leaks, speed, predict, correct, sizes.
 
 Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds. What
 fails is a row with its reason. ``--dry-run`` lowers the kernels for an abstract H200 anywhere.
 """
 
+import fcntl
 import json
+import os
+import queue
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,13 +34,15 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks import attention as bench
+from experiments.benchmarks import gradient, leaks
 from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
-from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
+from pallas_kernels import BlockMask, Mask, benchmarking, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import reference, sparge
+from pallas_kernels.ops.attention import mosaic_sm90, reference, sparge
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
+LOCK = "BLOCK_SPARSE_LOCK"  # names a file that who measures holds
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 
 
@@ -54,49 +63,54 @@ class Options:
     """Cases whose JSON contains this text."""
     dry_run: bool = False
     """Lower the kernels for an abstract H200 instead of running them."""
+    workers: int = 1
+    """Processes side by side: they compile at the same time and measure one after the other."""
     worker: bool = False
     """Used by the program itself: read cases from standard input, one JSON a line."""
 
 
 def cases() -> list[Case]:
-    """What answers most comes first."""
+    """What answers most comes first: gradients right, then fast; lists; the rest."""
     shape = [2, 1000, 777, 4, 2, 128]  # B, T, S, N, K, H
-    base = {"stage": "correct", "shape": shape, "block": [128, 128], "rule": "none"}
-    fast = {"stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
-    long = {**fast, "shape": [1, 32768, 32, 128]}
-    both, halves = ("sage2", None), {"block": [64, 128]}
-    found = [{**base, "quant": "sage2", "rule": "causal"}, {**fast, "quant": "sage2"}]
-    found += [{"stage": "correct", "backward": True, "shape": shape}]
-    found += [{**base, **halves, "quant": "sage2", "rule": "causal"}]
-    found += [
-        {"stage": "fast", "backward": causal, "shape": [4, 4096, 32, 128]}
-        for causal in (False, True)
-    ]
-    found += [{**fast, **halves, "quant": "sage2"}, {**fast, "predict": "topk"}]
-    found += [{**fast, "quant": None}, {**fast, "peer": "flex"}]
-    found += [{**long, "quant": "sage2"}, {**long, "peer": "flex"}, {**long, "quant": None}]
-    found += [{**long, "predict": "topk"}]
-    found += [{**base, **halves, "quant": None, "rule": "causal"}]
-    found += [
-        {"stage": "correct", "backward": causal, "shape": [*shape[:5], h]}
-        for h in (128, 64) for causal in (False, True) if h == 64 or not causal
-    ]  # fmt: skip
-    found += [{**base, "quant": quant} for quant in both] + [
-        {**base, "quant": None, "rule": "causal"}
-    ]
-    found += [{**base, "quant": "sage2", "rule": rule} for rule in ("lengths", "segments")]
-    found += [
-        {**base, "quant": quant, "rule": "causal", "shape": [*shape[:5], head_dim], "block": block}
+    base = {"group": "correct", "stage": "correct", "shape": shape, "block": [128, 128]}
+    base["rule"] = "none"
+    fast = {"group": "speed", "stage": "fast", "shape": [1, 16384, 32, 128], "block": [128, 128]}
+    long, halves = {**fast, "shape": [1, 32768, 32, 128]}, {"block": [64, 128]}
+    right, times = gradient.correct_cases(), gradient.fast_cases()
+    predict = {"group": "predict", "predict": "topk"}
+    sizes = [
+        {**base, "group": "sizes", "quant": quant, "rule": "causal", "block": block}
+        | {"shape": [*shape[:5], head_dim]}
         for quant, head_dim, block in (
             ("sage2", 128, [128, 64]), ("sage2", 128, [256, 256]), (None, 64, [128, 64]),
             (None, 256, [128, 64]), ("sage2", 64, [128, 128]), ("sage1", 128, [128, 128]),
             ("fp8", 128, [128, 128]),
         )
     ]  # fmt: skip
-    found += [{**base, **halves, "quant": quant} for quant in both]
-    found += [{**fast, **halves, "quant": None}]
-    found += [{**fast, "gradient": quant} for quant in (None, "sage_bwd")]
-    return found
+    brief = {"brief": True}  # without tiles one by one, and with one dense kernel
+    found = [
+        right[0],
+        {**long, **brief, "quant": "sage2"},
+        {**fast, **halves, **brief, "quant": "sage2"},
+    ]
+    found += [times[0], leaks.cases()[0], times[1], leaks.cases()[2], times[2], *sizes]
+    found += [
+        leaks.cases()[1],
+        times[3],
+        *right[2:5],
+        *times[10:13],
+        *leaks.cases()[3:],
+        *right[5:9],
+    ]
+    found += [right[1], times[9], {**fast, **predict}, {**long, **brief, "quant": None}]
+    found += [{**long, "peer": "flex"}, *times[4:9], *times[13:], *right[9:], {**long, **predict}]
+    found += [{**base, "quant": "sage2", "rule": "causal"}]
+    found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in ("sage2", None)]
+    found += [{**fast, "quant": quant} for quant in ("sage2", None)] + [{**fast, "peer": "flex"}]
+    found += [{**base, "quant": "sage2", "rule": rule} for rule in ("none", "lengths", "segments")]
+    found += [{**base, "quant": None, "rule": rule} for rule in ("none", "causal")]
+    found += [{**base, **halves, "quant": quant} for quant in ("sage2", None)]
+    return [*found, {**fast, **halves, "quant": None}]
 
 
 def share_of(density: float, nk: int) -> float:
@@ -153,68 +167,8 @@ def exact_of(query, key, value, allowed):
         return reference.attention(*arrays, None, None, Mask.from_array(allowed), spec)
 
 
-def backward_of(is_causal: bool):
-    """The gradient kernels on given sums, their peer in float32, and what both need."""
-    from pallas_kernels.ops.attention.mosaic_sm90_backward import gradient
-
-    mask = Mask.causal() if is_causal else Mask()
-
-    def exact(query, key, value, d_out):
-        arrays = [x.astype(jnp.float32) for x in (query, key, value)]
-        (b, t, n, h), (_, s, k, _) = query.shape, key.shape
-        spec = AttentionSpec(b, t, s, n, k, h, "float32", h**-0.5)
-        run = lambda *x: reference.attention(*x, None, None, mask, spec)  # noqa: E731
-        with jax.default_matmul_precision("highest"):
-            (out, lse), pull = jax.vjp(run, *arrays)
-            d_out = d_out.astype(jnp.float32)
-            sums = lse.swapaxes(1, 2), (out * d_out).sum(-1).swapaxes(1, 2)
-            return pull((d_out, jnp.zeros_like(lse))), sums
-
-    def ours(query, key, value, d_out, lse, delta):
-        limit = {"max_diff": 0} if is_causal else {}
-        scale = query.shape[-1] ** -0.5
-        return gradient(query, key, value, d_out, lse, delta, scale=scale, **limit)
-
-    return ours, exact
-
-
-def run_correct_backward(case: Case) -> dict[str, Any]:
-    """Relative L1 of dQ, dK and dV; raises where they are out of bounds."""
-    b, t, s, n, k, h = case["shape"]
-    q, key, v = testing.attention_inputs(
-        "normal", batch=b, q_len=t, kv_len=s, num_heads=n, num_kv_heads=k, head_dim=h
-    )
-    d_out = testing.attention_inputs("normal", batch=b, q_len=t, num_heads=n, head_dim=h)[2]
-    ours, exact = map(jax.jit, backward_of(case["backward"]))
-    want, sums = exact(q, key, v, d_out)
-    got = jax.block_until_ready(ours(q, key, v, d_out, *sums))
-    same = all(
-        bool((x == y).all()) for x, y in zip(got, ours(q, key, v, d_out, *sums), strict=True)
-    )
-    names = ("d_query", "d_key", "d_value")
-    found = {x: testing.relative_l1(a, b) for x, a, b in zip(names, got, want, strict=True)}
-    if not (same and all(x <= 0.01 for x in found.values())):
-        raise RuntimeError(f"above .01, or two runs differ (the same: {same}): {found}")
-    return found
-
-
-def run_fast_backward(case: Case, repeats: int) -> dict[str, Any]:
-    """Time of both gradient kernels; a backward counts as 2.5 forwards."""
-    q, k, v = inputs(case)
-    batch, length, heads, _ = case["shape"]
-    sums = (
-        jnp.full((batch, heads, length), jnp.log(float(length))),
-        jnp.zeros((batch, heads, length)),
-    )
-    ours, _ = backward_of(case["backward"])
-    timing = benchmark(ours, q, k, v, q, *sums, repeats=repeats)
-    return numbers(case, timing, 1.25 if case["backward"] else 2.5)
-
-
 def run_correct(case: Case) -> dict[str, Any]:
     """Errors at every density, with a row without tiles; raises where they are out of bounds."""
-    if "backward" in case:
-        return run_correct_backward(case)
     b, t, s, n, k, h = case["shape"]
     block_q, block_kv = case["block"]
     rule, make = rule_of(case), maker(t, s, tuple(case["block"]))
@@ -314,28 +268,29 @@ def numbers(case: Case, timing, share: float) -> dict[str, Any]:
 
 def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
     """Rows of one shape and one implementation."""
-    if "backward" in case:
-        return run_fast_backward(case, repeats)
     if "peer" in case:
         return {"rows": run_flex(case, repeats)}
     if "predict" in case:
         return {"rows": run_predict(case, repeats)}
-    if "gradient" in case:
-        return {"rows": run_gradient(case, repeats)}
     _, length, heads, _ = case["shape"]
     block_q, block_kv = case["block"]
     arrays, rows = inputs(case), []
     make = maker(length, length, (block_q, block_kv))
-    tiles = {x: random_tiles((heads,), length // block_q, length // block_kv, x) for x in DENSITIES}
+    brief = case.get("brief", False)
+    tiles = {
+        x: random_tiles((heads,), length // block_q, length // block_kv, x)
+        for x in DENSITIES[brief:]
+    }
     masks = {x: make(jnp.asarray(kept), None) for x, kept in tiles.items()}
     operands = operands_of(case, arrays, block_kv)
     listed = kernel_of(length, None)
     check = check_rows(jax.jit(listed)(operands, masks[0.25])[0], arrays, tiles[0.25], case)
-    for size in dict.fromkeys((block_kv, 256 if case["quant"] else 128)):
+    best = 256 if case["quant"] else 128
+    for size in [best] if brief else dict.fromkeys((block_kv, best)):
         timing = benchmark(kernel_of(length, size), operands_of(case, arrays, size),
                            repeats=repeats)  # fmt: skip
         rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
-    single = case["quant"] and block_q >= 128  # else there is only one way
+    single = case["quant"] and block_q >= 128 and not brief  # else there is only one way
     kernels = {"listed": listed} | ({"listed, tile by tile": kernel_of(length, block_kv)} if single
                                     else {})  # fmt: skip
     for name, call in kernels.items():
@@ -343,10 +298,12 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
             timing = benchmark(call, operands, mask, repeats=repeats)
             share = share_of(density, length // block_kv)
             row = {"name": name, "density": share} | numbers(case, timing, share)
-            for dense in rows[: 1 + (case["quant"] is not None)]:
+            for dense in [row for row in rows if "dense" in row["name"]]:
                 over = row["milliseconds"] / (share * dense["milliseconds"])
                 row[f"over density x {dense['name']}"] = over
             rows.append(row)
+    if brief:
+        return check | {"rows": rows}
     timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
     rows.append({"name": "order and ranges of the lists", "milliseconds": timing.median * 1e3})
     return check | {"rows": rows}
@@ -415,36 +372,27 @@ def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def run_gradient(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Forward + backward without a mask, the cotangent being the output itself."""
-    rows = []
-    for name in ("mosaic", "xla"):
-
-        def loss(q, k, v, name=name):
-            out = dot_product_attention(q, k, v, quant=case["gradient"], implementation=name)
-            return 0.5 * (out.astype(jnp.float32) ** 2).sum()
-
-        try:
-            timing = benchmark(jax.grad(loss, (0, 1, 2)), *inputs(case), repeats=repeats)
-        except NotImplementedError as error:
-            rows.append({"name": f"ours {name}", "reason": bench.first_line(error)})
-            continue
-        # A backward counts as 2.5 forwards.
-        rows.append({"name": f"ours {name}"} | numbers(case, timing, 3.5))
-    return rows
-
-
 # --- processes -----------------------------------------------------------------------------------
 
 
 def run_case(options: Options, case: Case) -> dict[str, Any]:
     """Runs one case on this machine's GPU."""
-    found = run_correct(case) if case["stage"] == "correct" else run_fast(case, options.repeats)
+    is_gradient, is_correct = case["group"] == "gradient", case["stage"] == "correct"
+    if case["group"] == "leaks":
+        found = leaks.run(case)
+    elif is_gradient and is_correct:
+        found = gradient.run_correct(case)
+    elif is_gradient:
+        found = {"rows": gradient.run_fast(case, options.repeats)}
+    else:
+        found = run_correct(case) if is_correct else run_fast(case, options.repeats)
     return found | {"machine": bench.machine()}
 
 
 def lower_case(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
+    if case["group"] in ("gradient", "leaks"):
+        return {"gradient": gradient, "leaks": leaks}[case["group"]].lower(case)
     if "quant" not in case:
         return {"lowered": "not needed"}
     shape = case["shape"]
@@ -465,16 +413,20 @@ def lower_case(case: Case) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
+        # What `explain` would not choose by itself is what this program measures.
+        mosaic_sm90.UNMEASURED = frozenset()
+        if LOCK in os.environ:
+            benchmarking._device_seconds = alone(benchmarking._device_seconds)
         return work(lower_case if options.dry_run else partial(run_case, options))
     console, rows, machine = Console(), [], {}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"block_sparse{'_dry_run' * options.dry_run}.json"
     chosen = [case for case in cases() if options.only in json.dumps(case)]
     deadline = time.monotonic() + options.time_budget
-    for case, result in results(chosen, options, deadline, "block_sparse"):
+    for case, result in side_by_side(chosen, options, deadline):
         machine = result.get("result", {}).pop("machine", machine)
         rows.append({"case": case} | result)
-        left_out = chosen[len(rows) :]
+        left_out = [case for case in chosen if case not in [row["case"] for row in rows]]
         command = "python -m experiments.benchmarks.block_sparse"
         found = {"command": command, "machine": machine, "cases": rows}
         path.write_text(json.dumps(found | {"left_out": left_out}, indent=1) + "\n")
@@ -487,6 +439,43 @@ def main(options: Options) -> None:
         console.print("  ", short(result["result"]), highlight=False)
     console.print(f"{len(rows)} of {len(chosen)} cases, in {path}")
     return None
+
+
+def side_by_side(chosen: list[Case], options: Options, deadline: float):
+    """`results` of several workers, each with every so manieth case, as they come."""
+    answers: queue.Queue = queue.Queue()
+    if options.workers > 1:
+        os.environ |= {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            LOCK: str((options.output / "measuring.lock").absolute()),
+        }
+
+    def run(own):
+        for answer in results(own, options, deadline, "block_sparse"):
+            answers.put(answer)
+        answers.put(None)
+
+    parts = [chosen[i :: options.workers] for i in range(options.workers)]
+    for own in parts:
+        threading.Thread(target=run, args=(own,), daemon=True).start()
+    left = len(parts)
+    while left:
+        answer = answers.get()
+        if answer is None:
+            left -= 1
+        else:
+            yield answer
+
+
+def alone(function):
+    """Runs a function while no other worker measures."""
+
+    def run(*args):
+        with Path(os.environ[LOCK]).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return function(*args)
+
+    return run
 
 
 def short(row: dict[str, Any]) -> str:

@@ -273,7 +273,9 @@ def run_correct(case: Case) -> dict[str, Any]:
         if bad or not np.isfinite(result["relative_l1"])
     ]
     if case.get("gradient"):
-        result |= run_gradient(case, (q, k, v), wide)
+        gradients = run_gradient(case, (q, k, v), wide)
+        result |= gradients
+        failed += [f"{name} is off" for name, error in gradients.items() if not error <= limit]
     if failed:
         raise RuntimeError(f"{'; '.join(failed)}: {result}")
     return result
@@ -574,7 +576,7 @@ def _verdict(process, limit: float) -> dict[str, Any]:
         code = process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
         return {"failed": "the tool did not end"}
-    return {"failed": f"the tool found errors (status {code}): see worker.log"} if code else {}
+    return {"failed": f"the tool found errors (status {code}): see its log"} if code else {}
 
 
 @contextlib.contextmanager
@@ -583,7 +585,12 @@ def _process(options: Any, program: str, tool: str | None):
     command = [sys.executable, "-m", f"experiments.benchmarks.{program}", "--worker"]
     command += ["--dry-run"] * options.dry_run
     if tool and not options.dry_run:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
+        # Its own report would else come between the answers on standard output.
+        report = options.output / f"{tool}.log"
+        command = [
+            "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
+            "--log-file", str(report), *command,
+        ]  # fmt: skip
     log = (options.output / "worker.log").open("a")
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,

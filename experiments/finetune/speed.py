@@ -2,19 +2,27 @@
 
 ``python -m experiments.finetune.speed --preset gpu --time-budget 500`` measures, on random weights:
 
-* one training step of LoRA on bfloat16, QLoRA, FP8LoRA and FALQON's three modes, rank 64;
+* one training step of LoRA on bfloat16, FALQON, QLoRA, FP8LoRA and FALQON's other modes, rank 64,
+  and which kernels the time of a step goes to;
 * products of one layer at growing sizes: bfloat16, FP8 on codes, FP8 with quantisation, the
   melded product, and the separate low-rank path in both precisions.
 
-``--preset cpu`` runs the same program on a tiny model, to check it, not to measure.
+It prints and writes after every measurement. Compiling is most of the time: ``--only`` chooses
+measurements, ``--layers`` shortens the model, and in the environment
+``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false`` leaves products to the library, without a search
+(the result has the flags). ``--preset cpu`` runs the same program on a tiny
+model, to check it, not to measure.
 """
 
+import collections
 import dataclasses
 import functools
 import gc
 import json
+import os
+import re
 import statistics
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +32,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from rich.console import Console
 
 from jaxeff.finetune import FALQON, FP8LoRA, LoRA, QLoRA, adapt, init_state, train_step
 from jaxeff.finetune.melded import meld_weight, melded_dot
@@ -31,9 +40,10 @@ from jaxeff.models import Decoder, ModelConfig
 from jaxeff.quant import quantized_dot_general, weight_bytes
 from jaxeff.report import machine
 from pallas_kernels import quantize
-from pallas_kernels.benchmarking import benchmark
+from pallas_kernels.benchmarking import benchmark, kernel_times
 
 RESULTS = Path(__file__).parent / "results"
+_STEPS = 5  # of a timed run
 _PLAIN = (((1,), (0,)), ((), ()))
 
 
@@ -56,7 +66,7 @@ PRESETS = {
         batch=2,
         seq_len=32,
         rank=8,
-        repeats=3,
+        repeats=2,
         sides=(64,),
         tokens=64,
     ),
@@ -73,7 +83,7 @@ PRESETS = {
         batch=16,
         seq_len=512,
         rank=64,
-        repeats=20,
+        repeats=4,
         sides=(1024, 2048, 4096, 8192),
         tokens=8192,
     ),
@@ -92,10 +102,23 @@ def methods(rank: int) -> dict[str, Any]:
     }
 
 
+def cudnn(query, key, value, **options):
+    """cuDNN's attention where there is a GPU: the same for every method, and the fastest."""
+    on_gpu = jax.default_backend() == "gpu"
+    return jax.nn.dot_product_attention(
+        query, key, value, implementation="cudnn" if on_gpu else "xla", **options
+    )
+
+
 def training_step(method: Any, sizes: Sizes) -> dict[str, Any]:
-    """Median step time and the memory of one method, everything in the step included."""
+    """Median step time and the memory of one method, everything in the step included.
+
+    Steps follow each other without a wait, as in training; a time is the mean of five.
+    """
     config = ModelConfig.llama(**sizes.model)
-    model = Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    began = time.perf_counter()
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "attention_fn": cudnn}
+    model = Decoder(config, rngs=nnx.Rngs(0), **options)
     # The SVD start takes minutes for a 1B model and changes no time: A is drawn at random.
     if isinstance(method, FALQON):
         method = dataclasses.replace(method, init="random")
@@ -109,28 +132,47 @@ def training_step(method: Any, sizes: Sizes) -> dict[str, Any]:
     state = state._replace(opt_state=jax.tree.map(jnp.copy, state.opt_state))
     shape = (sizes.batch, sizes.seq_len + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
-    began = time.perf_counter()
+    jax.block_until_ready((state, frozen))
+    ready = time.perf_counter()
     step = jax.jit(functools.partial(train_step, static), donate_argnums=0)
     compiled = step.lower(state, frozen, tokens).compile()
-    compile_seconds = time.perf_counter() - began
+    compile_seconds = time.perf_counter() - ready
     seconds = []
-    for _ in range(sizes.repeats + 2):
-        began = time.perf_counter()
-        state, metrics = compiled(state, frozen, tokens)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - began)
+    for _ in range(sizes.repeats + 1):
+        start = time.perf_counter()
+        for _ in range(_STEPS):
+            state, metrics = compiled(state, frozen, tokens)
+        jax.block_until_ready((state, metrics))
+        seconds.append((time.perf_counter() - start) / _STEPS)
     analysis = compiled.memory_analysis()
-    return {
-        "step_ms": 1e3 * statistics.median(seconds[2:]),
-        "slowest_ms": 1e3 * max(seconds[2:]),
+    text = compiled.as_text()
+    result = {
+        "step_ms": 1e3 * statistics.median(seconds[1:]),
+        "slowest_ms": 1e3 * max(seconds[1:]),
+        "setup_seconds": ready - began,
         "compile_seconds": compile_seconds,
         "weight_bytes": stored,
         "argument_bytes": int(analysis.argument_size_in_bytes),
         "temporary_bytes": int(analysis.temp_size_in_bytes),
         "peak_bytes": int(analysis.argument_size_in_bytes + analysis.temp_size_in_bytes),
         "loss_is_finite": bool(jnp.isfinite(metrics["loss"])),
-        "fp8_calls_in_hlo": compiled.as_text().count("f8e4m3fn"),
+        "calls": dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
     }
+    if jax.default_backend() == "gpu":
+        result["kernels_ms"] = _kernels(lambda: compiled(state, frozen, tokens))
+    return result
+
+
+def _kernels(run: Any) -> dict[str, float]:
+    """Milliseconds of one run by kernel, the longest; kernels that differ in a number are one."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        times = kernel_times(Path(folder))
+    total: collections.Counter[str] = collections.Counter()
+    for name, seconds in times.items():
+        total[re.sub(r"_\d+$", "", name)[:90]] += 1e3 * seconds
+    return {"all": sum(total.values()), **dict(total.most_common(20))}
 
 
 def products(side: int, sizes: Sizes) -> dict[str, float]:
@@ -180,32 +222,63 @@ class Command:
     output: Path = RESULTS
     """Folder of the results; ``PRESET`` is appended."""
 
+    only: str = ""
+    """Measurements to make, with commas: names of methods, sides of products, ``steps`` or
+    ``products``. By default all."""
+
+    layers: int | None = None
+    """Blocks of the model, instead of the preset's; it is in the result."""
+
     def run(self) -> dict[str, Any]:
-        """Measure and write."""
+        """Measure, print and write."""
+        console = Console()
         sizes, deadline = PRESETS[self.preset], time.monotonic() + self.time_budget
-        results: dict[str, Any] = {"steps": {}, "products": {}, "skipped": []}
+        if self.layers is not None:
+            sizes = dataclasses.replace(sizes, model={**sizes.model, "num_layers": self.layers})
+        command = f"python -m experiments.finetune.speed --preset {self.preset}"
+        command += f" --layers {self.layers}" * (self.layers is not None)
+        results: dict[str, Any] = {
+            "steps": {},
+            "products": {},
+            "skipped": [],
+            "sizes": dataclasses.asdict(sizes),
+            "machine": machine(),
+            "seed": 0,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "command": command,
+        }
         work = [("steps", name, training_step, m) for name, m in methods(sizes.rank).items()]
         work += [("products", str(side), products, side) for side in sizes.sides]
+        wanted = set(filter(None, self.only.split(",")))
+        if unknown := wanted - {x for kind, name, *_ in work for x in (kind, name)}:
+            raise ValueError(f"only has {sorted(unknown)}, which are no measurements")
+        folder = self.output / self.preset
+        folder.mkdir(parents=True, exist_ok=True)
         for kind, name, measure, what in work:
+            if wanted and not wanted & {kind, name}:
+                continue
             if time.monotonic() > deadline:
                 results["skipped"].append(f"{kind}/{name}")
                 continue
             results[kind][name] = measure(what, sizes)
-        base = results["steps"].get("lora")
-        for row in results["steps"].values():
-            row["speedup_over_lora"] = base["step_ms"] / row["step_ms"]
-            row["peak_over_lora"] = row["peak_bytes"] / base["peak_bytes"]
-        results |= {
-            "sizes": dataclasses.asdict(sizes),
-            "machine": machine(),
-            "seed": 0,
-            "command": f"python -m experiments.finetune.speed --preset {self.preset}",
-        }
-        folder = self.output / self.preset
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-        sys.stdout.write(f"{folder / 'speed.json'}\n")
+            _compare(results["steps"])
+            (folder / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
+            console.print(
+                f"{kind}/{name}: {_line(results[kind][name])}", highlight=False, soft_wrap=True
+            )
+        console.print(str(folder / "speed.json"))
         return results
+
+
+def _compare(steps: dict[str, Any]) -> None:
+    """Every method beside LoRA on bfloat16, as far as that was measured."""
+    for row in steps.values() if "lora" in steps else ():
+        row["speedup_over_lora"] = steps["lora"]["step_ms"] / row["step_ms"]
+        row["peak_over_lora"] = row["peak_bytes"] / steps["lora"]["peak_bytes"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float))
 
 
 if __name__ == "__main__":

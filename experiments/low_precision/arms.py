@@ -4,6 +4,7 @@ import dataclasses
 
 from experiments.low_precision.training import Arm
 from jaxeff.quant import POINTS, RECIPES, OperandQuant, Recipe
+from jaxeff.quant.recipe import QAF_MODES
 from pallas_kernels.formats import BlockFormat
 
 SPLIT = RECIPES["fp4_all_the_way"]
@@ -21,6 +22,8 @@ def rounding_arms(preset: str) -> list[Arm]:
     ]
     if preset == "cpu":  # what ten minutes allow
         return named
+    if preset == "minutes":
+        return [*named, Arm("quartet", RECIPES["quartet"])]
     named += [Arm(name, RECIPES[name]) for name in ("quartet", "quartet2", "tetrajet2")]
     single = [Arm("split_17/16", SPLIT.with_sr_overrange())]
     for name, rest, one in (("rtn", "fp4_rtn", "stochastic"), ("sr", "fp4_sr", "nearest")):
@@ -37,6 +40,8 @@ def format_arms(preset: str) -> list[Arm]:
     pairs += [(size, scale) for scale in ("e4m3", "e8m0") for size in (8, 32, 64, 128)]
     if preset == "cpu":
         pairs = [(16, "e1m6"), (16, "e4m3"), (16, "e8m0")]
+    if preset == "minutes":
+        pairs = [*((16, scale) for scale in ("e1m6", "e4m3", "e5m2", "e8m0")), (128, "e4m3")]
     return [Arm(f"b{size}_{scale}", with_format(SPLIT, size, scale)) for size, scale in pairs]
 
 
@@ -51,13 +56,22 @@ def with_format(recipe: Recipe, block: int, scale: str) -> Recipe:
     return dataclasses.replace(recipe, **points)
 
 
+# Scales of powers of two, blocks of 128 and few tokens: the noise of FP4 made large.
+FORCED = with_format(SPLIT, 128, "e8m0")
+
+
+def branch_arms(setting: str) -> list[Arm]:
+    """E3 side by side: bf16, FP4 that goes on, and the three modes, each its second phase alone."""
+    recipe, batch = {"normal": (SPLIT, None), "forced": (FORCED, 4)}[setting]
+    modes = [Arm(mode, recipe.after_switch(mode), batch=batch) for mode in QAF_MODES]
+    plain = dataclasses.replace(BASELINE, batch=batch)
+    return [plain, Arm("stay", recipe, batch=batch), *modes]
+
+
 def qaf_arms(preset: str) -> dict[str, list[Arm]]:
     """E3: FP4 for 85 % of the steps, then five ways to go on; plain and with a forced crossing."""
     noise_every = 10 if preset == "cpu" else 50
-    settings = {
-        # Scales of powers of two, blocks of 128 and few tokens: the noise of FP4 made large.
-        "forced": (with_format(SPLIT, 128, "e8m0"), 1 if preset == "cpu" else 4),
-    }
+    settings = {"forced": (FORCED, 1 if preset == "cpu" else 4)}
     if preset == "gpu":
         settings["normal"] = (SPLIT, None)
     arms = {}
@@ -74,7 +88,7 @@ def qaf_arms(preset: str) -> dict[str, list[Arm]]:
             dataclasses.replace(
                 stay, name=mode, recipe=recipe.with_qaf(mode), phase=True, noise_every=None
             )
-            for mode in ("backward", "forward", "both")
+            for mode in QAF_MODES
         ]
         baseline = dataclasses.replace(BASELINE, qaf_start=0.85, batch=batch)
         arms[name] = [baseline, stay, *modes]

@@ -7,7 +7,9 @@ again goes on where a time budget or an interrupt stopped it.
 
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from experiments.low_precision import arms, quadratic, report, speed
+from experiments.low_precision import arms, quadratic, report, side_by_side, speed
 from experiments.low_precision.training import PRESETS, OutOfTime, Runs, environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,17 +38,33 @@ class Command:
     ]
     """What to run."""
 
-    preset: Literal["cpu", "gpu"] = "cpu"
-    """Sizes: minutes on a laptop, or the 32 M parameter model on one GPU."""
+    preset: Literal["cpu", "gpu", "minutes"] = "cpu"
+    """Sizes: minutes on a laptop, hours or minutes with 31 M parameters on one GPU. With "minutes"
+    all arms are trained side by side for as long as the time budget says."""
 
     seeds: int = 3
     """Seeds of each arm."""
 
     time_budget: float | None = None
-    """Seconds; what is not done by then is left for the next call."""
+    """Seconds; what is not done by then is left for the next call, which goes on from there."""
+
+    first_seed: int = 0
+    """Number of the first seed."""
+
+    arms: str = ""
+    """Names of arms, joined by commas, instead of all; bf16 is always there."""
+
+    setting: Literal["normal", "forced"] = "normal"
+    """Of qaf with preset "minutes": NVFP4, or a format that makes the noise large."""
 
     output: Path | None = None
-    """Folder, by default ``results/PRESET`` beside this file."""
+    """Folder, by default ``results/PRESET`` beside this file (``results/gpu`` for speed)."""
+
+    only: str = ""
+    """Sections of speed, joined by commas, instead of all."""
+
+    section: str = ""
+    """Used by speed itself: the section to run in this process."""
 
     plots: bool = True
     """Whether to draw (needs ``jaxeff[bench]``)."""
@@ -104,31 +122,29 @@ def run_rounding(command: Command, folder: Path) -> Results:
     ]
     table = report.gaps(records)
     pairs = [("rtn", "split"), ("sr", "split")]
-    pairs += [(f"rtn_but_{p}", "rtn") for p in ("fwd_x", "fwd_w") if f"rtn_but_{p}" in records]
+    pairs += [(f"rtn_but_{p}", "rtn") for p in ("fwd_x", "fwd_w")]
     claims = [
         _claim(f"{a} worse than {b} by two standard errors", *_verdict(report.worse(records, a, b)))
         for a, b in pairs
+        if a in records and b in records
     ]
-    split = table["split"]["relative_gap"]
-    claims.append(_claim("split rounding within 1.5 % of bf16", split, split <= 0.015))
+    if "split" in table:
+        split = table["split"]["relative_gap"]
+        claims.append(_claim("split rounding within 1.5 % of bf16", split, split <= 0.015))
     if command.plots:
         report.draw_gaps(table, folder / "rounding.png", "E1: rounding and recipes")
-    return {"table": table, "claims": claims}
+    late = {"late_gaps": report.late_gaps(records)} if command.preset == "minutes" else {}
+    return {"table": table, **late, "claims": claims}
 
 
 def run_formats(command: Command, folder: Path) -> Results:
     """E2: scale type and block size under split rounding."""
     records = _train(command, folder, {"": [arms.BASELINE, *arms.format_arms(command.preset)]})[""]
-    table = report.gaps(records)
-    claims = [
-        _claim(
-            "E1M6 scales worse than E4M3 by two standard errors",
-            *_verdict(report.worse(records, "b16_e1m6", "b16_e4m3")),
-        ),
-    ]
-    if "b128_e4m3" in records:
-        verdict = _verdict(report.worse(records, "b128_e4m3", "b16_e4m3"))
-        claims.append(_claim("blocks of 128 worse than 16 by two standard errors", *verdict))
+    table, claims = report.gaps(records), []
+    for text, worse in (("E1M6 scales", "b16_e1m6"), ("blocks of 128", "b128_e4m3")):
+        if worse in records and "b16_e4m3" in records:
+            verdict = _verdict(report.worse(records, worse, "b16_e4m3"))
+            claims.append(_claim(f"{text} worse than E4M3 at 16 by two standard errors", *verdict))
     if command.plots:
         report.draw_gaps(table, folder / "formats.png", "E2: scale types and blocks")
     return {"table": table, "claims": claims}
@@ -136,7 +152,10 @@ def run_formats(command: Command, folder: Path) -> Results:
 
 def run_qaf(command: Command, folder: Path) -> Results:
     """E3b: the noise ratio, and what each way of finetuning recovers."""
-    trained = _train(command, folder, arms.qaf_arms(command.preset))
+    if command.preset == "minutes":
+        trained = {command.setting: _branch(command, folder)}
+    else:
+        trained = _train(command, folder, arms.qaf_arms(command.preset))
     settings, claims = {}, []
     for setting, records in trained.items():
         table = report.gaps(records)
@@ -148,7 +167,7 @@ def run_qaf(command: Command, folder: Path) -> Results:
             name: [
                 [
                     first["step"],
-                    sum(run["noise"][i][name] for run in records["stay"]) / command.seeds,
+                    sum(run["noise"][i][name] for run in records["stay"]) / len(records["stay"]),
                 ]
                 for i, first in enumerate(records["stay"][0]["noise"])
             ]
@@ -162,6 +181,7 @@ def run_qaf(command: Command, folder: Path) -> Results:
             "table": table,
             "gap_closed": closed,
             "noise": noise,
+            "late_gaps": report.late_gaps(records) if command.preset == "minutes" else None,
             "tokens_per_measurement": records["stay"][0]["noise"][0]["tokens"],
             "crosses_sqrt3_at_step": crossed,
             "lowest_layer_at_the_end": _lowest(records["stay"][0]["noise"][-1]["layers"]),
@@ -177,39 +197,79 @@ def run_qaf(command: Command, folder: Path) -> Results:
 
 
 def run_speed(command: Command, folder: Path) -> Results:
-    """E4: step times on a GPU."""
+    """E4: times on a GPU, section by section; this process stays away from it."""
+    sections = command.only.split(",") if command.only else speed.SECTIONS
+    if not set(sections) <= set(speed.SECTIONS):
+        raise SystemExit(f"only must be out of {speed.SECTIONS}, got {command.only}")
+    budget = 600.0 if command.time_budget is None else command.time_budget
+    deadline = time.monotonic() + budget
+    for section in sections:
+        left = deadline - time.monotonic()
+        if left < 10:
+            break
+        _run_section(section, folder, left)
+    found = [(name, folder / f"speed_{name}.json") for name in speed.SECTIONS]
+    rows = {name: json.loads(path.read_text())["rows"] for name, path in found if path.exists()}
+    results: Results = {"sections": rows, "claims": _speed_claims(rows)}
+    points = speed.speed_ups([*rows.get("linear", []), *rows.get("sweep", [])])
+    results["break_even"] = {name: speed.break_even(values) for name, values in points.items()}
+    if command.plots and points:
+        report.draw_speed(points, folder / "speed.png")
+    return results
+
+
+def _run_section(section: str, folder: Path, seconds: float) -> None:
+    """One section in a process that is ended in time: a kernel that hangs costs one section."""
+    program = [sys.executable, "-u", "-m", "experiments.low_precision.run", "speed"]
+    program += ["--section", section, "--time-budget", str(seconds), "--output", str(folder)]
+    # Sections that are cut off must leave some time for those after them.
+    limit = min(seconds, 100.0) if section in speed.ISOLATED else seconds + 30
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    try:
+        status = subprocess.run(program, env=environment, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        status = f"nothing after {limit:.0f} s"
+    if status:
+        _say(f"{section} failed: {status}")
+
+
+def _measure_section(command: Command, folder: Path) -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit("speed needs a GPU: on a CPU 8-bit products are emulated")
-    began, path = time.monotonic(), folder / "speed_rows.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(row["tokens"], row["inputs"], row["outputs"]) for row in rows}
-    for shape in (*speed.FIRST, *speed.SWEEP):
-        if shape in done:
-            continue
-        if command.time_budget is not None and time.monotonic() - began > command.time_budget:
-            break
-        rows.append(speed.measure(shape))
-        done.add(shape)
-        with path.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-    names = [name for name in rows[0]["recipes"] if name.startswith("fp8")]
-    best = [
-        max(row["recipes"][name]["speed_up"] for name in names)
-        for row in rows
-        if (row["tokens"], row["inputs"], row["outputs"]) in speed.FIRST[:2]
-    ]
-    claims = [
-        _claim("8192³, forward and backward, at least 1.45 times bf16", best[:1], best[0] >= 1.45)
-    ]
-    if len(best) > 1:
-        claims.append(_claim("4096 × 4096 × 16384 tokens, 1.3 times", best[1:], best[1] >= 1.3))
-    if command.plots:
-        report.draw_speed(rows, folder / "speed.png")
-    return {
-        "rows": rows,
-        "break_even": {name: speed.break_even(rows, name) for name in names},
-        "claims": claims,
-    }
+    deadline = time.monotonic() + (command.time_budget or 600.0)
+    path = folder / f"speed_{command.section}.json"
+    _say(f"{command.section} on {jax.devices()[0].device_kind}")
+    speed.run_section(command.section, speed.Report(path, deadline, _say))
+
+
+def _speed_claims(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The issue's figures, as far as they were measured."""
+    claims = []
+    for shape, wanted in zip(speed.FIRST, (1.45, 1.3), strict=True):
+        ratios = {
+            row["recipe"]: row["speed_up"]
+            for row in rows.get("linear", [])
+            if (row["tokens"], row["inputs"], row["outputs"]) == shape
+            and row["recipe"].startswith("fp8")
+        }
+        if ratios:
+            text = f"linear layer, {shape}: best FP8 at least {wanted} times bf16"
+            claims.append(_claim(text, ratios, max(ratios.values()) >= wanted))
+    steps = {row["recipe"]: row["speed_up"] for row in rows.get("step", [])}
+    for name, wanted in (
+        ("fp8_delayed", 1.25),
+        ("fp8_current", 1.25),
+        ("fp4_all_the_way", 1 / 2.2),
+    ):
+        if name in steps:
+            text = f"transformer step, {name} at least {wanted:.3f} times the speed of bf16"
+            claims.append(_claim(text, steps[name], steps[name] >= wanted))
+    rates = {r["what"]: r["terabytes_per_second"] for r in rows.get("quantize", []) if "what" in r}
+    for name, rate in rates.items():
+        if name.startswith("kernel rows") and "copy" in rates:
+            share = rate / rates["copy"]
+            claims.append(_claim(f"{name}: 75 % of a copy's bandwidth", share, share >= 0.75))
+    return claims
 
 
 EXPERIMENTS: dict[str, Callable[[Command, Path], Results]] = {
@@ -222,12 +282,41 @@ EXPERIMENTS: dict[str, Callable[[Command, Path], Results]] = {
 }
 
 
+def _say(text: str) -> None:
+    CONSOLE.print(text, highlight=False, soft_wrap=True)
+
+
+def _session(command: Command, folder: Path) -> side_by_side.Session:
+    budget = 300.0 if command.time_budget is None else command.time_budget
+    path = folder / f"{command.experiment}_runs.json"
+    return side_by_side.Session(PRESETS[command.preset], budget, path, _say)
+
+
+def _branch(command: Command, folder: Path) -> dict[str, list]:
+    """The modes of finetuning side by side, one seed."""
+    session = _session(command, folder)
+    branches = arms.branch_arms(command.setting)
+    return side_by_side.branch(session, branches, command.first_seed)
+
+
 def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str, dict[str, list]]:
     """Runs of every arm and seed, seed by seed, so that a cut-off study compares what it has."""
+    seeds = range(command.first_seed, command.first_seed + command.seeds)
+    if command.arms:
+        known = {arm.name for chosen in groups.values() for arm in chosen}
+        names = {arms.BASELINE.name, *command.arms.split(",")}
+        if not names <= known:
+            raise SystemExit(f"arms must be out of {sorted(known)}, got {command.arms}")
+        groups = {
+            group: [arm for arm in chosen if arm.name in names] for group, chosen in groups.items()
+        }
+    if command.preset == "minutes":
+        session, (group,) = _session(command, folder), groups.values()
+        return {"": side_by_side.compare(session, group, seeds)}
     runs = Runs(folder, PRESETS[command.preset], command.time_budget)
     trained = {name: {arm.name: [] for arm in group} for name, group in groups.items()}
     # Every experiment needs the same baseline: it is trained once.
-    for seed in range(command.seeds):
+    for seed in seeds:
         for name, group in groups.items():
             for arm in group:
                 label = command.experiment + (f"_{name}" if name else "")
@@ -258,26 +347,32 @@ CONSOLE = Console()
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, run one experiment and write its JSON."""
     command = tyro.cli(Command, args=arguments, prog="python -m experiments.low_precision.run")
-    folder = command.output or RESULTS / command.preset
+    default = "gpu" if command.experiment == "speed" else command.preset
+    folder = command.output or RESULTS / default
     folder.mkdir(parents=True, exist_ok=True)
+    if command.section:
+        return _measure_section(command, folder)
     try:
         results = EXPERIMENTS[command.experiment](command, folder)
     except OutOfTime:
         CONSOLE.print("the time budget is spent; the same command goes on from here")
         sys.exit(3)
     settings = asdict(command) | {"output": None}
+    # The parent of timed processes has no device of its own, and must not take memory of it.
+    here = {} if command.experiment == "speed" else environment()
     content = {
         "experiment": command.experiment,
         "command": f"python -m experiments.low_precision.run {command.experiment} "
         f"--preset {command.preset} --seeds {command.seeds}",
         "settings": settings,
         "sizes": asdict(PRESETS[command.preset]) if command.experiment in TRAINED else None,
-        "environment": environment(),
+        "environment": here,
         **results,
     }
     (folder / f"{command.experiment}.json").write_text(json.dumps(content, indent=1) + "\n")
     for claim in results["claims"]:
-        CONSOLE.print(f"{'yes' if claim['passed'] else 'NO '} {claim['claim']}: {claim['value']}")
+        _say(f"{'yes' if claim['passed'] else 'NO '} {claim['claim']}: {claim['value']}")
+    return None
 
 
 if __name__ == "__main__":

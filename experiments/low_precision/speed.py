@@ -1,21 +1,47 @@
-"""E4: step times of FP8 and of emulated FP4 on a GPU, and the size from which FP8 pays."""
+"""E4: times of FP8 and of emulated FP4 on a GPU, and the size from which FP8 pays.
+
+Sections, each of which writes ``speed_<section>.json`` after every row:
+
+* ``gemm``: the kernel for FP8 blocks against XLA's sum over tiles, then its rate.
+* ``linear``: forward and backward of a linear layer at the two sizes of the acceptance test.
+* ``quantize``: the fused quantiser against the formats, then its bandwidth beside a copy and XLA.
+* ``cast``: likewise FP8 codes of a matrix and of its transpose.
+* ``step``: a training step of a transformer with 1.1 billion parameters.
+* ``sweep``: the linear layer over sizes, for the break-even.
+"""
 
 import dataclasses
+import functools
 import itertools
-import math
-from collections.abc import Callable
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from jaxeff.quant import RECIPES, Recipe, dot_general, init_history
-from pallas_kernels.benchmarking import benchmark, matmul_flops, teraflops
+from experiments.low_precision.training import environment
+from jaxeff.nn.rope import RopeConfig, apply_rope
+from jaxeff.quant import RECIPES, Recipe, advance_history, dot_general, init_history
+from pallas_kernels import fake_quantize, quantize_fp8_both
+from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
+from pallas_kernels.formats import TE_SIGNS, get_format, rht
+from pallas_kernels.formats.block_format import tensor_encode_scale
+from pallas_kernels.formats.counter_random import counter_key
 
 PLAIN = (((1,), (0,)), ((), ()))
-# Two shapes of the acceptance test first: a time budget cuts off the end of the sweep.
-FIRST = ((8192, 8192, 8192), (16384, 4096, 4096), (15872, 4096, 16384))
-SWEEP = tuple(itertools.product((8192, 16384), (512, 1024, 2048, 4096, 8192, 16384), (4096, 16384)))
+SECTIONS = ("cast", "quantize", "linear", "gemm", "step", "sweep")
+ISOLATED = ("cast", "quantize", "gemm")  # kernels that may hang run in a process of their own
+# The two shapes of the acceptance test: tokens, inputs, outputs.
+FIRST = ((8192, 8192, 8192), (16384, 4096, 4096))
+SWEEP = tuple((t, k, k) for t, k in itertools.product((16384, 4096), (2048, 1024)))
+Row = dict[str, Any]
+Say = Callable[[str], None]
 
 
 def _native(name: str) -> Recipe:
@@ -28,6 +54,32 @@ def recipes() -> dict[str, Recipe]:
         name: _native(name) for name in ("fp8_current", "fp8_delayed", "fp8_rowwise", "fp8_block")
     }
     return {"bf16": RECIPES["bf16"], **eight, "fp4_all_the_way": RECIPES["fp4_all_the_way"]}
+
+
+@dataclasses.dataclass
+class Report:
+    """Rows of one section and the clock."""
+
+    path: Path
+    deadline: float
+    say: Say
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        """Keeps a row, says it and writes all."""
+        self.rows.append(row)
+        shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        self.say("  ".join(f"{k}={v}" for k, v in shown.items()))
+        content = {"environment": environment(), "rows": self.rows}
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+    @property
+    def is_late(self) -> bool:
+        """Whether no further measurement should begin."""
+        return time.monotonic() > self.deadline
+
+
+# --- the linear layer -----------------------------------------------------------------------------
 
 
 def layer_step(recipe: Recipe) -> Callable:
@@ -53,58 +105,440 @@ def layer_step(recipe: Recipe) -> Callable:
     return step
 
 
-def measure(shape: tuple[int, int, int], repeats: int = 20) -> dict[str, Any]:
-    """Times all recipes on one shape.
+def measure_linear(
+    shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 6
+) -> None:
+    """Adds a row for each shape and name; all programs of a shape are compiled at once.
 
-    Args:
-        shape: tokens, inputs, outputs.
-        repeats: timed runs of each.
-
-    Returns:
-        Row with milliseconds, TFLOP/s over the three products, ratio to bf16, and whether the
-        compiled program holds an 8-bit product.
+    A row has milliseconds, TFLOP/s over the three products, the ratio to bf16, and how many 8-bit
+    cuBLASLt calls the compiled program holds.
     """
-    t, k, n = shape
-    keys = jax.random.split(jax.random.key(0), 3)
-    operands = [
-        jax.random.normal(key, size, jnp.bfloat16) * scale
-        for key, size, scale in zip(
-            keys, ((t, k), (k, n), (t, n)), (1.0, k**-0.5, 1e-3), strict=True
-        )
-    ]
-    row: dict[str, Any] = {"tokens": t, "inputs": k, "outputs": n, "recipes": {}}
-    for name, recipe in recipes().items():
-        step = layer_step(recipe)
-        text = step.lower(*operands).compile().as_text()
-        timing = benchmark(step, *operands, repeats=repeats)
-        row["recipes"][name] = {
-            "milliseconds": 1e3 * timing.median,
-            "spread": timing.spread,
-            "teraflops": teraflops(3 * matmul_flops(t, n, k), timing),
-            "source": timing.source,
-            "fp8_custom_call": "cublas$lt$matmul$f8" in text,
-            "fp8_in_program": "f8e4m3fn" in text,
-        }
-    bf16 = row["recipes"]["bf16"]["milliseconds"]
-    for numbers in row["recipes"].values():
-        numbers["speed_up"] = bf16 / numbers["milliseconds"]
-    return row
+    for shape in shapes:
+        if report.is_late:
+            return
+        t, k, n = shape
+        types = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((t, k), (k, n), (t, n))]
+        with ThreadPoolExecutor(8) as pool:
+            programs = {
+                name: pool.submit(layer_step(recipes()[name]).lower(*types).compile)
+                for name in names
+            }
+        # Drawn in float32 and cast: bfloat16 normals have few values.
+        keys = jax.random.split(jax.random.key(0), 3)
+        scales = (1.0, k**-0.5, 1e-3)
+        operands = [
+            (jax.random.normal(key, kind.shape) * scale).astype(jnp.bfloat16)
+            for key, kind, scale in zip(keys, types, scales, strict=True)
+        ]
+        plain, exact = None, None
+        for name, program in programs.items():
+            compiled = program.result()
+            outs = compiled(*operands)
+            timing = benchmark(compiled, *operands, repeats=repeats)
+            if name == "bf16":
+                plain, exact = timing.median, outs
+            row = {"tokens": t, "inputs": k, "outputs": n, "recipe": name}
+            errors = [float(_relative(a, b)) for a, b in zip(outs, exact, strict=True)]
+            row |= _numbers(timing, 3 * matmul_flops(t, n, k), plain, compiled)
+            report.add(row | {"errors": errors})
 
 
-def break_even(rows: list[dict[str, Any]], recipe: str) -> dict[str, Any]:
+@jax.jit
+def _relative(a, b):
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+
+
+def _numbers(timing: Timing, flops: float, plain: float | None, compiled: Any) -> Row:
+    text = compiled.as_text()
+    return {
+        "milliseconds": 1e3 * timing.median,
+        "spread": timing.spread,
+        "teraflops": teraflops(flops, timing),
+        "speed_up": None if plain is None else plain / timing.median,
+        "source": timing.source,
+        "fp8_calls": len(re.findall(r"cublas\$lt\$matmul\$f8", text)),
+        "fp8_in_program": "f8e4m3fn" in text,
+    }
+
+
+def speed_ups(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Operations of one product and ratio to bf16, by recipe, in rising order."""
+    points = {}
+    for row in rows:
+        if row["recipe"] != "bf16" and row["speed_up"] is not None:
+            flops = 2.0 * row["tokens"] * row["inputs"] * row["outputs"]
+            points.setdefault(row["recipe"], []).append((flops, row["speed_up"]))
+    return {name: sorted(values) for name, values in points.items()}
+
+
+def break_even(points: list[tuple[float, float]]) -> Row:
     """Smallest product size from which a recipe is never slower than bf16.
 
     Args:
-        rows: results of ``measure``.
-        recipe: name.
+        points: operations and ratio to bf16.
 
     Returns:
-        ``flops`` of one product (None if it never pays), and the rows below.
+        ``flops`` of one product (None if it never pays), and those that were slower.
+
+    >>> break_even([(2.0, 0.5), (4.0, 1.2), (8.0, 0.9), (16.0, 1.5)])
+    {'flops': 16.0, 'slower_at_flops': [2.0, 8.0]}
     """
-    points = sorted(
-        (math.prod((r["tokens"], r["inputs"], r["outputs"])) * 2, r["recipes"][recipe]["speed_up"])
-        for r in rows
-    )
-    slower = [flops for flops, speed_up in points if speed_up < 1]
+    slower = [flops for flops, ratio in points if ratio < 1]
     above = [flops for flops, _ in points if not slower or flops > max(slower)]
     return {"flops": min(above, default=None), "slower_at_flops": slower}
+
+
+# --- the quantiser --------------------------------------------------------------------------------
+
+
+def nvfp4_plan(x: jax.Array):
+    """The plan of the fused kernel for NVFP4."""
+    from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Plan
+
+    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"))
+
+
+def nvfp4_factors(x: jax.Array) -> jax.Array:
+    """Encode and decode scale of the tensor for both sides: the pass before the kernel's."""
+    kind = get_format("nvfp4")
+    top = jnp.abs(x).max().astype(jnp.float32)
+    encode = tensor_encode_scale(top, kind.element_type, kind.scale_type)
+    return jnp.broadcast_to(jnp.stack([encode, 1 / encode]), (2, 2))
+
+
+def wide_data(shape: tuple[int, int], dtype=jnp.bfloat16) -> jax.Array:
+    """Normal values whose size differs from row to row, e^±2 at one deviation."""
+    x = jax.random.normal(jax.random.key(0), shape)
+    return (x * jnp.exp(2 * jax.random.normal(jax.random.key(1), (shape[0], 1)))).astype(dtype)
+
+
+def quantizer_programs(x: jax.Array) -> dict[str, tuple[Callable, int, int]]:
+    """What is compared: a function of (x, factors), bytes moved in sizes of x, passes over it."""
+    from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Side, round_matrix
+
+    words = jnp.uint32([[1, 2], [3, 0xDEADBEEF]])
+    near, drawn = Side(), Side(True)
+
+    def kernel(rows, columns):
+        return lambda x, factors: round_matrix(x, factors, words, nvfp4_plan(x), rows, columns)
+
+    def plain(axis, stochastic):
+        key = {"rounding": "stochastic", "key": counter_key(words[1 - axis])} if stochastic else {}
+        options = {"axis": axis, "implementation": "xla"} | key
+        return lambda x, factors: fake_quantize(x, "nvfp4", **options)
+
+    return {
+        "copy": (lambda x, factors: -x, 2, 1),
+        "kernel rows SR": (kernel(drawn, None), 2, 1),
+        "kernel rows and columns SR": (kernel(drawn, drawn), 3, 1),
+        "XLA rows RtN": (plain(1, False), 2, 2),
+        "XLA rows SR": (plain(1, True), 2, 2),
+        "kernel rows SR with tensor scale": (
+            lambda x, factors: kernel(drawn, None)(x, nvfp4_factors(x)), 2, 2
+        ),
+        "kernel rows RtN, columns rotated SR": (kernel(near, Side(True, TE_SIGNS)), 3, 1),
+        "kernel columns SR": (kernel(None, drawn), 2, 1),
+        "kernel rows RtN": (kernel(near, None), 2, 1),
+        "amax by XLA": (lambda x, factors: jnp.abs(x).max(), 1, 1),
+        "XLA columns SR": (plain(0, True), 2, 2),
+        "XLA columns rotated SR": (lambda x, factors: plain(0, True)(rht(x, axis=0), None), 2, 3),
+    }  # fmt: skip
+
+
+# Result of a kernel, and the program that must give the same.
+_SAME = (
+    ("kernel rows SR", 0, "XLA rows SR"),
+    ("kernel rows and columns SR", 0, "XLA rows SR"),
+    ("kernel rows and columns SR", 1, "XLA columns SR"),
+    ("kernel rows RtN, columns rotated SR", 0, "XLA rows RtN"),
+    ("kernel rows RtN, columns rotated SR", 1, "XLA columns rotated SR"),
+)
+
+
+def measure_quantizer(report: Report, shape: tuple[int, int] = (16384, 8192)) -> None:
+    """Checks the fused quantiser bit for bit, then times it beside a copy and plain XLA."""
+    for size, dtype in (((96, 288), jnp.float32), (shape, jnp.bfloat16)):
+        x = jax.block_until_ready(wide_data(size, dtype))
+        rotated = rht(x, axis=0)
+        factors = jnp.stack([nvfp4_factors(x)[0], nvfp4_factors(rotated)[0]])
+        rotates = "kernel rows RtN, columns rotated SR"
+        sides = {rotates: factors}  # the others take the scale of x on both sides
+        given = {name: sides.get(name, nvfp4_factors(x)) for name in quantizer_programs(x)}
+        with ThreadPoolExecutor(16) as pool:
+            compiled = {
+                name: pool.submit(jax.jit(function).lower(x, factors).compile)
+                for name, (function, *_) in quantizer_programs(x).items()
+                if size == shape or "SR" in name or "RtN" in name
+            }
+        compiled = {name: program.result() for name, program in compiled.items()}
+        report.say(f"{size}: compiled")
+        for kernel, index, plain in _SAME:
+            got = compiled[kernel](x, given[kernel])[index]
+            want = compiled[plain](x, factors)
+            row = {"check": f"{kernel}: {plain}", "shape": list(size), "dtype": str(x.dtype)}
+            report.add(row | {"different": int((got != want).sum()), "of": x.size})
+    for name, (_, moved, passes) in quantizer_programs(x).items():
+        if report.is_late:
+            return
+        timing = benchmark(compiled[name], x, given[name], repeats=10)
+        rate = moved * x.size * x.dtype.itemsize / timing.median / 1e12
+        row = {"what": name, "microseconds": 1e6 * timing.median, "terabytes_per_second": rate}
+        report.add(row | {"spread": timing.spread, "passes": passes, "source": timing.source})
+
+
+def measure_cast(report: Report, shape: tuple[int, int] = (16384, 8192)) -> None:
+    """Checks FP8 codes of a matrix and of its transpose bit for bit, then times them."""
+    kinds = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
+
+    def cast(qtype, implementation):
+        return lambda x, scale: quantize_fp8_both(x, qtype, scale, implementation=implementation)
+
+    for size in ((160, 144), shape):
+        x = jax.block_until_ready(wide_data(size))
+        scales = {name: jnp.abs(x).max().astype(jnp.float32) / top for name, top in kinds.items()}
+        with ThreadPoolExecutor(8) as pool:
+            compiled = {
+                (name, how): pool.submit(jax.jit(cast(name, how)).lower(x, scale).compile)
+                for name, scale in scales.items()
+                for how in ("mosaic", "xla")
+            }
+        compiled = {name: program.result() for name, program in compiled.items()}
+        for name, scale in scales.items():
+            got, want = (compiled[name, how](x, scale)[:2] for how in ("mosaic", "xla"))
+            wrong = [
+                int((a.astype(jnp.float32) != b.astype(jnp.float32)).sum())
+                for a, b in zip(got, want, strict=True)
+            ]
+            report.add({"check": name, "shape": list(size), "different": wrong, "of": x.size})
+    for (name, how), program in compiled.items():
+        timing = benchmark(program, x, scales[name], repeats=10)
+        rate = 2 * x.size * x.dtype.itemsize / timing.median / 1e12  # read 2 bytes, write 1 and 1
+        row = {"what": f"{name} {how}", "microseconds": 1e6 * timing.median}
+        report.add(row | {"terabytes_per_second": rate, "spread": timing.spread})
+
+
+def measure_gemm(report: Report, side: int = 8192) -> None:
+    """Checks the kernel for scales per 128 of k, then times it beside bf16 and one scale."""
+    from pallas_kernels.ops.matmul.mosaic_sm90_fp8 import Config, block_scaled
+
+    def codes(seed, shape):
+        return jax.random.normal(jax.random.key(seed), shape).astype(jnp.float8_e4m3fn)
+
+    def given(m, n, k, squares):
+        sizes = ((k // 128, m), (k // 128, n // 128 if squares else n))
+        scales = [jnp.exp(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(sizes)]
+        return codes(2, (m, k)), codes(3, (n, k)), *scales
+
+    def exact(a, b, a_scale, b_scale):
+        k = a.shape[1]
+        b_scale = jnp.repeat(b_scale, b.shape[0] // b_scale.shape[1], 1)
+        wide = [
+            (x.astype(jnp.float32).reshape(-1, k // 128, 128) * s.T[..., None]).reshape(-1, k)
+            for x, s in ((a, a_scale), (b, b_scale))
+        ]
+        return jnp.matmul(wide[0], wide[1].T, precision="highest")
+
+    for m, n, k, squares in (
+        (200, 384, 256, True),
+        (200, 192, 1280, False),
+        (1024, 512, 4096, True),
+    ):
+        operands = given(m, n, k, squares)
+        run = jax.jit(functools.partial(block_scaled, out_dtype="float32"))
+        got, want = run(*operands), jax.jit(exact)(*operands)
+        row = {"check": [m, n, k], "squares": squares, "error": float(_relative(got, want))}
+        report.add(row | {"same": bool((got == run(*operands)).all())})
+    flops = matmul_flops(side, side, side)
+    a, b = codes(2, (side, side)), codes(3, (side, side))
+    wide = [x.astype(jnp.bfloat16) for x in (a, b)]
+    contract = (((1,), (1,)), ((), ()))
+    plain = functools.partial(
+        jax.lax.dot_general, dimension_numbers=contract, preferred_element_type=jnp.bfloat16
+    )
+    programs = {
+        "squares": (block_scaled, given(side, side, side, True)),
+        "one scale, XLA": (plain, (a, b)),
+        "columns": (block_scaled, given(side, side, side, False)),
+        "bf16": (plain, wide),
+        "squares, no cluster": (
+            functools.partial(block_scaled, config=Config(cluster=1)), given(side, side, side, True)
+        ),
+    }  # fmt: skip
+    for name, (function, operands) in programs.items():
+        if report.is_late:
+            return
+        compiled = jax.jit(function).lower(*operands).compile()
+        timing = benchmark(compiled, *operands, repeats=6)
+        report.add({"what": name} | _numbers(timing, flops, None, compiled))
+
+
+# --- a transformer step ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A decoder as of 1B parameters: 16 layers, grouped-query attention, SwiGLU.
+
+    What has the same input is one product: queries, keys and values, gate and up projection.
+    """
+
+    layers: int = 16
+    dim: int = 2048
+    heads: int = 16
+    kv_heads: int = 8
+    mlp: int = 8192
+    vocab: int = 32768
+    batch: int = 8
+    seq_len: int = 2048
+    attention: str | None = "cudnn"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.dim // self.heads
+
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the weights of a layer."""
+        kv = self.kv_heads * self.head_dim
+        return {
+            "qkv": (self.dim, self.dim + 2 * kv),
+            "out": (self.dim, self.dim),
+            "gate_up": (self.dim, 2 * self.mlp),
+            "down": (self.mlp, self.dim),
+        }
+
+
+def init_parameters(sizes: Sizes) -> dict[str, jax.Array]:
+    """Float32 weights, the layers' stacked along a leading axis."""
+    shapes = {name: (sizes.layers, *shape) for name, shape in sizes.kernels().items()}
+    shapes |= {"embed": (sizes.vocab, sizes.dim), "head": (sizes.dim, sizes.vocab)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    parameters = {
+        name: jax.random.normal(key, shape) * shape[-2] ** -0.5
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    return parameters | {
+        "norms": jnp.ones((sizes.layers, 2, sizes.dim)),
+        "norm": jnp.ones(sizes.dim),
+    }
+
+
+def init_histories(sizes: Sizes, recipe: Recipe) -> dict[str, jax.Array]:
+    """What delayed scaling remembers of every product; empty for other recipes."""
+    if recipe.delayed is None:
+        return {}
+    one = init_history(recipe).at[:, 0].set(4.0)
+    return {name: jnp.broadcast_to(one, (sizes.layers, *one.shape)) for name in sizes.kernels()}
+
+
+def loss_of(parameters, histories, tokens, step, recipe: Recipe, sizes: Sizes) -> jax.Array:
+    """Next-token loss; the layers are a scan, so that one of them is compiled."""
+    names = list(sizes.kernels())
+    positions = jnp.broadcast_to(jnp.arange(sizes.seq_len), (sizes.batch, sizes.seq_len))
+
+    def layer(x, given):
+        weights, norms, seen, index = given
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index)
+
+        def product(name, value):
+            own = jax.random.fold_in(key, names.index(name)) if recipe.needs_key else None
+            numbers = (((value.ndim - 1,), (0,)), ((), ()))
+            rounded = dot_general(recipe, own, amax_history=seen.get(name))
+            return rounded(value, weights[name].astype(value.dtype), numbers)
+
+        h = _normed(x, norms[0])
+        qkv = product("qkv", h).reshape(*x.shape[:2], -1, sizes.head_dim)
+        q, k, v = jnp.split(qkv, (sizes.heads, sizes.heads + sizes.kv_heads), axis=2)
+        q, k = (apply_rope(part, positions, RopeConfig()) for part in (q, k))
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, implementation=sizes.attention
+        ).reshape(x.shape)
+        x = x + product("out", out)
+        h = _normed(x, norms[1])
+        gate, up = jnp.split(product("gate_up", h), 2, axis=-1)
+        return x + product("down", jax.nn.silu(gate) * up), None
+
+    x = parameters["embed"].astype(jnp.bfloat16)[tokens[:, :-1]]
+    stacked = {name: parameters[name] for name in names}
+    given = (stacked, parameters["norms"], histories, jnp.arange(sizes.layers))
+    x, _ = jax.lax.scan(layer, x, given)
+    logits = _normed(x, parameters["norm"]) @ parameters["head"].astype(jnp.bfloat16)
+    logits = logits.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def _normed(x, scale):
+    wide = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+    return (wide * factor * scale).astype(x.dtype)
+
+
+OPTIMIZER = optax.adamw(1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def train_step(state, tokens, step, recipe: Recipe, sizes: Sizes):
+    """One step of AdamW; returns the new state and the loss."""
+    parameters, moments, histories = state
+    loss, (gradient, seen) = jax.value_and_grad(loss_of, (0, 1))(
+        parameters, histories, tokens, step, recipe, sizes
+    )
+    updates, moments = OPTIMIZER.update(gradient, moments, parameters)
+    histories = advance_history(histories, seen)
+    return (optax.apply_updates(parameters, updates), moments, histories), loss
+
+
+def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> None:
+    """Adds a row for bf16, FP8 and emulated FP4, timed by the host over whole steps."""
+    tokens = jax.random.randint(
+        jax.random.key(1), (sizes.batch, sizes.seq_len + 1), 0, sizes.vocab, jnp.int32
+    )
+    initial = jax.jit(lambda: (p := init_parameters(sizes), OPTIMIZER.init(p)))
+    types = jax.eval_shape(initial)
+    names = ("bf16", "fp8_delayed", "fp4_all_the_way", "fp8_current")
+    with ThreadPoolExecutor(8) as pool:
+        programs = {}
+        for name in names:
+            recipe = recipes()[name]
+            state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
+            lowered = train_step.lower(state, tokens, jnp.int32(0), recipe, sizes)
+            programs[name] = pool.submit(lowered.compile)
+    plain = None
+    for name, program in programs.items():
+        if report.is_late:
+            return
+        compiled, state = program.result(), (*initial(), init_histories(sizes, recipes()[name]))
+        times = []
+        for step in range(repeats + 2):
+            began = time.perf_counter()
+            state, loss = compiled(state, tokens, jnp.int32(step))
+            loss = float(loss)
+            times.append(time.perf_counter() - began)
+        timing = Timing(tuple(times[2:]), times[0], "wall")
+        plain = timing.median if name == "bf16" else plain
+        weights = sizes.layers * sum(k * n for k, n in sizes.kernels().values())
+        flops = 6.0 * tokens.size * (weights + sizes.dim * sizes.vocab)
+        row = {
+            "recipe": name,
+            "loss": loss,
+            "parameters": sum(x.size for x in jax.tree.leaves(state[0])),
+        }
+        report.add(row | _numbers(timing, flops, plain, compiled))
+        del state
+
+
+def run_section(section: str, report: Report) -> None:
+    """Runs one of ``SECTIONS``."""
+    if section == "linear":
+        measure_linear(FIRST, ("bf16", "fp8_delayed", "fp8_current"), report)
+    elif section == "cast":
+        measure_cast(report)
+    elif section == "gemm":
+        measure_gemm(report)
+    elif section == "quantize":
+        measure_quantizer(report)
+    elif section == "step":
+        measure_steps(report)
+    else:
+        measure_linear(SWEEP, ("bf16", "fp8_current", "fp8_delayed"), report, repeats=5)

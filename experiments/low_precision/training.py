@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ import optax
 from flax import nnx
 
 from jaxeff import checkpoint, train
-from jaxeff.data import Corpus, batches, stdlib_corpus
+from jaxeff.data import Corpus, batches, directory_corpus, stdlib_corpus
 from jaxeff.models import Decoder, ModelConfig
 from jaxeff.optim import monitor_gradient_noise, qaf_schedule, warmup_cosine
 from jaxeff.quant import Recipe, apply_recipe, fold_step, set_phase
@@ -45,6 +46,8 @@ class Preset:
     validation_bytes: int
     dtype: str
     save_every: float = 60.0
+    attention: str | None = None  # of jax.nn.dot_product_attention; None is the model's own
+    with_packages: bool = False  # whether installed packages add to the text
 
     def model_config(self) -> ModelConfig:
         """The decoder: SwiGLU, RMSNorm, RoPE, untied head."""
@@ -60,7 +63,13 @@ class Preset:
 PRESETS = {
     "cpu": Preset(64, 2, 4, 192, 64, 8, 160, 4e-3, 16, 6_000_000, 65_536, "float32"),
     "gpu": Preset(512, 10, 8, 1408, 512, 64, 9200, 2e-3, 200, None, 1_048_576, "bfloat16"),
-}
+    # Few and wide layers: most of the time in products, little of it in compiling. The number of
+    # steps follows from the time budget, see side_by_side.
+    "minutes": Preset(
+        768, 4, 6, 2304, 512, 32, 0, 1.5e-3, 100, 100_000_000, 1_048_576, "bfloat16",
+        attention="cudnn", with_packages=True,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class Runs:
         """
         known = self._records.get((experiment, arm.name, seed))
         if known is not None:
-            if known["preset"] != asdict(self.preset):
+            if Preset(**known["preset"]) != self.preset:
                 raise ValueError(
                     f"{self.output} holds runs of other sizes; choose another output folder"
                 )
@@ -143,26 +152,49 @@ class Runs:
 
 
 @functools.cache
-def corpus(max_bytes: int | None) -> Corpus:
-    """The standard library's sources."""
-    return stdlib_corpus(max_bytes)
+def corpus(max_bytes: int | None, with_packages: bool = False) -> Corpus:
+    """The standard library's sources, and those of installed packages if wanted."""
+    library = stdlib_corpus(max_bytes)
+    room = None if max_bytes is None else max_bytes - len(library.train) - len(library.validation)
+    if not with_packages or (room is not None and room < 1_000_000):
+        return library
+    packages = directory_corpus(sysconfig.get_paths()["purelib"], max_bytes=room, skip=())
+    return Corpus(
+        np.concatenate([library.train, packages.train]),
+        np.concatenate([library.validation, packages.validation]),
+        library.train_files + packages.train_files,
+        library.validation_files + packages.validation_files,
+    )
 
 
-def _validation(preset: Preset) -> Iterator[np.ndarray]:
-    """Windows of the held-out bytes without overlap, each byte predicted once."""
-    data, length = corpus(preset.max_bytes).validation, preset.seq_len
+def validation_batches(preset: Preset, batch: int | None = None) -> Iterator[np.ndarray]:
+    """Windows of the held-out bytes without overlap, ``batch`` (or the preset's) at a time.
+
+    Where packages are part of the text they are spread over all of it, as the batches are; else
+    they are the first ones.
+    """
+    batch, length = batch or preset.batch, preset.seq_len
+    data = corpus(preset.max_bytes, preset.with_packages).validation
     count = min(preset.validation_bytes, len(data) - 1) // length
-    windows = np.stack([data[i * length : (i + 1) * length + 1] for i in range(count)])
-    for start in range(0, count - count % preset.batch, preset.batch):
-        yield windows[start : start + preset.batch].astype(np.int32)
+    stride = (len(data) - 1) // count if preset.with_packages else length
+    windows = np.stack([data[i * stride : i * stride + length + 1] for i in range(count)])
+    for start in range(0, count - count % batch, batch):
+        yield windows[start : start + batch].astype(np.int32)
 
 
 def build(arm: Arm, seed: int, preset: Preset) -> Decoder:
     """A fresh model with the arm's recipe."""
     dtype = jnp.dtype(preset.dtype)
-    model = Decoder(preset.model_config(), rngs=nnx.Rngs(seed), dtype=dtype)
+    attention = None if preset.attention is None else _attention(preset.attention)
+    model = Decoder(preset.model_config(), rngs=nnx.Rngs(seed), dtype=dtype, attention_fn=attention)
     apply_recipe(model, arm.recipe, keep_last=arm.keep_last, seed=seed)
     return model
+
+
+@functools.cache
+def _attention(implementation: str):
+    """One object per name: a compiled step is keyed by it."""
+    return functools.partial(jax.nn.dot_product_attention, implementation=implementation)
 
 
 @functools.cache
@@ -206,7 +238,8 @@ def _train(arm, seed, preset, folder, trunk, check_time) -> dict[str, Any]:
         curve, noise = progress["curve"], progress["noise"]
     branch = None if arm.qaf_start is None else int(arm.qaf_start * preset.steps)
     switch = jnp.int32(branch) if arm.phase else None
-    data = batches(corpus(preset.max_bytes).train, arm.batch or preset.batch, preset.seq_len, seed)
+    text = corpus(preset.max_bytes, preset.with_packages).train
+    data = batches(text, arm.batch or preset.batch, preset.seq_len, seed)
     first, began = int(state.step), time.monotonic()
     saved, compiled = began, None
     for step in range(first, preset.steps):
@@ -235,7 +268,7 @@ def _train(arm, seed, preset, folder, trunk, check_time) -> dict[str, Any]:
     seconds = time.monotonic() - (compiled or began)
     nnx.update(model, state.params, state.rest)
     return {
-        "validation": train.evaluate(model, _validation(preset)),
+        "validation": train.evaluate(model, validation_batches(preset)),
         "curve": curve,
         "noise": [] if arm.noise_every is None else noise,  # a branch would repeat the trunk's
         # Measurements of the noise included; not the first step, which compiles.
@@ -283,7 +316,12 @@ def measure_noise(graph: Any, state: train.TrainState, tokens: jax.Array) -> dic
 
     The recipe must have a second phase of mode ``"backward"``, which is the reference.
     """
-    ratios = jax.device_get(_ratios(*_gradients(graph, state, tokens)))
+    return noise_ratios(*_gradients(graph, state, tokens), tokens)
+
+
+def noise_ratios(first: Any, second: Any, reference: Any, tokens: jax.Array) -> dict[str, Any]:
+    """The same from gradients of two roundings and the exact one."""
+    ratios = jax.device_get(_ratios(first, second, reference))
     leaves, _ = jax.tree_util.tree_flatten_with_path(ratios["per_leaf"])
     layers = {
         ".".join(str(getattr(key, "key", key)) for key in path if hasattr(key, "key")): float(ratio)

@@ -171,6 +171,7 @@ def sampling_options(preset: str, tokens: int) -> list[dict]:
         groups = [
             ("bfloat16", 64, [("slide", c, t) for c in (32, 64) for t in (1e-3, 1e-4)]),
             ("bfloat16", 16, [("slide", c, t) for c in (64, 128) for t in (1e-3, 1e-4)]),
+            ("bfloat16", 4, [("slide", c, t) for c in (64, 128) for t in (1e-3, 1e-4)]),
             ("float32", 64, [("slide", 32, 1e-4)]),
             ("bfloat16", 64, [("jacobi", 16, 1e-3), ("jacobi", 16, 1e-4), ("jacobi", 64, 1e-3)]),
         ]

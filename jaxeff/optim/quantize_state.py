@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxeff.quant.noise import counter_key
 from pallas_kernels.formats import QTensor, get_format
+from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.formats.number_types import true_divide
 from pallas_kernels.ops.quantize.api import quantize
 

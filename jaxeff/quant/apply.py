@@ -16,8 +16,8 @@ from jaxeff.quant.delayed import AmaxHistory, init_history
 from jaxeff.quant.dot import quantized_dot_general
 from jaxeff.quant.einsum import quantized_einsum
 from jaxeff.quant.module_paths import get_module, linear_layers, match_rules
-from jaxeff.quant.noise import counter_key
 from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
+from pallas_kernels.formats.counter_random import counter_key
 
 # Embeddings and the output head stay in high precision in every published FP4 recipe.
 EXEMPT = r"(^|\.)(embed\w*|embedder|lm_head|unembed|output_head)(\.|$)"

@@ -24,7 +24,9 @@ INSTRUCTIONS = {
     "imin": ("min.s32", "r"), "lt": ("setp.lt.s32", "p"), "ge": ("setp.ge.s32", "p"),
     "eq": ("setp.eq.s32", "p"), "both": ("and.pred", "p"), "fadd": ("add.f32", "f"),
     "fsub": ("sub.f32", "f"), "fmul": ("mul.f32", "f"), "fdiv": ("div.rn.f32", "f"),
-    "fmax": ("max.NaN.f32", "f"), "feq": ("setp.eq.f32", "p"), "to_float": ("cvt.rn.f32.s32", "f"),
+    "fmax": ("max.NaN.f32", "f"), "fabs": ("abs.f32", "f"), "feq": ("setp.eq.f32", "p"),
+    "to_float": ("cvt.rn.f32.s32", "f"), "widen": ("cvt.s64.s32", "l"),
+    "as_float": ("mov.b32", "f"),
 }  # fmt: skip
 
 
@@ -51,6 +53,7 @@ class Program:
         )
         patch.setattr(ptx, "thread", lambda: self.add("mov.u32", "r", Register("%tid.x", "r")))
         patch.setattr(ptx, "shuffle_xor", self.shuffle)
+        patch.setattr(ptx, "address", lambda ref, offset: self.add("add.s64", "l", ref, offset))
         patch.setattr(ptx, "asm", self.asm)
 
     def new(self, kind):
@@ -134,11 +137,25 @@ def loop(program, variant, head_dim, config, masked, segmented):
     old = [*(x for out in outs for x in out), *m, *total]
     for x, new in zip(old, [*state, *new_m, *new_total], strict=True):
         program.lines.append(f"mov.f32 {x.name}, {new.name};")
+    close(program, count, old)
+
+
+def close(program, count, results):
+    """Ends the loop, and stores the results, so that nothing is left out."""
     program.lines.append(
         f"add.s32 {count.name}, {count.name}, -1;\n"
         f"setp.gt.s32 %more, {count.name}, 0; @%more bra LOOP;"
     )
-    program.lines += [f"st.global.f32 [%base+{4 * i}], {x.name};" for i, x in enumerate(old)]
+    program.lines += [f"st.global.f32 [%base+{4 * i}], {x.name};" for i, x in enumerate(results)]
+
+
+def spilled(path, program, old, new, count, registers):
+    """Bytes that ptxas spills in a loop that carries lists of registers."""
+    old, new = ([x for registers in lists for x in registers] for lists in (old, new))
+    for x, y in zip(old, new, strict=True):
+        program.lines.append(f"mov.f32 {x.name}, {y.name};")
+    close(program, count, old)
+    return assembled(path, program, registers)
 
 
 def spilled_bytes(path, variant, head_dim, config, *, masked=False, segmented=False):
@@ -146,9 +163,14 @@ def spilled_bytes(path, variant, head_dim, config, *, masked=False, segmented=Fa
     with pytest.MonkeyPatch.context() as patch:
         program = Program(patch)
         loop(program, variant, head_dim, config, masked, segmented)
+    return assembled(path, program, config.registers)
+
+
+def assembled(path, program, registers):
+    """Bytes that ptxas spills under a register limit."""
     head = (
         ".version 8.4\n.target sm_90a\n.address_size 64\n.visible .entry loop(.param .u64 p)\n"
-        f".maxnreg {config.registers} {{\n.reg .b64 %base; .reg .pred %more;"
+        f".maxnreg {registers} {{\n.reg .b64 %base; .reg .pred %more;"
     )
     start = "ld.param.u64 %base, [p];"
     path.write_text("\n".join([head, *program.declared, start, *program.lines, "ret;\n}\n"]))

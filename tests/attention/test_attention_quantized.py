@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import testing
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import QUANTS, AttentionQuant
 from pallas_kernels.ops.attention import dot_product_attention as attention
 from pallas_kernels.ops.attention import quant as numerics
@@ -221,6 +221,26 @@ def test_gradient_is_the_unquantised_one():
 
     for got, want in zip(grads(quant="sage2"), grads(), strict=True):
         assert got.shape == want.shape and testing.cosine(got, want) > 0.997
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_gradient_does_not_suffer_from_a_mean_key(tiles):
+    q, k, v = testing.attention_inputs(
+        "k_bias", batch=1, q_len=256, kv_len=256, num_heads=2, num_kv_heads=1, head_dim=64
+    )
+    mask = BlockMask.from_dense(jnp.ones((1, 1, 256, 256), bool)) if tiles else None
+    options = {"mask": mask, "sinks": jnp.array([0.5, 2.0]), "return_residual": True}
+
+    def grads(quant, *arrays):
+        def loss(*x):
+            out, lse = attention(*x, quant=quant, implementation="xla", **options)
+            return (out.astype(jnp.float32) ** 2).sum() + lse.sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+    want = grads(None, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for got, exact in zip(grads("sage2", q, k, v), want, strict=True):
+        assert testing.relative_l1(got, exact) < 0.04  # .19 for dQ with the mean key left in
 
 
 # -- groups of tokens ---------------------------------------------------------------------------

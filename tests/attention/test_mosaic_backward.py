@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_mosaic_control import read
 
 from pallas_kernels._interpret import abstract_gpu, gpu_interpret_mode
-from pallas_kernels.masks import Mask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference, xla
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention.spec import AttentionSpec
@@ -45,7 +45,7 @@ def plain_products(monkeypatch):
         )
 
     monkeypatch.setattr(backward, "_products", products)
-    monkeypatch.setattr(backward, "_add", add)
+    monkeypatch.setattr(backward, "add_half", add)
     monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **kwargs: None)
 
 
@@ -63,12 +63,39 @@ def test_control_flow(plain_products):
         assert float(jnp.abs(x - y).sum() / jnp.abs(y).sum()) < 0.01
 
 
-def plain_gradient(q, k, v, d_out, lse, delta, *, scale, min_diff, max_diff):
+def kept_tiles(t, s, heads, block_q, block_kv, mask=None):
+    """Half of the tiles at random; a row and a column of tiles without any."""
+    kept = np.random.default_rng(1).random((1, heads, -(-t // block_q), -(-s // block_kv))) < 0.5
+    kept[:, 0, -1], kept[..., 0] = False, False
+    return BlockMask.from_blocks(
+        jnp.asarray(kept), t, s, block_q=block_q, block_kv=block_kv, mask=mask
+    )
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="as in test_mosaic_control")
+@pytest.mark.parametrize(("block", "rule"), [((64, 64), Mask.causal(20)), ((128, 256), None)])
+def test_control_flow_over_lists(plain_products, block, rule):
+    """Lists of both warpgroups, in quarters of the kernels' tiles; two query heads for a key."""
+    shape = (1, 200, 300, 2, 1, 64)
+    arrays, scale = inputs(*shape), 0.125
+    blocks = kept_tiles(*shape[1:4], *block, rule)
+    want, lse, delta = exact(arrays, blocks.as_mask(), scale)
+    bounds = {} if rule is None else {"max_diff": 20}
+    with gpu_interpret_mode(detect_races=True):
+        run = jax.jit(lambda *x: backward.gradient(*x, scale=scale, blocks=blocks, **bounds))
+        got = run(*arrays, lse, delta)
+    for x, y in zip(got, want, strict=True):
+        assert x.shape == y.shape
+        assert float(jnp.abs(x - y).sum() / jnp.abs(y).sum()) < 0.01
+
+
+def plain_gradient(q, k, v, d_out, lse, delta, *, scale, min_diff, max_diff, blocks):
     """What the kernels compute."""
     groups = q.shape[2] // k.shape[2]
     wide = lambda x: jnp.repeat(x, groups, 2)  # noqa: E731
     narrow = lambda x: x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3)  # noqa: E731
     ok = Mask(min_diff, max_diff).dense(q.shape[1], k.shape[1])
+    ok = ok if blocks is None else blocks.to_dense()
     x = jnp.einsum("bthd,bshd->bhts", q, wide(k)) * scale
     p = jnp.where(ok, jnp.exp(x - jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None]), 0)
     ds = p * (jnp.einsum("bthd,bshd->bhts", d_out, wide(v)) - delta[..., None])
@@ -78,27 +105,34 @@ def plain_gradient(q, k, v, d_out, lse, delta, *, scale, min_diff, max_diff):
 
 
 @pytest.mark.multidevice
-def test_gradient_around_the_kernels(monkeypatch):
+@pytest.mark.parametrize("listed", [False, True])
+def test_gradient_around_the_kernels(monkeypatch, listed):
     """Against XLA's gradient, with sinks and a padded head size; split over devices; under vmap."""
     monkeypatch.setattr(backward, "gradient", plain_gradient)
     monkeypatch.setattr(backward, "HEAD_DIMS", (16, 128))
-    (b, t, s, n, k, h), mask = (4, 20, 24, 4, 2, 8), Mask.causal(-3)
+    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset())
+    (b, t, s, n, k, h), rule = (4, 20, 24, 4, 2, 8), Mask.causal(-3)
+    mask = kept_tiles(t, s, n, 8, 8, rule) if listed else rule
+    dense = mask.as_mask() if listed else mask
     spec = AttentionSpec(b, t, s, n, k, h, "float32", 0.3, has_sinks=True)
     q, key, v, d_out = (x.astype(jnp.float32) for x in inputs(b, t, s, n, k, h))
     sinks = jnp.array([0.0, 1.0, 2.0, -jnp.inf])
-    out, lse = xla.attention(q, key, v, None, sinks, mask, spec)
-    saved, cotangents = (q, key, v, None, sinks, mask, out, lse), (d_out, jnp.sin(out[..., 0]))
+    out, lse = xla.attention(q, key, v, None, sinks, dense, spec)
+    saved, cotangents = (q, key, v, None, sinks, dense, out, lse), (d_out, jnp.sin(out[..., 0]))
     want = jax.tree.leaves(xla._flash_bwd(spec, 8, saved, cotangents))
+    saved = (q, key, v, None, sinks, mask, out, lse)
     assert mosaic_sm90._has_gradient_kernel(spec, mask)
     assert not mosaic_sm90._has_gradient_kernel(spec, Mask.causal(jnp.array([1])))
 
     def run(saved, cotangents):
-        return jax.tree.leaves(mosaic_sm90._kernel_gradient(spec, saved, cotangents))
+        return jax.tree.leaves(mosaic_sm90._kernel_gradient(spec, None, saved, cotangents))
 
     auto = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=auto, devices=jax.devices()[:4])
     four = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("b", None, "h")))  # noqa: E731
-    placed = jax.tree.map(lambda x: four(x) if x.ndim > 2 else x, (saved, cotangents))
+    *arrays, lists, out_, lse_ = saved
+    placed = jax.tree.map(lambda x: four(x) if x.ndim > 2 else x, (arrays, out_, lse_, cotangents))
+    placed = (*placed[0], lists, *placed[1:3]), placed[3]
     step = jax.jit(run)
     text = step.lower(*placed).compile().as_text()
     assert "all-gather" not in text and "all-to-all" not in text

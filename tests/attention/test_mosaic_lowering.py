@@ -13,13 +13,19 @@ from ptx_program import spilled_bytes
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels import dot_product_attention, explain
+from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.masks import FULL, BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_plan
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, heuristic
 from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 from pallas_kernels.ops.attention.sparge import sparge_attention
-from pallas_kernels.ops.attention.spec import QUANTS, AttentionQuant, AttentionSpec
+from pallas_kernels.ops.attention.spec import (
+    QUANTS,
+    AttentionQuant,
+    AttentionSpec,
+    unsupported_reason,
+)
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS
 
 
@@ -137,6 +143,53 @@ def test_chosen_where_it_serves():
     assert "mosaic_gpu" in _lower(jax.vmap(loss), several)
 
 
+def test_deterministic_is_demanded(monkeypatch):
+    """On a GPU only by kernels or under XLA's flag; a gradient of XLA's is refused with them."""
+    x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    gpu = describe("gpu", "NVIDIA H100")
+    assert "deterministic_ops" in unsupported_reason(_spec(deterministic=True), gpu, "xla")
+    assert unsupported_reason(_spec(deterministic=True), gpu, "mosaic") is None
+
+    def loss(x, causal_offset=0):
+        out = dot_product_attention(
+            x, x, x, is_causal=True, causal_offset=causal_offset, deterministic=True
+        )
+        return out.astype(jnp.float32).sum()
+
+    assert "mosaic_gpu" in _lower(jax.grad(loss), x)
+    offset = jax.ShapeDtypeStruct((), jnp.int32)
+    with pytest.raises(NotImplementedError, match="the gradient of this call is XLA's: determ"):
+        _lower(jax.grad(loss), x, offset)
+    monkeypatch.setenv("XLA_FLAGS", "--a=b --xla_gpu_deterministic_ops=true")
+    assert "mosaic_gpu" in _lower(jax.grad(loss), x, offset)
+    assert unsupported_reason(_spec(deterministic=True), gpu, "xla") is None
+    with pytest.raises(ValueError, match="deterministic must be True or False; got 1"):
+        explain("attention", x, x, x, deterministic=1)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_int8_gradient_on_request(monkeypatch, listed):
+    """SageBwd: its kernels where they serve, XLA's INT8 gradient for rules that are arrays."""
+    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset({"int8"}))
+    x = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16)
+    mask = _blocks(2, 256, 256, 64, 128, Mask.causal()) if listed else Mask.causal()
+    with abstract_gpu():
+        found = explain("attention", x, x, x, quant="sage_bwd")
+        chosen = explain("attention", x, x, x, quant="sage_bwd", implementation="mosaic").notes
+    assert found.implementation == "xla" and "have not run on a GPU" in found.rejected["mosaic"]
+    assert "SageBwd" in chosen[1] and "16 bits, finer than the INT8" in chosen[3]
+
+    def loss(x, lengths=None):
+        out = dot_product_attention(
+            x, x, x, mask=mask, quant="sage_bwd", implementation="mosaic",
+            key_value_seq_lengths=lengths,
+        )  # fmt: skip
+        return out.astype(jnp.float32).sum()
+
+    kernels = lambda *given: _lower(jax.grad(loss), *given).count("mosaic_gpu_v2")  # noqa: E731
+    assert kernels(x) - kernels(x, jax.ShapeDtypeStruct((2,), jnp.int32)) == 8
+
+
 def test_block_masks_are_dispatched():
     """Gradient, `vmap` with a mask for each, and SpargeAttn, which takes its own lists along."""
     x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
@@ -178,7 +231,6 @@ def test_block_masks_are_dispatched():
         (_spec(quant=QUANTS["sage2_int4"]), "no int4 product"),
         (_spec(quant=QUANTS["sage3"]), "no nvfp4 product"),
         (_spec(quant=AttentionQuant(pv="int8")), "no int8 product of P and V"),
-        (_spec(quant=QUANTS["sage_bwd"]), "no INT8 backward"),
         (_spec(mask_kinds=("predicate",)), "does not take predicate masks"),
         (_spec(quant=AttentionQuant(pv="fp16")), "no fp16 product of P and V for bfloat16 values"),
         (_spec(quant=AttentionQuant("half", v_max=2.25)), "half has v_max=2.25"),

@@ -69,6 +69,12 @@ ARITHMETIC = {
     "div": np.floor_divide,
     "rem": np.remainder,
     "xor": np.bitwise_xor,
+    "land": np.bitwise_and,
+    "lor": np.bitwise_or,
+    "shr": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
+    "shl": np.left_shift,
+    "bits": lambda a: a.astype(np.float32).view(np.int32),
+    "from_bits": lambda a: a.view(np.float32),
     "imax": np.maximum,
     "imin": np.minimum,
     "lt": np.less,
@@ -82,9 +88,13 @@ ARITHMETIC = {
     "fmul": lambda a, b: quiet(np.multiply, a, b),
     "fdiv": lambda a, b: quiet(np.divide, a, b),
     "fmax": np.maximum,
+    "fmin": np.minimum,
+    "fge": np.greater_equal,
+    "fneg": np.negative,
     "fabs": np.abs,
     "feq": np.equal,
     "to_float": lambda a: a.astype(np.float32),
+    "as_float": lambda a: a.astype(np.int32).view(np.float32),
     "widen": lambda a: a.astype(np.int64),
     "flag": lambda a: a.astype(np.int32),
     "shuffle_xor": lambda a, distance: a[LANES ^ distance],
@@ -115,11 +125,19 @@ CONTROL = {"loop": loop, "branch": branch}
 FLOATS = {
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "add.f32": np.add,
+    "add.rn.f32": np.add,
+    "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
+    "div.rn.f32": np.divide,
     "ex2.approx.ftz.f32": lambda a: flushed(np.exp2(a)),
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
+
+
+def rounded_down(x):
+    near = x.astype(np.float32)
+    return np.where(near > x, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def words(x):
@@ -129,6 +147,19 @@ def words(x):
 
 def halves(word, dtype=np.float16):
     return np.ascontiguousarray(word).view(np.uint8).reshape(128, 4).view(dtype)
+
+
+def wide(word):
+    """Two bfloat16 as float64; by hand, since XLA's threads take subnormal numbers for zeros."""
+    bits = halves(word, np.uint16).astype(np.int64)
+    exponent, mantissa = bits >> 7 & 255, bits & 127
+    size = np.ldexp((mantissa + 128 * (exponent > 0)).astype(float), np.maximum(exponent, 1) - 134)
+    size = np.where(exponent == 255, np.where(mantissa, np.nan, np.inf), size)
+    return np.where(bits >> 15, -size, size)
+
+
+def bf16_words(x):
+    return words(x.astype(ml_dtypes.bfloat16))
 
 
 def permute(a, b, selector):
@@ -155,6 +186,9 @@ INTS = {
     "prmt.b32": permute,
     "sub.rn.f16x2": lambda a, b: words(halves(a) - halves(b)),
     "mul.rn.f16x2": lambda a, b: words(halves(a) * halves(b)),
+    "mul.rn.bf16x2": lambda a, b: bf16_words(wide(a) * wide(b)),
+    "sub.rn.bf16x2": lambda a, b: bf16_words(wide(a) - wide(b)),
+    "fma.rn.bf16x2": lambda a, b, c: bf16_words(wide(a) * wide(b) + wide(c)),
     "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
     "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
     "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],
@@ -165,6 +199,10 @@ INTS = {
 PAIRS = {
     "cvt.rn.satfinite.e4m3x2.f32": lambda a: (
         np.clip(a, -448, 448).astype(E4M3).view(np.uint8),
+        8,
+    ),
+    "cvt.rn.satfinite.e5m2x2.f32": lambda a: (
+        np.clip(a, -57344, 57344).astype(ml_dtypes.float8_e5m2).view(np.uint8),
         8,
     ),
     "cvt.rn.bf16x2.f32": lambda a: (a.astype(ml_dtypes.bfloat16).view(np.uint16), 16),
@@ -218,6 +256,8 @@ class Machine:
         active = np.ones(128, bool) if predicate is None else self.registers[predicate]
         if opcode in FLOATS:
             self.registers[target] = FLOATS[opcode](*(self.read(x, np.float32) for x in sources))
+        elif opcode.startswith("ldmatrix."):
+            self.load_matrices(operands)
         elif opcode.startswith(("ld.", "st.")):
             self.memory(opcode, operands, active)
         elif opcode.startswith("mma."):
@@ -271,18 +311,35 @@ class Machine:
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
 
+    def load_matrices(self, operands):
+        """Four 8 x 8 matrices of 16 bits, transposed: lane 8 i + j names row j of matrix i."""
+        names, address = self.halves(operands[0]), self.address(operands[1])
+        where = address.items(16, np.ones(128, bool))
+        raw = address.array.reshape(-1).view(np.uint8)[where[:, None] + np.arange(16)]
+        rows = raw.view(np.uint16).reshape(4, 4, 8, 8)  # warp, matrix, row, column
+        warp, g, c = LANES // 32, LANES % 32 // 4, LANES % 4
+        for i, name in enumerate(names):
+            pair = np.stack([rows[warp, i, 2 * c + h, g] for h in range(2)], 1)
+            self.registers[name] = np.ascontiguousarray(pair).view(np.int32)[:, 0]
+
+    def address(self, place):
+        """Of ``[register]`` or ``[register+bytes]``."""
+        name, _, offset = place.strip("[]").partition("+")
+        base = self.registers[name]
+        return Address(base.array, base.offset + int(offset)) if offset else base
+
     def memory(self, opcode, operands, active):
         place = next(x for x in operands if x.startswith("["))
         names = self.halves(next(x for x in operands if not x.startswith("[")))
         if opcode.endswith((".u8", ".u16")):
             size = int(opcode.rpartition(".u")[2]) // 8
-            address_of = self.registers[place.strip("[]")]
+            address_of = self.address(place)
             index = address_of.items(size, active)[:, None] + np.arange(size)
             narrow = np.zeros((128, 4), np.uint8)
             narrow[active, :size] = address_of.array.reshape(-1).view(np.uint8)[index]
             self.registers[names[0]] = narrow.view(np.int32)[:, 0]
             return
-        address = self.registers[place.strip("[]")]
+        address = self.address(place)
         where = address.items(4 * len(names), active)
         words = address.array.reshape(-1).view(np.uint8)
         for i, name in enumerate(names):
@@ -562,6 +619,7 @@ def dequantized(ops, t, s, ordered=False):
 @contextlib.contextmanager
 def installed():
     """Puts the NumPy warpgroup in the place of the GPU's; results must be waited for inside."""
+    jax.clear_caches()  # What was traced before calls the GPU's.
     with pytest.MonkeyPatch.context() as patch:
         for name, function in (ARITHMETIC | CONTROL).items():
             patch.setattr(ptx, name, function)

@@ -64,22 +64,6 @@ def test_schemes_of_packed_weights(scheme, weight, activation, direct):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernel_to_come_names_its_scheme():
-    from pallas_kernels._device import Device
-    from pallas_kernels.ops.matmul import spec
-
-    plain, codes = spec.OperandSpec("bfloat16"), spec.OperandSpec("uint8", True, 4, True, "int4")
-    gpu = Device("gpu", "NVIDIA H200", (9, 0))
-    reason = spec.unsupported_reason(
-        spec.MatmulSpec(1, 8, 8, plain, codes, "bfloat16"), gpu, "mosaic"
-    )
-    assert reason == "a Mosaic GPU kernel for w4a16 is not part of this version"
-    reason = spec.unsupported_reason(
-        spec.MatmulSpec(1, 8, 8, plain, plain, "bfloat16"), gpu, "mosaic"
-    )
-    assert "is for quantised weights" in reason
-
-
 def test_gradient_of_the_plain_operand():
     x, w = operands()
     wq = quantize(w, "int8", axis=0)

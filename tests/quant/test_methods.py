@@ -18,9 +18,9 @@ from jaxeff.quant import (
     quantized_einsum,
     round_operand,
 )
-from jaxeff.quant.noise import counter_key
 from pallas_kernels import fake_quantize
 from pallas_kernels.formats import hadamard_matrix, number_type, round_to
+from pallas_kernels.formats.counter_random import counter_key
 
 PLAIN = (((1,), (0,)), ((), ()))
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])

@@ -39,6 +39,7 @@ def dot_product_attention(
     logits_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     quant: str | AttentionQuant | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
     config: AttentionConfig | None = None,
     return_residual: bool = False,
@@ -83,6 +84,10 @@ def dot_product_attention(
         the log-sum-exp.
       quant: None, a name ("sage1", "sage2", "sage2pp", "sage2_int4", "sage3", "fp8", "sage_bwd")
         or an `AttentionQuant`.
+      deterministic: demand that repeated runs of one program give the same bits, in the gradient
+        too. The kernels of "mosaic" always do; "xla" and "reference" do on a CPU, and on a GPU
+        under ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``. Otherwise the call is refused, or its
+        gradient where only that would be XLA's.
       implementation: None (best available), "mosaic", "xla" or "reference".
       config: sizes for the chosen implementation.
       return_residual: also return the log-sum-exp.
@@ -123,8 +128,9 @@ def dot_product_attention(
         sinks=sinks,
         quant=quant,
         config=config,
+        deterministic=deterministic,
     )
-    name = _dispatch.resolve("attention", implementation, _reasons(spec))
+    name = _dispatch.resolve("attention", implementation, _reasons(spec, implementation))
     out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
     if not batched:
         out, lse = out[0], lse[0]
@@ -136,9 +142,7 @@ def _run(query, key, value, bias, sinks, rules, *, spec, name, block_kv):
     """One compiled call, so that use outside `jit` does not pay for every small operation."""
     int8_backward = spec.quant is not None and spec.quant.backward == "int8"
     if name == "xla" and bias is None and (isinstance(rules, BlockMask) or int8_backward):
-        if isinstance(rules, Mask):
-            sizes = {"block_q": spec.quant.block_q, "block_kv": spec.quant.block_kv}
-            rules = BlockMask.from_mask(rules, spec.q_len, spec.kv_len, **sizes)
+        rules = sparse.whole(rules, spec) if isinstance(rules, Mask) else rules
         return sparse.attention(query, key, value, sinks, rules, spec)[:2]
     if name == "mosaic":
         from pallas_kernels.ops.attention import mosaic_sm90  # needs Mosaic: not at import time
@@ -170,7 +174,7 @@ def explain(*args, implementation: str | None = None, **kwargs) -> _dispatch.Exp
     """
     kwargs.pop("return_residual", None)
     spec = spec_of(*args, **kwargs)
-    choice = _dispatch.choose("attention", implementation, _reasons(spec))
+    choice = _dispatch.choose("attention", implementation, _reasons(spec, implementation))
     notes = () if choice.implementation is None else spec_lib.notes(spec, choice.implementation)
     return _dispatch.Explanation("attention", choice.implementation, choice.rejected, notes)
 
@@ -211,11 +215,14 @@ def spec_of(*args, **kwargs) -> AttentionSpec:
 _ARRAY = object()
 
 
-def _reasons(spec: AttentionSpec) -> dict[str, str | None]:
+def _reasons(spec: AttentionSpec, implementation: str | None) -> dict[str, str | None]:
     device = _device.current_device()
-    return {
+    reasons = {
         name: spec_lib.unsupported_reason(spec, device, name) for name in spec_lib.IMPLEMENTATIONS
     }
+    if implementation is None:
+        reasons["mosaic"] = reasons["mosaic"] or spec_lib.unmeasured_reason(spec)
+    return reasons
 
 
 # -- validation --------------------------------------------------------------------------------
@@ -239,6 +246,7 @@ def _prepare(
     sinks=None,
     quant=None,
     config=None,
+    deterministic=False,
 ):
     """Checks everything; returns the arrays in one fixed form, the spec, and the chunk size."""
     quant = spec_lib.get_quant(quant)
@@ -259,6 +267,8 @@ def _prepare(
                 f"sinks must be a floating-point array of shape ({n},), one per query head; "
                 f"got shape {sinks.shape} and dtype {sinks.dtype}"
             )
+    if not isinstance(deterministic, bool):
+        raise ValueError(f"deterministic must be True or False; got {deterministic!r}")
     if config is not None and not isinstance(config, AttentionConfig):
         raise ValueError(f"config must be an AttentionConfig or None; got {type(config).__name__}")
     spec = AttentionSpec(
@@ -278,6 +288,7 @@ def _prepare(
         has_sinks=sinks is not None,
         mask_kinds=_kinds(rules),
         tiles=(rules.block_q, rules.block_kv) if isinstance(rules, BlockMask) else None,
+        deterministic=deterministic,
     )
     return (q, k, v, bias, sinks, rules), spec, None if config is None else config.block_kv
 

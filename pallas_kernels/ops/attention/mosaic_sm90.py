@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels._device import current_device
+from pallas_kernels._device import current_device, xla_is_deterministic
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
+from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as backward_int8
+from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import sparse, xla
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import launch
 from pallas_kernels.ops.attention.mosaic_sm90_plan import (
@@ -34,7 +36,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import (
 from pallas_kernels.ops.attention.mosaic_sm90_tile import ROWS, Variant
 from pallas_kernels.ops.attention.partition import partitioned, partitioned_gradient
 from pallas_kernels.ops.attention.reference import clean
-from pallas_kernels.ops.attention.spec import AttentionSpec
+from pallas_kernels.ops.attention.spec import ANY_ORDER, AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS, AttentionOperands, quantize_qkv
 
 
@@ -179,6 +181,8 @@ def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> 
 
 # -- the implementation that the dispatcher calls --------------------------------------------------
 
+# What has not run on a GPU yet: the INT8 gradient must be asked for, lists have XLA's gradient.
+UNMEASURED: frozenset[str] = frozenset({"int8", "lists"})
 
 _MASKS = ("min_diff", "max_diff", "query lengths", "key lengths", "segments", "tiles")
 _REFUSED = {
@@ -242,11 +246,15 @@ def _padded(head_dim: int) -> int:
 
 def _quant_reason(quant, dtype: str) -> str | None:
     """The same for a low-precision variant."""
-    if quant.backward == "int8":
-        return f"the sm90 kernel has no INT8 backward; {quant.name} needs 'xla'"
     if quant.qk not in ("int8", "fp8_e4m3"):
         return f"the sm90 kernel has no {quant.qk} product of Q and K (Hopper has none)"
-    if quant.pv != "fp8_e4m3" and quant.pv not in ("half", {"bfloat16": "bf16"}.get(dtype, "fp16")):
+    # What has an INT8 gradient may ask for INT8 P and V: they stay in 16 bits, which is finer.
+    halves = (
+        "half",
+        {"bfloat16": "bf16"}.get(dtype, "fp16"),
+        *["int8"] * (quant.backward == "int8"),
+    )
+    if quant.pv != "fp8_e4m3" and quant.pv not in halves:
         return f"the sm90 kernel has no {quant.pv} product of P and V for {dtype} values"
     if quant.pv == "fp8_e4m3" and quant.v_max != 448.0:
         return f"the sm90 kernel quantises V to 448; {quant.name} has v_max={quant.v_max}"
@@ -315,10 +323,13 @@ def _attention_fwd(query, key, value, bias, sinks, mask, spec, config):
 
 
 def _attention_bwd(spec, config, saved, cotangents):
-    del config
     query, key, value, _, sinks, mask, out, lse = saved
     if _has_gradient_kernel(spec, mask):
-        return _kernel_gradient(spec, saved, cotangents)
+        return _kernel_gradient(spec, config, saved, cotangents)
+    if spec.deterministic and not xla_is_deterministic():
+        raise NotImplementedError(f"the gradient of this call is XLA's: {ANY_ORDER}")
+    if _is_int8(spec) and isinstance(mask, Mask):
+        mask = sparse.whole(mask, spec)
     if isinstance(mask, BlockMask):
         saved = (query, key, value, sinks, mask, out, lse)
         *grads, d_sinks, _, _ = sparse._backward(spec, saved, cotangents)
@@ -331,31 +342,50 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _has_gradient_kernel(spec: AttentionSpec, mask: Mask | BlockMask) -> bool:
     """Whether the kernels' own backward serves a call; else it is XLA's."""
-    static = not isinstance(mask, BlockMask) and not jax.tree.leaves(mask)
+    if isinstance(mask, BlockMask) and "lists" in UNMEASURED:
+        return False
+    static = not jax.tree.leaves(_token_rule(mask))
     return static and spec.soft_cap is None and spec.head_dim <= max(backward.HEAD_DIMS)
 
 
-def _kernel_gradient(spec: AttentionSpec, saved, cotangents):
-    """The unquantised gradient from the saved log-sum-exp, by `mosaic_sm90_backward`."""
+def _is_int8(spec: AttentionSpec) -> bool:
+    """Whether the gradient is SageBwd's."""
+    return spec.quant is not None and spec.quant.backward == "int8"
+
+
+def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
+    """The gradient from the saved log-sum-exp: unquantised, or that of SageBwd."""
     query, key, value, _, sinks, mask, out, lse = saved
+    rule, blocks = _token_rule(mask), mask if isinstance(mask, BlockMask) else None
     d_out, d_lse = cotangents
     empty = jnp.isneginf(lse)
+    d_lse = jnp.where(empty, 0.0, d_lse)
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     delta = jnp.where(empty, 0.0, delta)
-    head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
-    pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
-    arrays = (*clean(query, key, value, mask, spec), d_out)
-    arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
-    run = functools.partial(
-        backward.gradient, scale=spec.scale, min_diff=mask.min_diff, max_diff=mask.max_diff
-    )
-    sums = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
-    grads = partitioned_gradient(run, spec)(*arrays, *sums)
-    d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)
-    d_sinks = None
+    d_sinks, rest = None, d_lse  # what rows of dS sum to
     if sinks is not None:
         p_sink = jnp.exp(sinks.astype(jnp.float32) - jnp.where(empty, 0.0, lse))  # [B, T, N]
         d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+        rest = d_lse + p_sink * delta
+    query, key, value = clean(query, key, value, rule, spec)
+    centred = numerics.centred_keys(query, key, rule, spec)
+    lse = lse if centred.const is None else lse - centred.const
+    head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
+    pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
+    arrays = (query, centred.key, value, d_out)
+    arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
+    options = {"scale": spec.scale, "min_diff": rule.min_diff, "max_diff": rule.max_diff}
+    run, sums = backward.gradient, (lse, delta)
+    if _is_int8(spec):
+        options["smooth_k"] = spec.quant.smooth_k
+        options["scale_block"] = _scale_block(blocks, _config_of(spec, mask, config))
+        run, sums = backward_int8.gradient, (lse, delta, rest)
+    sums = [x.swapaxes(1, 2) for x in sums]
+    grads = partitioned_gradient(functools.partial(run, **options), spec, blocks)(*arrays, *sums)
+    d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)
+    if centred.mean is not None:
+        d_query = d_query.astype(jnp.float32) + centred.part(rest, spec)
+        d_query = d_query.astype(query.dtype)
     return d_query, d_key, d_value, None, d_sinks, None
 
 
@@ -374,10 +404,7 @@ def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=No
     head_dim = _padded(spec.head_dim)
     rules, quant = _token_rule(mask), spec.quant
     blocks = mask if isinstance(mask, BlockMask) else None
-    if not isinstance(config, Config):
-        config = _config(variant_of(spec), head_dim, rules, blocks, config)
-        num_sms = current_device().num_sms or config.num_sms
-        config = dataclasses.replace(config, num_sms=num_sms)
+    config = _config_of(spec, mask, config)
     lengths = {"q_lengths": rules.q_lengths, "kv_lengths": rules.kv_lengths}
     if quant is not None:  # The quantisers leave out what lies beyond the lengths themselves.
         rules = dataclasses.replace(rules, q_lengths=None, kv_lengths=None)
@@ -386,9 +413,8 @@ def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=No
     q, k, v = (jnp.pad(x, pad) if pad[3][1] else x for x in arrays)
     operands = AttentionOperands(q, k, v)
     if quant is not None:
-        scale_block = config.block_kv if blocks is None else blocks.block_kv
         operands = quantize_qkv(
-            q, k, v, scale_block=scale_block, smooth_k=quant.smooth_k,
+            q, k, v, scale_block=_scale_block(blocks, config), smooth_k=quant.smooth_k,
             qk="int8" if quant.qk == "int8" else "e4m3", pv=variant_of(spec).pv,
             leave_q=config.fuse_q, **lengths,
         )  # fmt: skip
@@ -397,6 +423,20 @@ def forward(query, key, value, bias, sinks, mask, spec: AttentionSpec, config=No
         soft_cap=spec.soft_cap, sinks=sinks, out_dtype=query.dtype, config=config,
     )  # fmt: skip
     return out[..., : spec.head_dim], lse.swapaxes(1, 2)
+
+
+def _config_of(spec: AttentionSpec, mask: Mask | BlockMask, config: Config | int | None) -> Config:
+    """The configuration of the forward: as given, or the heuristic's for this device."""
+    if isinstance(config, Config):
+        return config
+    blocks = mask if isinstance(mask, BlockMask) else None
+    config = _config(variant_of(spec), _padded(spec.head_dim), _token_rule(mask), blocks, config)
+    return dataclasses.replace(config, num_sms=current_device().num_sms or config.num_sms)
+
+
+def _scale_block(blocks: BlockMask | None, config: Config) -> int:
+    """Keys that share a set of scales in the forward."""
+    return config.block_kv if blocks is None else blocks.block_kv
 
 
 def variant_of(spec: AttentionSpec) -> Variant:

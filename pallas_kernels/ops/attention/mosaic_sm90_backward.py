@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient of attention on Hopper in 16 bits, from the saved log-sum-exp.
+"""Gradient of attention on Hopper from the saved log-sum-exp.
 
-Two kernels of one shape. A block owns 128 rows of one side, 64 for each of two compute warpgroups,
-and a memory warpgroup streams tiles of the other side past them::
+Two kernels of one shape. A block owns 64 rows of one side for each of its compute warpgroups, and a
+memory warpgroup streams tiles of the other side past them::
 
     P = exp(scale Q K^T - lse)    dS = P (dO V^T - delta)    delta = sum(dO O) - d lse
     dQ = scale dS K               dK = scale dS^T Q          dV = P^T dO
@@ -11,6 +11,11 @@ The kernel of queries adds dQ up, the kernel of keys walks over all query heads 
 adds dK and dV up, so that nothing is added in memory and repeated runs agree to the bit. The price
 is that Q K^T and dO V^T are made twice: seven products, where atomic additions would need five. The
 kernel of keys computes the transposes, whose P and dS are then operands as they lie in registers.
+
+What is done with one tile is a class of its own: `Half` here, in 16 bits; in
+``mosaic_sm90_backward_int8`` with the INT8 products of SageBwd. The tiles that a block visits
+follow from bounds on ``key - query``, or come as lists made of a `BlockMask`. A list names tiles of
+the kernel's own size, first those that need no mask, and which of their quarters of 64 x 64 count.
 
 References: FlashAttention-2 (arXiv 2307.08691), section 3.1.2; FlashAttention-3 (arXiv 2407.08608),
 appendix B.
@@ -24,14 +29,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.masks import EMPTY, FULL, BlockMask
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import _swizzle, _transforms
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
 
 HEAD_DIMS = (64, 128)
-COMPUTE = 2  # warpgroups
+PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
+# By the side that is owned; "block_kv" rows are streamed at a time.
+CONFIGS = {
+    "q": Config(block_kv=128, num_stages=2, qk_split=1),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1),
+}
 _ACC = plgpu.Layout.WGMMA
-_SIDE = {"q": _ACC.reduce(1), "kv": _ACC.reduce(0)}  # of numbers per query
+_ROW = _ACC.reduce(1)
+_SIDE = {"q": _ROW, "kv": _ACC.reduce(0)}  # of numbers per query
 
 
 def gradient(
@@ -45,6 +57,7 @@ def gradient(
     scale: float,
     min_diff: int | None = None,
     max_diff: int | None = None,
+    blocks: BlockMask | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dQ, dK and dV of attention in which query t sees ``min_diff <= s - t <= max_diff``.
 
@@ -58,34 +71,99 @@ def gradient(
         scale: factor on the logits.
         min_diff: lower bound, or None.
         max_diff: upper bound, or None.
+        blocks: tiles to visit, with block_q and block_kv multiples of 64, or None for all; its
+            token rule is not looked at, the bounds are.
 
     Returns:
         Arrays like query, key and value.
     """
-    (batch, q_len, num_heads, head_dim), (_, kv_len, num_kv_heads, _) = query.shape, key.shape
-    whole = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))  # noqa: E731
     # Rows without keys, and those beyond the end, get P = exp(-inf) = 0.
-    pad = ((0, 0), (0, 0), (0, -q_len % 128))
+    pad = ((0, 0), (0, 0), (0, -query.shape[1] % PAD))
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2E
-    lse = jnp.pad(lse, pad, constant_values=jnp.inf)
-    delta = jnp.pad(delta, pad)
-    arrays = [*map(whole, (query, key, value, d_out)), lse, delta]
-    low, high = (None if x is None else -x for x in (max_diff, min_diff))
+    arrays = {"q": whole(query), "k": whole(key), "v": whole(value), "d_out": whole(d_out)}
+    arrays |= {"lse": jnp.pad(lse, pad, constant_values=jnp.inf), "delta": jnp.pad(delta, pad)}
     variant = Variant("half", "half", str(query.dtype))
-
-    def plan(block, rows, columns, heads, *bounds):
-        bounded = tuple(x is not None for x in bounds)
-        config = Config(block_kv=block, num_stages=2 if block == 128 else 4, qk_split=1)
-        return Plan(
-            config, variant, batch, rows, columns, heads, num_kv_heads, head_dim, block, *bounds,
-            bounded,
-        )  # fmt: skip
-
-    (dq,) = _launch("q", plan(128, q_len, kv_len, num_heads, min_diff, max_diff), arrays, scale)
-    dk, dv = _launch(
-        "kv", plan(64, kv_len, q_len, num_kv_heads, low, high), arrays, scale,
-    )  # fmt: skip
+    shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
+    (dq,), (dk, dv) = (
+        launch(Half(side, plan_of(side, variant, *shapes, *limits, config), scale), arrays, blocks)
+        for side, config in CONFIGS.items()
+    )
     return dq, dk, dv
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Tokens rounded up to 8, the height of the tiles in which they are copied."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
+
+
+def plan_of(side: str, variant: Variant, query, key, min_diff, max_diff, config: Config) -> Plan:
+    """The plan of one kernel, in which "rows" are those of the owner.
+
+    Args:
+        side: "q" owns queries and streams keys, "kv" owns keys and streams queries.
+        variant: formats.
+        query: shape [B, T, N, H].
+        key: shape [B, S, K, H].
+        min_diff: lower bound of ``key - query``, or None.
+        max_diff: upper bound, or None.
+        config: warpgroups, tiles and registers.
+    """
+    (batch, q_len, num_heads, head_dim), (_, kv_len, num_kv_heads, _) = query, key
+    rows, columns, heads, bounds = q_len, kv_len, num_heads, (min_diff, max_diff)
+    if side == "kv":
+        rows, columns, heads = kv_len, q_len, num_kv_heads
+        bounds = tuple(None if x is None else -x for x in (max_diff, min_diff))
+    bounded = tuple(x is not None for x in bounds)
+    return Plan(
+        config, variant, batch, rows, columns, heads, num_kv_heads, head_dim, config.block_kv,
+        *bounds, bounded,
+    )  # fmt: skip
+
+
+# -- lists -----------------------------------------------------------------------------------------
+
+
+def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[str, jax.Array]:
+    """The tiles of one kernel that a block mask wants, and the order of the owner's rows.
+
+    Args:
+        blocks: tiles of multiples of 64 on both sides.
+        side: "q" or "kv".
+        plan: sizes.
+        groups: query heads of a key head.
+
+    Returns:
+        "list" int32 [B or 1, N or 1, owner's tiles, streamed tiles]: 64 times a tile's number, plus
+        1 << (2 w + c) where rows of warpgroup w want its c-th 64 columns; tiles without a mask come
+        first. "ranges" int32 [B or 1, N or 1, owner's tiles, 2]: how many need no mask, and how
+        many there are. "order" int32 [B x heads x owner's tiles]: the longest walks come first.
+    """
+    status = blocks.to_status().repeat(blocks.block_q // ROWS, 2).repeat(blocks.block_kv // ROWS, 3)
+    status = status if side == "q" else status.swapaxes(2, 3)
+    halves, tiles = plan.config.block_kv // ROWS, pl.cdiv(plan.kv_len, plan.config.block_kv)
+    compute = plan.config.num_compute
+    grid = (compute * plan.q_tiles, halves * tiles)
+    status = status[:, :, : grid[0], : grid[1]]
+    missing = [(0, want - have) for want, have in zip(grid, status.shape[2:], strict=True)]
+    # What lies beyond the end is masked or has no effect.
+    status = jnp.pad(status, ((0, 0), (0, 0), *missing), constant_values=EMPTY)
+    quarters = status.reshape(*status.shape[:2], plan.q_tiles, compute, tiles, halves)
+    quarters = quarters.swapaxes(3, 4)  # [.., owner's tiles, tiles, compute, halves]
+    weight = jnp.left_shift(1, 2 * jnp.arange(compute)[:, None] + jnp.arange(halves))
+    bits = ((quarters != EMPTY) * weight).sum((4, 5))
+    number = jnp.arange(tiles)
+    whole = (quarters == FULL).all((4, 5)) & ((number + 1) * plan.config.block_kv <= plan.kv_len)
+    rank = jnp.where(whole, 0, jnp.where(bits > 0, 1, 2))
+    order = jnp.argsort(rank, axis=-1, stable=True)
+    listed = jnp.take_along_axis(number * 64 + bits, order, axis=-1)
+    ranges = jnp.stack([whole.sum(-1), (bits > 0).sum(-1)], -1).astype(jnp.int32)
+    count = jnp.broadcast_to(ranges[..., 1], (plan.batch, plan.num_heads * groups, plan.q_tiles))
+    count = count.reshape(plan.batch, plan.num_heads, groups, plan.q_tiles).sum(2)
+    longest = jnp.argsort(-count.ravel(), stable=True).astype(jnp.int32)
+    return {"list": listed.astype(jnp.int32), "ranges": ranges, "order": longest}
+
+
+# -- one tile in 16 bits ---------------------------------------------------------------------------
 
 
 def _products(*operands, shape):
@@ -99,7 +177,7 @@ def _products(*operands, shape):
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * len(operands))
 
 
-def _add(sums, operands):
+def add_half(sums, operands):
     """``sum + A B`` for pairs of an array, rounded to 16 bits, and a reference."""
 
     def run(totals):
@@ -109,151 +187,300 @@ def _add(sums, operands):
     return tuple(pl.run_state(run)(tuple(map(plgpu.ACC.init, sums))))
 
 
-def _kernel(side: str, plan: Plan, groups: int, scale: float, dtype):
+class Half:
+    """One compute warpgroup's steps in 16 bits.
+
+    Args:
+        side: "q" or "kv".
+        plan: sizes.
+        scale: factor on the logits.
+    """
+
+    auto_barriers = True
+
+    def __init__(self, side: str, plan: Plan, scale: float):
+        self.side, self.plan, self.scale = side, plan, scale
+        queries, keys = ("q", "d_out"), ("k", "v")
+        self.own, ring = (queries, keys) if side == "q" else (keys, queries)
+        self.ring = tuple((name,) for name in ring)
+
+    def memory(self, name: str, lead: tuple[int, ...], rows: int):
+        """Shared memory for so many rows of an array."""
+        width, dtype = self.plan.head_dim, jnp.dtype(self.plan.variant.half)
+        return plgpu.SMEM(
+            (*lead, rows, width), dtype, transforms=_transforms(_swizzle(2 * width), 2)
+        )
+
+    def source(self, ref, name: str, b, head, rows):
+        """The rows of an array in global memory."""
+        return ref.at[b, rows, head]
+
+    def of_owner(self, load):
+        """Numbers per row of the owner; ``load(name)`` gives those of an array [B, N, T]."""
+        return [load("lse"), load("delta")] if self.side == "q" else []
+
+    def start(self):
+        """Sums of nothing: dQ, or dK and dV."""
+        zeros = jnp.zeros((ROWS, self.plan.head_dim), jnp.float32)
+        return (plgpu.layout_cast(zeros, _ACC),) * (1 if self.side == "q" else 2)
+
+    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+        """Adds one tile to the sums.
+
+        Args:
+            own: references to the owner's rows, as `own` names them.
+            ring: references to the streamed tile, as `ring` names them.
+            fixed: from `of_owner`.
+            load: as there, for the streamed rows.
+            sums: from `start` or an earlier tile.
+            where: the tile's place and what counts in it, or None where everything does.
+            wait: ``wait(i)`` waits for the i-th part of the tile.
+            release: ``release(i)`` gives that part back.
+
+        Returns:
+            New sums.
+        """
+        of_queries, shape = self.side == "q", (ROWS, self.plan.config.block_kv)
+        (first,), (second,) = ring
+        lse, delta = fixed or map(load, ("lse", "delta"))
+        wide = lambda x: lax.broadcast_in_dim(x, shape, [0 if of_queries else 1])  # noqa: E731
+        wait(0)
+        wait(1)
+        scores, d_p = _products((own[0], first), (own[1], second), shape=shape)
+        if of_queries:
+            release(1)
+        p = jnp.exp2(scores * (self.scale * LOG2E) - wide(lse))
+        d_s = p * (d_p - wide(delta))
+        if where is not None:
+            ok = self._allowed(**where)
+            p, d_s = jnp.where(ok, p, 0.0), jnp.where(ok, d_s, 0.0)
+        sums = add_half(sums, ((d_s, first),) if of_queries else ((d_s, first), (p, second)))
+        if not of_queries:
+            release(1)
+        release(0)
+        return sums
+
+    def _allowed(self, row, col, first_col=None, last_col=None):
+        """Which pairs of the tile take part; zeros beyond the last key have a P as well."""
+        plan, shape = self.plan, (ROWS, self.plan.config.block_kv)
+        t, s = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_ACC) for axis in (0, 1))
+        s = s + col
+        away = s - (t + row)
+        ok = s < plan.kv_len
+        if plan.max_diff is not None:
+            ok &= away <= plan.max_diff
+        if plan.min_diff is not None:
+            ok &= away >= plan.min_diff
+        if first_col is not None:
+            ok &= (s >= first_col) & (s < last_col)
+        return ok
+
+    def finish(self, sums, load, mean):
+        """What is stored: dQ, or dK and dV.
+
+        Args:
+            sums: from `tile`.
+            load: as in `of_owner`.
+            mean: reference to "k_mean" of the head, if there is such an array.
+        """
+        del load, mean
+        return [x * factor for x, factor in zip(sums, (self.scale, 1.0), strict=False)]
+
+
+# -- the kernel ------------------------------------------------------------------------------------
+
+
+def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     """Builds one kernel's entry function.
 
     Args:
-        side: "q" owns queries and streams keys, "kv" owns keys and streams queries.
-        plan: sizes, in which "rows" are those of the owner.
+        steps: `Half`, or what stands in its place.
+        names: what the operands are, in order.
         groups: query heads of a key head.
-        scale: factor on the logits.
-        dtype: of everything but lse and delta.
+        dtype: of the results.
     """
-    config, head_dim, block = plan.config, plan.head_dim, plan.config.block_kv
-    stages, i32 = config.num_stages, jnp.int32
-    of_queries = side == "q"
+    plan = steps.plan
+    config, block, stages, i32 = (
+        plan.config,
+        plan.config.block_kv,
+        plan.config.num_stages,
+        jnp.int32,
+    )
+    of_queries, listed = steps.side == "q", "list" in names
     heads = 1 if of_queries else groups  # streamed heads for each head of the owner
-    transforms = _transforms(_swizzle(head_dim * 2), 2)
+    compute = config.num_compute
 
-    def place():
+    def place(refs):
         """Tile, batch and head of this block's rows; the longest walks come first."""
         index = lax.axis_index("block")
+        if listed:
+            index = refs["order"][index]
         head, tile = div(index, plan.q_tiles), lax.rem(index, i32(plan.q_tiles))
-        if of_queries:
+        if of_queries and not listed:
             tile = plan.q_tiles - 1 - tile
         return tile, div(head, plan.num_heads), lax.rem(head, i32(plan.num_heads))
 
     def streamed_head(head, j):
         return div(head, groups) if of_queries else head * groups + j
 
+    def entry_of(refs, name, b, head, j, tile, i):
+        """A number of the lists, which batch entries and heads may share."""
+        n, shape = head if of_queries else streamed_head(head, j), refs[name].shape
+        return refs[name][b if shape[0] > 1 else 0, n if shape[1] > 1 else 0, tile, i]
+
+    def walk(refs, b, head, j, tile):
+        """Places [lo, hi), and [mid_lo, mid_hi), those that need no mask."""
+        if not listed:
+            return [jnp.asarray(x, i32) for x in plan.kv_tiles(tile)]
+        whole, count = (entry_of(refs, "ranges", b, head, j, tile, i) for i in range(2))
+        return [i32(0), i32(0), whole, count]
+
+    def code_at(refs, b, head, j, tile, i):
+        """What a place holds: a tile's number, or an entry of the list."""
+        if not listed:
+            return i
+        last = refs["list"].shape[-1] - 1
+        return entry_of(refs, "list", b, head, j, tile, jnp.minimum(i, last))
+
+    def number_of(code):
+        return div(code, 64) if listed else code
+
     def memory_group(own, ring, refs, ready, free):
-        (own_ready, first_ready, second_ready) = ready
-        tile, b, head = place()
-        for w in range(COMPUTE):
-            rows = pl.ds(tile * COMPUTE * ROWS + w * ROWS, ROWS)
-            for ref, smem in zip(refs["own"], own, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[b, rows, head], smem.at[w], own_ready.at[w])
-        lo, _, _, hi = (jnp.asarray(x, i32) for x in plan.kv_tiles(tile))
+        (own_ready, *ring_ready) = ready
+        tile, b, head = place(refs)
+        for w in range(compute):
+            rows = pl.ds(tile * config.block_q + w * ROWS, ROWS)
+            for name, smem in zip(steps.own, own, strict=True):
+                source = steps.source(refs[name], name, b, head, rows)
+                plgpu.copy_gmem_to_smem(source, smem.at[w], own_ready.at[w])
 
-        def load(step, _):
-            slot = lax.rem(step, i32(stages))
-            columns = pl.ds((lo + lax.rem(step, hi - lo)) * block, block)
-            where = (b, columns, streamed_head(head, lax.div(step, hi - lo)))
-            parts = zip(refs["ring"], ring, (first_ready, second_ready), free, strict=True)
-            for ref, smem, filled, empty in parts:
-                plgpu.barrier_wait(empty.at[slot])
-                plgpu.copy_gmem_to_smem(ref.at[where], smem.at[slot], filled.at[slot])
+        def one_head(j, step):
+            lo, _, _, hi = walk(refs, b, head, j, tile)
 
-        lax.fori_loop(i32(0), (hi - lo) * heads, load, None)
+            def load(i, state):
+                step, code = state
+                then = code_at(refs, b, head, j, tile, i + 1)
+                slot, rows = lax.rem(step, i32(stages)), pl.ds(number_of(code) * block, block)
+                for part, smems, filled, empty in zip(
+                    steps.ring, ring, ring_ready, free, strict=True
+                ):
+                    plgpu.barrier_wait(empty.at[slot])
+                    for name, smem in zip(part, smems, strict=True):
+                        source = steps.source(refs[name], name, b, streamed_head(head, j), rows)
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], filled.at[slot])
+                return step + 1, then
+
+            return lax.fori_loop(lo, hi, load, (step, code_at(refs, b, head, j, tile, lo)))[0]
+
+        if heads == 1:
+            one_head(i32(0), i32(0))
+        else:
+            lax.fori_loop(i32(0), i32(heads), one_head, i32(0))
 
     def compute_group(wg, own, ring, refs, ready, free):
-        (own_ready, first_ready, second_ready) = ready
-        own_a, own_b = (smem.at[wg] for smem in own)
-        tile, b, head = place()
-        lo, mid_lo, mid_hi, hi = (jnp.asarray(x, i32) for x in plan.kv_tiles(tile))
-        start = tile * COMPUTE * ROWS + wg * ROWS
-        shape = (ROWS, block)
-
-        def per_query(name, n, first, size):
-            where = refs[name].at[b, n, pl.ds(first, size)]
-            return plgpu.load(where, layout=_SIDE[side], optimized=False)
-
-        def wide(x):
-            return lax.broadcast_in_dim(x, shape, [0 if of_queries else 1])
-
+        (own_ready, *ring_ready) = ready
+        mine = [smem.at[wg] for smem in own]
+        tile, b, head = place(refs)
+        start = tile * config.block_q + wg * ROWS
         for slot in range(stages):
             for empty in free:
                 plgpu.barrier_arrive(empty.at[slot])
         plgpu.barrier_wait(own_ready.at[wg])
-        if of_queries:
-            fixed = [per_query(name, head, start, ROWS) for name in ("lse", "delta")]
 
-        def one_step(i, sums, j, is_masked):
-            step = j * (hi - lo) + i - lo
-            slot = lax.rem(step, i32(stages))
-            first, second = (smem.at[slot] for smem in ring)
-            lse, delta = fixed if of_queries else [
-                per_query(name, streamed_head(head, j), i * block, block)
-                for name in ("lse", "delta")
-            ]  # fmt: skip
-            plgpu.barrier_wait(first_ready.at[slot])
-            plgpu.barrier_wait(second_ready.at[slot])
+        def of_owner(name):
+            rows = refs[name].at[b, head, pl.ds(start, ROWS)]
+            return plgpu.load(rows, layout=_ROW, optimized=False)
 
-            scores, d_p = _products((own_a, first), (own_b, second), shape=shape)
-            if of_queries:
-                plgpu.barrier_arrive(free[1].at[slot])
-            p = jnp.exp2(scores * (scale * LOG2E) - wide(lse))
-            d_s = p * (d_p - wide(delta))
-            if is_masked:
-                ok = allowed(i)
-                p, d_s = jnp.where(ok, p, 0.0), jnp.where(ok, d_s, 0.0)
-            parts = ((d_s, first),) if of_queries else ((d_s, first), (p, second))
-            sums = _add(sums, parts)
-            if not of_queries:
-                plgpu.barrier_arrive(free[1].at[slot])
-            plgpu.barrier_arrive(free[0].at[slot])
-            return sums
+        fixed = steps.of_owner(of_owner)
 
-        def allowed(i):
-            """Which pairs of the tile take part; zeros beyond the last key have a P as well."""
-            row, column = (plgpu.broadcasted_iota(i32, shape, axis, layout=_ACC) for axis in (0, 1))
-            column = column + i * block
-            away = column - (row + start)
-            ok = column < plan.kv_len
-            if plan.max_diff is not None:
-                ok &= away <= plan.max_diff
-            if plan.min_diff is not None:
-                ok &= away >= plan.min_diff
-            return ok
+        def one_step(i, state, j, is_masked):
+            step, code, sums = state
+            then = code_at(refs, b, head, j, tile, i + 1)
+            slot, number = lax.rem(step, i32(stages)), number_of(code)
+            first = number * block
 
-        def one_head(j, sums):
-            run = lambda is_masked: lambda i, sums: one_step(i, sums, j, is_masked)  # noqa: E731
-            if not plan.needs_mask:
-                return lax.fori_loop(lo, hi, run(False), sums)
-            sums = lax.fori_loop(lo, mid_lo, run(True), sums)
-            sums = lax.fori_loop(mid_lo, mid_hi, run(False), sums)
-            return lax.fori_loop(mid_hi, hi, run(True), sums)
+            def wait(part):
+                plgpu.barrier_wait(ring_ready[part].at[slot])
 
-        zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), _ACC)
-        sums = (zeros,) * (1 if of_queries else 2)
-        sums = one_head(i32(0), sums) if heads == 1 else lax.fori_loop(0, heads, one_head, sums)
-        factors = (scale, 1.0)  # of dQ or dK, and of dV
-        rows = pl.ds(start, ROWS)
-        for total, factor, smem, out in zip(sums, factors, own, refs["out"], strict=False):
-            smem.at[wg][...] = (total * factor).astype(dtype)
+            def release(part):
+                plgpu.barrier_arrive(free[part].at[slot])
+
+            def load(name):
+                rows = refs[name].at[b, streamed_head(head, j), pl.ds(first, block)]
+                return plgpu.load(rows, layout=_SIDE[steps.side], optimized=False)
+
+            def add(sums, where=None):
+                slots = [[smem.at[slot] for smem in part] for part in ring]
+                return steps.tile(mine, slots, fixed, load, sums, where, wait, release)
+
+            def skip(sums):
+                """Nothing of the tile is for this warpgroup."""
+                for part in range(len(free)):
+                    wait(part)
+                    release(part)
+                return sums
+
+            where = {"row": start, "col": first}
+            if not is_masked:
+                sums = add(sums)
+            elif not listed:
+                sums = add(sums, where)
+            else:
+                bits = lax.rem(lax.shift_right_logical(code, 2 * wg), i32(4))
+                if block == ROWS:
+                    where |= {"first_col": first, "last_col": first + ROWS}
+                else:
+                    where["first_col"] = first + jnp.where(bits == 2, i32(ROWS), i32(0))
+                    where["last_col"] = first + jnp.where(bits == 1, i32(ROWS), i32(block))
+                sums = lax.cond(bits != 0, lambda x: add(x, where), skip, sums)
+            return step + 1, then, sums
+
+        def one_head(j, state):
+            lo, mid_lo, mid_hi, hi = walk(refs, b, head, j, tile)
+            step, sums = state
+            state = step, code_at(refs, b, head, j, tile, lo), sums
+            run = lambda is_masked: lambda i, x: one_step(i, x, j, is_masked)  # noqa: E731
+            if listed:
+                state = lax.fori_loop(lo, mid_hi, run(False), state)
+                state = lax.fori_loop(mid_hi, hi, run(True), state)
+            elif not plan.needs_mask:
+                state = lax.fori_loop(lo, hi, run(False), state)
+            else:
+                state = lax.fori_loop(lo, mid_lo, run(True), state)
+                state = lax.fori_loop(mid_lo, mid_hi, run(False), state)
+                state = lax.fori_loop(mid_hi, hi, run(True), state)
+            return state[0], state[2]
+
+        state = i32(0), steps.start()
+        state = one_head(i32(0), state) if heads == 1 else lax.fori_loop(0, heads, one_head, state)
+        rows, stage = pl.ds(start, ROWS), mine[1]  # which nothing reads any more
+        mean = refs["k_mean"].at[b, streamed_head(head, 0)] if "k_mean" in names else None
+        for total, out in zip(steps.finish(state[1], of_owner, mean), refs["out"], strict=True):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            stage[...] = total.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem.at[wg], out.at[b, rows, head])
+            plgpu.copy_smem_to_gmem(stage, out.at[b, rows, head])
         plgpu.wait_smem_to_gmem(0)
 
-    def entry(q, k, v, d_out, lse, delta, *out):
-        refs = {"own": (q, d_out), "ring": (k, v), "lse": lse, "delta": delta, "out": out}
-        if not of_queries:
-            refs["own"], refs["ring"] = refs["ring"], refs["own"]
-        own = [plgpu.SMEM((COMPUTE, ROWS, head_dim), dtype, transforms=transforms)] * 2
-        ring = [plgpu.SMEM((stages, block, head_dim), dtype, transforms=transforms)] * 2
-        ready = [plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE)]
-        ready += [plgpu.Barrier(num_barriers=stages)] * 2
-        free = [plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)] * 2
+    def entry(*operands):
+        refs = dict(zip(names, operands[: len(names)], strict=True)) | {
+            "out": operands[len(names) :]
+        }
+        own = [steps.memory(name, (compute,), ROWS) for name in steps.own]
+        ring = [[steps.memory(name, (stages,), block) for name in part] for part in steps.ring]
+        ready = [plgpu.Barrier(num_arrivals=len(own), num_barriers=compute)]
+        ready += [plgpu.Barrier(num_arrivals=len(part), num_barriers=stages) for part in ring]
+        free = [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in ring]
 
         def body(own, ring, ready, free):
             wg = lax.axis_index("wg")
 
-            @pl.when(wg == COMPUTE)
+            @pl.when(wg == compute)
             def _memory():
                 plgpu.set_max_registers(config.memory_registers, action="decrease")
                 memory_group(own, ring, refs, ready, free)
 
-            @pl.when(wg < COMPUTE)
+            @pl.when(wg < compute)
             def _compute():
                 plgpu.set_max_registers(config.registers, action="increase")
                 compute_group(wg, own, ring, refs, ready, free)
@@ -263,21 +490,31 @@ def _kernel(side: str, plan: Plan, groups: int, scale: float, dtype):
     return entry
 
 
-def _launch(side: str, plan: Plan, arrays, scale: float) -> list[jax.Array]:
-    """One kernel's gradients, one for the side of queries and two for that of keys."""
-    query, key = arrays[:2]
-    groups = query.shape[2] // key.shape[2]
-    like = query if side == "q" else key
+def launch(steps, arrays: dict[str, jax.Array], blocks: BlockMask | None) -> list[jax.Array]:
+    """One kernel's gradients, one for the side of queries and two for that of keys.
+
+    Args:
+        steps: `Half`, or what stands in its place.
+        arrays: its operands by name; the results have the type of "v", or of "d_out".
+        blocks: tiles to visit, or None for all.
+    """
+    plan = steps.plan
+    like = arrays["d_out" if steps.side == "q" else "v"]
+    groups = arrays["d_out"].shape[2] // arrays["v"].shape[2]
+    if blocks is not None:
+        arrays = arrays | tile_lists(blocks, steps.side, plan, 1 if steps.side == "q" else groups)
     out = jax.ShapeDtypeStruct(like.shape, like.dtype)
     results = plgpu.kernel(
-        _kernel(side, plan, groups, scale, query.dtype),
-        out_type=[out] * (1 if side == "q" else 2),
+        _kernel(steps, tuple(arrays), groups, like.dtype),
+        out_type=[out] * (1 if steps.side == "q" else 2),
         grid=(plan.total,),
         grid_names=("block",),
-        num_threads=COMPUTE + 1,
+        num_threads=plan.config.num_compute + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=not steps.auto_barriers,
         ),
-    )(*arrays)
+    )(*arrays.values())
     return [x[:, : plan.q_len] for x in results]

@@ -92,6 +92,7 @@ class Position:
         max_diff: upper bound of it, or None.
         q_ids: segment of the thread's two rows, or None.
         kv_ids: segment of its columns, two for every 8, or None.
+        first_col: keys before it are not seen, or None.
     """
 
     row: object
@@ -102,6 +103,7 @@ class Position:
     max_diff: object = None
     q_ids: tuple = ()
     kv_ids: tuple = ()
+    first_col: object = None
 
 
 def mask_scores(scores, position: Position, is_int: bool):
@@ -146,6 +148,9 @@ def _columns(position: Position):
         first = None
         if position.min_diff is not None:
             first = ptx.sub(ptx.add(row, position.min_diff), base)
+        if position.first_col is not None:
+            start = ptx.sub(position.first_col, base)
+            first = start if first is None else ptx.imax(first, start)
         out.append((first, ptx.sub(last, base)))
     return out
 

@@ -21,6 +21,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.masks import BlockMask
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
@@ -65,60 +66,75 @@ def partitioned(forward: Forward, dimensions: Callable | None = None) -> Forward
     return call
 
 
-def partitioned_gradient(gradient: Callable, spec: AttentionSpec) -> Callable:
+def partitioned_gradient(
+    gradient: Callable, spec: AttentionSpec, blocks: BlockMask | None = None
+) -> Callable:
     """`partitioned` for a gradient: every device computes its batch entries and key/value heads.
 
     The query heads of a key/value head stay together, since they add to one dK and dV.
 
     Args:
-      gradient: ``(query, key, value, d_out, lse, delta) -> (d_query, d_key, d_value)`` with lse and
-        delta [B, N, T]; closes over no arrays.
+      gradient: ``(query, key, value, d_out, *sums, blocks=blocks) -> (d_query, d_key, d_value)``
+        with sums [B, N, T]; closes over no arrays.
       spec: static facts.
+      blocks: lists of tiles, or None.
 
     Returns:
-      A callable with the signature and meaning of `gradient`.
+      A callable ``(query, key, value, d_out, *sums) -> (d_query, d_key, d_value)``.
     """
-    names = ("btnh", "bskh", "bskh", "btnh", "bnt", "bnt")
-    rule, sizes, whole = _rule(names, spec, results=names[:3], splits="bk")
+    leaves, treedef = jax.tree.flatten(blocks)
+    lists = [_broadcast(("b", "n", ".", ".")[: jnp.ndim(x)], x) for x in leaves]
+    results = ("btnh", "bskh", "bskh")
 
-    def run(query, key, value, d_out, lse, delta):
-        return tuple(gradient(query, key, value, d_out, lse, delta))
+    def run(*arrays):
+        dense, tiles = arrays[: len(arrays) - len(leaves)], arrays[len(arrays) - len(leaves) :]
+        return tuple(gradient(*dense, blocks=jax.tree.unflatten(treedef, tiles)))
 
     def shardings(mesh, arguments, dims):
         split = _split(mesh, arguments[0], spec)
         split = dataclasses.replace(split, heads=split.kv_heads)
         return tuple(NamedSharding(mesh, split.spec_of(each)) for each in dims)
 
-    def partition(mesh, arguments, results):
-        outs = shardings(mesh, arguments, names[:3])
-        return mesh, run, outs, shardings(mesh, arguments, names)
-
-    def infer(mesh, arguments, results):
-        return shardings(mesh, arguments, names[:3])
-
-    split_call = custom_partitioning(run)
-    split_call.def_partition(
-        partition, infer_sharding_from_operands=infer, sharding_rule=rule,
-        need_replication_factors=whole, **sizes,
-    )  # fmt: skip
-
     @custom_vmap
     def call(*arrays):
         # Inside shard_map the arrays are local already, and nothing is left to split.
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        return (run if manual else split_call)(*arrays)
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            return run(*arrays)
+        names = (*results, "btnh", *["bnt"] * (len(arrays) - 4 - len(leaves)), *lists)
+        rule, sizes, whole = _rule(names, spec, results=results, splits="bk")
+
+        def partition(mesh, arguments, _):
+            outs = shardings(mesh, arguments, results)
+            return mesh, run, outs, shardings(mesh, arguments, names)
+
+        split_call = custom_partitioning(run)
+        split_call.def_partition(
+            partition,
+            infer_sharding_from_operands=lambda mesh, arguments, _: shardings(
+                mesh, arguments, results
+            ),
+            sharding_rule=rule, need_replication_factors=whole, **sizes,
+        )  # fmt: skip
+        return split_call(*arrays)
 
     @call.def_vmap
     def _fold(size, in_batched, *arrays):
         wide = dataclasses.replace(spec, batch=size * spec.batch)
-        folded = [
-            (x if has else jnp.broadcast_to(x, (size, *x.shape))).reshape(-1, *x.shape[1 + has :])
-            for x, has in zip(arrays, in_batched, strict=True)
-        ]
-        grads = partitioned_gradient(gradient, wide)(*folded)
+
+        def fold(x, has, is_list):
+            if is_list and x.shape[has] == 1 != spec.batch:
+                x = jnp.broadcast_to(x, (*x.shape[:has], spec.batch, *x.shape[1 + has :]))
+            x = x if has else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        is_list = [i >= len(arrays) - len(leaves) for i in range(len(arrays))]
+        folded = list(map(fold, arrays, in_batched, is_list))
+        dense, tiles = folded[: len(arrays) - len(leaves)], folded[len(arrays) - len(leaves) :]
+        tiles = jax.tree.unflatten(treedef, tiles)
+        grads = partitioned_gradient(gradient, wide, tiles)(*dense)
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in grads), (True,) * 3
 
-    return call
+    return lambda *arrays: call(*arrays, *leaves)
 
 
 # -- what the axes of each array are ---------------------------------------------------------------

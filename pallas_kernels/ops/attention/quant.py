@@ -106,6 +106,60 @@ def operands(
     return Operands(q, q_scale, k, k_scale, v, v_scale, v_mean, q_mean, k_smooth, row_const, k_mean)
 
 
+class CentredKeys(NamedTuple):
+    """Keys of a float gradient without their mean.
+
+    Attributes:
+      key: [B, S, K, H], in the dtype of the keys.
+      const: float32 [B, T, N], what the logits of each row lack by it, or None.
+      mean: float32 [B, 1, K, H], or None where nothing was taken away.
+    """
+
+    key: jax.Array
+    const: jax.Array | None = None
+    mean: jax.Array | None = None
+
+    def part(self, rows: jax.Array, spec: AttentionSpec) -> jax.Array:
+        """The mean key's part of dQ, float32 [B, T, N, H], from sums of the rows of dS [B, T, N].
+
+        It is zero but where the log-sum-exp has a cotangent or a sink takes a share.
+        """
+        return rows[..., None] * to_heads(self.mean, spec.groups) * spec.scale
+
+
+def centred_keys(query: jax.Array, key: jax.Array, mask: Mask, spec: AttentionSpec) -> CentredKeys:
+    """Takes the mean key away for a float gradient, where the forward's quantiser did so.
+
+    ``dQ = scale dS K`` does not depend on the mean key, since the rows of dS sum to zero, but with
+    P from quantised logits they do so in part only, and a large mean would multiply what is left:
+    on keys with a bias the relative L1 error of dQ falls from .19 to .03.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      mask: which pairs take part.
+      spec: static facts; with a soft cap, an INT8 backward (which smooths by itself), or without
+        smoothing, the keys stay as they are.
+
+    Returns:
+      `CentredKeys`.
+    """
+    quant = spec.quant
+    smooth = quant is not None and quant.smooth_k and quant.backward == "float"
+    if not smooth or spec.soft_cap is not None or spec.quantized_key:
+        return CentredKeys(key)
+    live, f32 = live_keys(mask, spec), jnp.float32
+    mean = _mean(key.astype(f32), live)
+    const = jnp.einsum(
+        "btnh,bnh->btn",
+        query.astype(f32),
+        to_heads(mean, spec.groups)[:, 0],
+        precision=lax.Precision.HIGHEST,
+    )
+    centred = _only(live, key.astype(f32) - mean).astype(key.dtype)
+    return CentredKeys(centred, const * spec.scale, mean)
+
+
 def _only(live, x):
     return x if live is None else jnp.where(live[..., None], x, 0)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.masks import BlockMask
+from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import xla
 from pallas_kernels.ops.attention.reference import clean
@@ -85,6 +85,12 @@ def attention(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(query, key, value, sinks, blocks, pv_threshold, spec):
     return _forward(query, key, value, sinks, blocks, pv_threshold, spec)[0]
+
+
+def whole(mask: Mask, spec: AttentionSpec) -> BlockMask:
+    """The tiles of a token rule in the sizes of an INT8 gradient."""
+    sizes = {"block_q": spec.quant.block_q, "block_kv": spec.quant.block_kv}
+    return BlockMask.from_mask(mask, spec.q_len, spec.kv_len, **sizes)
 
 
 # -- walking the lists -------------------------------------------------------------------------
@@ -287,7 +293,11 @@ def _backward(spec: AttentionSpec, saved, cotangents):
     f32 = jnp.float32
     rounded = spec.quant is not None and spec.quant.backward == "int8"
     exact = clean(query, key, value, blocks.as_mask(), spec)
-    x = _inputs(query, key, value, blocks, spec) if rounded else _Inputs(*exact)
+    if rounded:
+        x = _inputs(query, key, value, blocks, spec)
+    else:
+        centred = numerics.centred_keys(*exact[:2], blocks.as_mask(), spec)
+        x = _Inputs(exact[0], centred.key, exact[2], centred.const, k_mean=centred.mean)
 
     empty = jnp.isneginf(lse)
     d_lse = jnp.where(empty, 0.0, d_lse)

@@ -6,12 +6,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels._device import Device
+from pallas_kernels._device import Device, xla_is_deterministic
 
 GRANULARITIES = ("per_tensor", "per_block", "per_warp", "per_thread", "per_token")
 QK_FORMATS = ("int8", "int4", "fp8_e4m3", "nvfp4")
 PV_FORMATS = ("fp8_e4m3", "int8", "nvfp4", "fp16", "bf16", "half")
 IMPLEMENTATIONS = ("mosaic", "xla", "reference")
+ANY_ORDER = (
+    "deterministic=True: XLA may add in any order on a GPU; set "
+    "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +235,7 @@ class AttentionSpec:
       has_sinks: every head has a sink logit.
       mask_kinds: names of the rules in use, for messages.
       tiles: (block_q, block_kv) of a `BlockMask`, tokens, or None.
+      deterministic: repeated runs must give the same bits.
     """
 
     batch: int
@@ -249,6 +254,7 @@ class AttentionSpec:
     has_sinks: bool = False
     mask_kinds: tuple[str, ...] = ()
     tiles: tuple[int, int] | None = None
+    deterministic: bool = False
 
     @property
     def groups(self) -> int:
@@ -273,8 +279,11 @@ def unsupported_reason(spec: AttentionSpec, device: Device, implementation: str)
     True
     """
     reason = _unsupported_anywhere(spec, implementation)
-    if reason is not None or implementation != "mosaic":
+    if reason is not None:
         return reason
+    if implementation != "mosaic":
+        on_gpu = spec.deterministic and device.platform == "gpu"
+        return None if not on_gpu or xla_is_deterministic() else ANY_ORDER
     if device.platform != "gpu":
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
@@ -303,6 +312,25 @@ def _unsupported_anywhere(spec: AttentionSpec, implementation: str) -> str | Non
     return None
 
 
+def unmeasured_reason(spec: AttentionSpec) -> str | None:
+    """Why "mosaic" must be asked for by name where it would serve a call, or None.
+
+    Args:
+      spec: the call, which "mosaic" serves.
+
+    Returns:
+      One sentence, or None.
+
+    >>> unmeasured_reason(AttentionSpec(1, 8, 8, 2, 2, 16, "bfloat16", 0.25)) is None
+    True
+    """
+    from pallas_kernels.ops.attention import mosaic_sm90
+
+    if spec.quant is None or spec.quant.backward != "int8" or "int8" not in mosaic_sm90.UNMEASURED:
+        return None
+    return "the INT8 gradient kernels have not run on a GPU; ask for implementation='mosaic'"
+
+
 def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
     """What a user should know about the chosen implementation, for `explain`.
 
@@ -320,17 +348,25 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
                 "scales are at least as fine as the variant asks: Q per row, K eight per tile of "
                 "keys (by key index modulo 8), V per channel"
             )
-        said.append("the gradient is the unquantised flash backward, from the saved log-sum-exp")
+        if spec.quant is None or spec.quant.backward != "int8":
+            said.append(_gradient_note(spec))
+        else:
+            said.append(
+                "the gradient is that of SageBwd in part: Q K^T and dQ are INT8 products, while dK "
+                "and dV are in 16 bits like dO V^T, finer than the variant and faster on sm90"
+            )
+            said.append(
+                "the gradient's kernels take head sizes up to 128 and rules without arrays; "
+                "everything else has that of 'xla'"
+            )
+            if spec.quant.pv == "int8":
+                said.append("P V is in 16 bits, finer than the INT8 of the variant")
     elif spec.quant is not None:
         said.append(
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "
             "arithmetic is that of float32, so expect no speed-up"
         )
-        said.append(
-            "the gradient is that of SageBwd: INT8 products except dO V^T"
-            if spec.quant.backward == "int8"
-            else "the gradient is the unquantised flash backward, from the saved log-sum-exp"
-        )
+        said.append(_gradient_note(spec))
         if not spec.quant.two_level:
             said.append("two_level=False changes nothing here: accumulation is always float32")
     elif implementation == "reference":
@@ -339,3 +375,9 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
         why = "with a bias" if spec.has_bias else "the reference"
         said.append(f"{why}: tiles that the BlockMask skips are computed and masked")
     return tuple(said)
+
+
+def _gradient_note(spec: AttentionSpec) -> str:
+    if spec.quant is not None and spec.quant.backward == "int8":
+        return "the gradient is that of SageBwd: INT8 products except dO V^T"
+    return "the gradient is the unquantised flash backward, from the saved log-sum-exp"

@@ -345,12 +345,20 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
     d_out, d_lse = cotangents
     f32 = jnp.float32
     size, count, padded = _chunks(spec, block_kv)
-    q, k, v, bias_g = _prepared(query, key, value, bias, mask, spec, padded)
+    query, key, value = clean(query, key, value, mask, spec)
+    centred = numerics.centred_keys(query, key, mask, spec)
+    q, k, v, bias_g = _prepared(query, centred.key, value, bias, mask, spec, padded)
     g = _grouped_query(d_out, spec)  # [B, K, G, T, H]
-    delta = (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse  # [B, T, N]
     empty = jnp.isneginf(lse)
-    delta = _grouped_rows(jnp.where(empty, 0.0, delta), spec)
-    lse = _grouped_rows(jnp.where(empty, 0.0, lse), spec)
+    d_lse, lse = jnp.where(empty, 0.0, d_lse), jnp.where(empty, 0.0, lse)
+    delta = jnp.where(empty, 0.0, (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse)
+    d_sinks, rest = None, d_lse  # what rows of dS sum to
+    if sinks is not None:
+        p_sink = jnp.exp(sinks.astype(f32) - lse)  # [B, T, N]
+        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+        rest = d_lse + p_sink * delta
+    lse = lse if centred.const is None else lse - centred.const
+    delta, lse = _grouped_rows(delta, spec), _grouped_rows(lse, spec)
     keep_bias_rows = bias is not None and bias.shape[3] != 1
 
     def step(carry, j):
@@ -381,14 +389,12 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
     init = (jnp.zeros(q.shape, f32), jnp.zeros_like(k), jnp.zeros_like(v), db)
     init = same_axes(init, q)
     (dq, dk, dv, db), _ = lax.scan(step, init, jnp.arange(count))
-    dq = _ungrouped(dq).astype(query.dtype)
+    dq = _ungrouped(dq)
+    dq = dq if centred.mean is None else dq + centred.part(rest, spec)
+    dq = dq.astype(query.dtype)
     dk, dv = (x[:, :, : spec.kv_len].transpose(0, 2, 1, 3) for x in (dk, dv))
     if bias is not None:
         db = db[..., : bias.shape[3]].reshape(bias.shape).astype(bias.dtype)
-    d_sinks = None
-    if sinks is not None:
-        p_sink = jnp.exp(_grouped_sinks(sinks, spec) - lse)  # [B, K, G, T]
-        d_sinks = -(p_sink * delta).sum((0, 3)).reshape(-1).astype(sinks.dtype)
     return dq, dk, dv, db, d_sinks, None
 
 

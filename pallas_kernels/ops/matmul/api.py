@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels import _device, _dispatch
 from pallas_kernels.formats import QTensor, get_format
-from pallas_kernels.ops.matmul import reference, xla
+from pallas_kernels.ops.matmul import mosaic_sm90, mosaic_sm90_fp8, reference, xla
 from pallas_kernels.ops.matmul import spec as spec_lib
 from pallas_kernels.ops.matmul.spec import MatmulSpec, OperandSpec
 
@@ -32,8 +32,9 @@ def matmul(
     result. Two fp8 operands with equal tiles along k, multiples of 128 (1×128 and 128×128 blocks),
     are multiplied tile by tile, and the sums are scaled and added in float32. Otherwise it
     dequantises for this product only, so that no copy of the weights in 16 bits outlives it, in a
-    loop either. `explain` says which way a call takes, and its scheme: "w4a16" for a 4-bit `rhs`
-    and a plain `lhs`, "w4a8", "w8a8" and so on. Differentiable in plain operands and in scales.
+    loop either. On an sm90 GPU "mosaic" reads packed 4-bit weights and widens them in registers.
+    `explain` says which way a call takes, and its scheme: "w4a16" for a 4-bit `rhs` and a plain
+    `lhs`, "w4a8", "w8a8" and so on. Differentiable in plain operands and in scales.
 
     Args:
       lhs: [..., m, k] floating array, or QTensor of that shape (activations).
@@ -55,7 +56,7 @@ def matmul(
     Array([[11.]], dtype=float32)
     """
     lhs, rhs, spec = _prepare(lhs, rhs, preferred_element_type)
-    name = _dispatch.resolve("matmul", implementation, _reasons(spec))
+    name = _dispatch.resolve("matmul", implementation, _reasons(spec, implementation))
     return _run(lhs, rhs, spec=spec, name=name)
 
 
@@ -63,6 +64,10 @@ def matmul(
 def _run(lhs, rhs, *, spec, name):
     if name == "reference":
         return reference.matmul(lhs, rhs, spec.out_dtype)
+    if name == "mosaic" and spec.block_scaled:
+        return mosaic_sm90_fp8.matmul(lhs, rhs, spec)
+    if name == "mosaic":
+        return mosaic_sm90.matmul(lhs, rhs, spec)
     return xla.matmul(lhs, rhs, spec)
 
 
@@ -84,7 +89,7 @@ def explain(
       ValueError: the call itself is wrong.
     """
     spec = _prepare(lhs, rhs, preferred_element_type)[2]
-    choice = _dispatch.choose("matmul", implementation, _reasons(spec))
+    choice = _dispatch.choose("matmul", implementation, _reasons(spec, implementation))
     notes = () if choice.implementation is None else spec_lib.notes(spec, choice.implementation)
     return _dispatch.Explanation("matmul", choice.implementation, choice.rejected, notes)
 
@@ -92,10 +97,18 @@ def explain(
 _dispatch.register_explainer("matmul", explain)
 
 
-def _reasons(spec: MatmulSpec) -> dict[str, str | None]:
+def _reasons(spec: MatmulSpec, implementation: str | None) -> dict[str, str | None]:
     device = _device.current_device()
     names = spec_lib.IMPLEMENTATIONS
-    return {name: spec_lib.unsupported_reason(spec, device, name) for name in names}
+    reasons = {name: spec_lib.unsupported_reason(spec, device, name) for name in names}
+    if implementation is None:
+        is_whole = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+        reasons["mosaic"] = (
+            reasons["mosaic"]
+            or spec_lib.unmeasured_reason(spec)
+            or (spec_lib.SEVERAL_DEVICES if is_whole else None)
+        )
+    return reasons
 
 
 def _operand(name: str, x, k_axis: int) -> OperandSpec:
@@ -104,7 +117,18 @@ def _operand(name: str, x, k_axis: int) -> OperandSpec:
         packed = None
         if x.packed_axis is not None:
             packed = str(get_format(x.qtype).element_type.dtype)
-        return OperandSpec(str(x.qvalue.dtype), True, x.scale.shape[k_axis], plain, packed)
+        return OperandSpec(
+            str(x.qvalue.dtype),
+            True,
+            x.scale.shape[k_axis],
+            plain,
+            packed,
+            packed_axis=x.packed_axis,
+            scale_dtype=str(x.scale.dtype),
+            n_tiles=x.scale.shape[-1 if k_axis == 0 else -2],
+            stored_k=x.stored_shape[k_axis],
+            zero_point=x.zero_point is not None,
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point or a QTensor; got dtype {x.dtype}")
     return OperandSpec(str(x.dtype))

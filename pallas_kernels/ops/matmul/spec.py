@@ -11,6 +11,20 @@ IMPLEMENTATIONS = ("mosaic", "xla", "reference")
 # Hopper's fp8 units keep about 14 bits of a sum; DeepSeek-V3 promotes it after 128 values of k.
 BLOCK_K = 128
 
+# What the sm90 kernels read: codes and scales by dtype, and the inputs of one product of the
+# tensor core, which share a scale.
+CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
+SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
+UNIT = 16
+_INT8_ROWS = 64
+FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
+
+# Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
+SEVERAL_DEVICES = (
+    "XLA splits a product over several devices, the sm90 kernel runs on one: call it in "
+    "jax.shard_map or with implementation='mosaic'"
+)
+
 # Bits of one code by dtype; a packed operand stores uint8 and has 4.
 _BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
 _BITS |= {"float8_e4m3fn": 8, "float8_e5m2": 8}
@@ -26,6 +40,11 @@ class OperandSpec:
       k_tiles: scales along the contracted axis; 1 when one scale covers it.
       plain: no zero point and no padding.
       packed: dtype of the codes inside, where two of them share a byte; else None.
+      packed_axis: the axis of these pairs, counted from the end.
+      scale_dtype: name of the dtype of the scales of a QTensor.
+      n_tiles: scales along the other axis.
+      stored_k: contracted length with padding.
+      zero_point: codes have zero points.
     """
 
     dtype: str
@@ -33,6 +52,11 @@ class OperandSpec:
     k_tiles: int = 1
     plain: bool = True
     packed: str | None = None
+    packed_axis: int | None = None
+    scale_dtype: str | None = None
+    n_tiles: int = 1
+    stored_k: int = 0
+    zero_point: bool = False
 
     @property
     def code_dtype(self) -> str:
@@ -82,6 +106,10 @@ class MatmulSpec:
     rhs: OperandSpec
     out_dtype: str
 
+    def with_rows(self, m: int) -> MatmulSpec:
+        """The same product of another number of rows."""
+        return dataclasses.replace(self, m=m)
+
     @property
     def scheme(self) -> str | None:
         """Bits of weights and activations: "w4a16", "w4a8", "w8a8", ...; None for plain weights."""
@@ -120,9 +148,80 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return (
             f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
         )
+    if device.compute_capability is not None and device.compute_capability[0] != 9:
+        return f"the Mosaic GPU kernel is written for sm90; {device.kind} is {device.sm}"
     if spec.scheme is None:
         return "a Mosaic GPU kernel is for quantised weights; jax.numpy.matmul serves plain ones"
-    return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
+    if spec.out_dtype not in ("bfloat16", "float16", "float32"):
+        return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
+    if not (spec.m and spec.n and spec.k):
+        return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
+    if spec.block_scaled:
+        return _fp8_reason(spec)
+    if spec.scheme == "w8a8" and spec.direct == "int8":
+        return None
+    if spec.scheme != "w4a16":
+        kinds = "" if spec.scheme != "w8a8" else " but INT8 with one scale per row and output"
+        return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
+    return _four_bit_reason(spec)
+
+
+def _fp8_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernel does not serve a product of fp8 codes with tiles of k, or None."""
+    lhs, rhs = spec.lhs, spec.rhs
+    if lhs.k_tiles * BLOCK_K != spec.k:
+        return f"the sm90 kernel takes one scale per {BLOCK_K} of k; got {lhs.k_tiles} of {spec.k}"
+    if lhs.n_tiles != spec.m or (rhs.n_tiles != spec.n and rhs.n_tiles * BLOCK_K != spec.n):
+        return (
+            f"the sm90 kernel takes scales per row of lhs, and per column or {BLOCK_K} columns of "
+            f"rhs; got {lhs.n_tiles} for {spec.m} rows and {rhs.n_tiles} for {spec.n} columns"
+        )
+    if spec.n % 64 or spec.m % 8:
+        return (
+            "the sm90 kernel takes rows in multiples of 8 and columns of 64; "
+            f"got {spec.m} and {spec.n}"
+        )
+    return None
+
+
+def _four_bit_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
+    rhs = spec.rhs
+    if spec.lhs.dtype != "bfloat16":
+        return f"the sm90 kernel takes bfloat16 activations; got {spec.lhs.dtype}"
+    if rhs.packed not in CODES or rhs.packed_axis != -2:
+        return "the sm90 kernel takes 4-bit weights packed along the inputs, as pack(0) makes them"
+    if rhs.zero_point or rhs.scale_dtype not in SCALES or rhs.n_tiles != spec.n:
+        return (
+            "the sm90 kernel takes one float32, e4m3 or e8m0 scale per group of inputs and output, "
+            "and no zero points"
+        )
+    group = rhs.stored_k // max(rhs.k_tiles, 1)
+    if rhs.k_tiles != 1 and (group % UNIT or (64 % group and group % 64)):
+        return f"the sm90 kernel takes groups of 16, 32 or a multiple of 64 inputs; got {group}"
+    return None
+
+
+def unmeasured_reason(spec: MatmulSpec) -> str | None:
+    """Why ``implementation=None`` passes over a kernel that could serve a call, or None.
+
+    Args:
+      spec: the call.
+
+    Returns:
+      One sentence, or None.
+    """
+    if spec.block_scaled:
+        return (
+            "the sm90 kernel for FP8 blocks has not run on a GPU yet; implementation='mosaic' "
+            "runs it"
+        )
+    if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
+        return None
+    return (
+        f"the sm90 kernel for INT8 was measured for more than {_INT8_ROWS} rows, got {spec.m}; "
+        "implementation='mosaic' runs it"
+    )
 
 
 def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
@@ -152,4 +251,11 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
             "both operands must be QTensors of one kind with one scale along k, without zero point"
         )
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
+    if implementation == "mosaic" and spec.block_scaled:
+        return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
+    if implementation == "mosaic" and spec.direct:
+        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in int32",)
+    if implementation == "mosaic":
+        where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
+        return (f"{prefix}the weights are read packed and widened {where} within the product",)
     return (f"{prefix}operands are dequantised to float32 before the product",)

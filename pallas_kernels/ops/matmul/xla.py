@@ -37,8 +37,8 @@ def matmul(lhs: jax.Array | QTensor, rhs: jax.Array | QTensor, spec: MatmulSpec)
         a, b, total = a.astype(jnp.int8), b.astype(jnp.int8), jnp.int32
     out = _dot(a, b, total).astype(jnp.float32)
     # Scales have one entry along k, so they multiply rows and columns of the finished sum.
-    scale_a = _spread(lhs.scale, lhs.qvalue.shape[:-1])  # [..., m, 1]
-    scale_b = _spread(rhs.scale.T, rhs.qvalue.shape[1:]).T  # [1, n]
+    scale_a = spread(lhs.scale, lhs.qvalue.shape[:-1])  # [..., m, 1]
+    scale_b = spread(rhs.scale.T, rhs.qvalue.shape[1:]).T  # [1, n]
     out = out * scale_a * scale_b
     for x in (lhs, rhs):
         out = out if x.tensor_scale is None else out * x.tensor_scale
@@ -50,8 +50,8 @@ def _block_scaled(lhs: QTensor, rhs: QTensor, tiles: int) -> jax.Array:
     a, b = lhs.qvalue, rhs.qvalue  # [..., m, k], [k, n]
     a = jnp.moveaxis(a.reshape(*a.shape[:-1], tiles, -1), -2, 0)  # [tiles, ..., m, size]
     b = b.reshape(tiles, -1, b.shape[1])  # [tiles, size, n]
-    scale_a = jnp.moveaxis(_spread(lhs.scale, lhs.qvalue.shape[:-1]), -1, 0)[..., None]
-    scale_b = _spread(rhs.scale.T, rhs.qvalue.shape[1:]).T[:, None]  # [tiles, 1, n]
+    scale_a = jnp.moveaxis(spread(lhs.scale, lhs.qvalue.shape[:-1]), -1, 0)[..., None]
+    scale_b = spread(rhs.scale.T, rhs.qvalue.shape[1:]).T[:, None]  # [tiles, 1, n]
 
     def add(total, tile):
         a, b, scale_a, scale_b = tile
@@ -63,7 +63,7 @@ def _block_scaled(lhs: QTensor, rhs: QTensor, tiles: int) -> jax.Array:
     return lax.scan(add, start, (a, b, scale_a, scale_b))[0]
 
 
-def _spread(scale: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
+def spread(scale: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
     """One scale per row from one per tile of rows; the last axis counts tiles of k."""
     scale = scale.astype(jnp.float32)
     for axis, length in enumerate(lengths):

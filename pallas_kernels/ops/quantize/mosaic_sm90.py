@@ -41,6 +41,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQ_PAD = 128  # tokens: outputs are padded to this, with zeros
 ROW_TAIL = 192  # numbers after the rows' scales, which keep the loads of the last tile in bounds
 TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale and zero codes
+TINY_COLUMN = 1e-30  # the same where gradients, which may be small, are quantised
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -466,13 +467,8 @@ def quantize_v(v, factor, lengths):
         v_ref, factor_ref, length_ref, codes_ref = refs
         block, tile, b = axes
         limit = _load_limit(length_ref, b)
-        tid = ptx.thread()
-        warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
-        column = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
-        there = ptx.lt(column, ptx.i32(heads * columns))
-        column = ptx.select(there, column, ptx.i32(0))
-        head = ptx.div(column, ptx.i32(columns))
-        channel = ptx.mul(ptx.rem(column, ptx.i32(columns)), ptx.i32(32))
+        there, head, part, lane = _place_columns(block, heads, columns)
+        channel = ptx.mul(part, ptx.i32(32))
         channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
         token = ptx.mul(tile, ptx.i32(SEQ_PAD))
         token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
@@ -490,6 +486,73 @@ def quantize_v(v, factor, lengths):
             ptx.store(codes_ref, place, packed, there)
 
     return _call(body, [out], (blocks, tiles, batch), (v, factor, lengths))[0]
+
+
+def quantize_columns(x, mean=None, *, block=64):
+    """INT8 codes of ``x - mean`` with tokens contiguous, for products that sum over tokens.
+
+    Args:
+        x: bfloat16 or float16 [B, L, heads, H], H one of `HEAD_DIMS`.
+        mean: float32 [B, heads, H], or None to subtract nothing.
+        block: tokens that share a scale with each other, and with 32 channels: 64 or 128.
+
+    Returns:
+        int8 [B, heads, H, Lp], Lp = L rounded up to 128, tokens permuted within 16 as `V_ORDER`
+        says, zeros beyond L; and scales float32 [B, heads, Lp / block, H / 32].
+    """
+    batch, length, heads, head_dim = x.shape
+    is_bf16 = x.dtype == jnp.bfloat16
+    tiles = pl.cdiv(length, SEQ_PAD)
+    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
+    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.int8)
+    scales = jax.ShapeDtypeStruct((batch, heads, tiles * SEQ_PAD // block, columns), jnp.float32)
+    distances = [1, 2, *(d for d in (4, 8, 16) if d < block // 4)]  # lanes of a scale
+
+    def body(refs, axes):
+        x_ref, *mean_ref, codes_ref, scale_ref = refs
+        tile, b = axes[1:]
+        there, head, part, lane = _place_columns(axes[0], heads, columns)
+        local = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
+        channel = ptx.add(ptx.mul(part, ptx.i32(32)), local)
+        group = ptx.div(lane, ptx.i32(4))
+        token = ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), ptx.mul(group, ptx.i32(16)))
+        shift = None
+        if mean is not None:
+            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, head, channel), 4))
+        tokens, top = [], ptx.f32(TINY_COLUMN)  # [16][8]
+        for i in range(16):
+            row = ptx.add(token, ptx.i32(i))
+            ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
+            word = _load8(x_ref, _element(x.shape, (b, row, head, channel), 2), ok)
+            values = _floats(word, is_bf16)
+            if shift is not None:
+                values = [ptx.fsub(v, m) for v, m in zip(values, shift, strict=True)]
+                values = [ptx.select(ok, v, ptx.f32(0.0)) for v in values]
+            top = _abs_max(values, top)
+            tokens.append(values)
+        top = _over_lanes(ptx.fmax, top, distances)
+        factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
+        for c in range(8):
+            ordered = [ptx.fmul(tokens[t][c], factor) for t in V_ORDER]
+            packed = [_int8x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
+            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
+            ptx.store(codes_ref, place, packed, there)
+        first = ptx.both(there, ptx.eq(ptx.rem(lane, ptx.i32(block // 4)), ptx.i32(0)))
+        place = _element(scales.shape, (b, head, ptx.div(token, ptx.i32(block)), part), 4)
+        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))], first)
+
+    args = (x,) if mean is None else (x, mean)
+    return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
+
+
+def _place_columns(block, heads: int, columns: int):
+    """(exists, head, part of 32 channels, lane) of a warp that turns 128 tokens round."""
+    tid = ptx.thread()
+    warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+    column = ptx.add(ptx.mul(block, ptx.i32(4)), warp)
+    there = ptx.lt(column, ptx.i32(heads * columns))
+    column = ptx.select(there, column, ptx.i32(0))
+    return there, ptx.div(column, ptx.i32(columns)), ptx.rem(column, ptx.i32(columns)), lane
 
 
 @functools.partial(jax.jit, static_argnames=("scale_block", "smooth_k", "qk", "pv", "leave_q"))

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sm90 products of 4-bit weights share: codes to bfloat16 in registers, and their scales.
+
+Weights are read as `QTensor.pack` leaves them: a byte of row r holds the codes of inputs 2r (low
+nibble) and 2r + 1 of one output, and outputs lie side by side. So the two numbers that a register
+of an operand wants, neighbours along the contraction, share a byte, and a word has four outputs.
+
+Every nibble goes to bfloat16 by bit operations, five and a quarter instructions a pair for E2M1
+and three and a quarter for INT4, and without a rounding:
+
+* E2M1: sign to the sign, exponent and mantissa to the lowest exponent bits and the highest mantissa
+  bit; that is the number times 2^-126, and a product by 2^126 is exact.
+* INT4: with its sign bit flipped the code is the low mantissa of 128 + 8 + code; 136 is taken off.
+
+References: Marlin (arXiv 2408.11743), section 3.4; PTX ISA 8.4, ``prmt`` and ``mul.bf16x2``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _ptx as ptx
+from pallas_kernels.formats import QTensor
+from pallas_kernels.ops.matmul.spec import CODES, SCALES, UNIT, MatmulSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Static facts of a packed weight ``[k, n]``.
+
+    Args:
+        code: "e2m1" or "int4".
+        scale: "e4m3", "e8m0" or "float32".
+        group: inputs that share a scale.
+        rows: rows of bytes, a multiple of eight.
+        n: outputs, padded.
+        tensor_scale: there is a scale of the tensor.
+    """
+
+    code: str
+    scale: str
+    group: int
+    rows: int
+    n: int
+    tensor_scale: bool
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale."""
+        return 4 if self.scale == "float32" else 1
+
+
+def prepare(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, units: tuple[int, int, int]):
+    """Arrays as the kernels take them, padded with zeros, which copies what has to be padded.
+
+    Args:
+        lhs: bfloat16 ``[..., m, k]``.
+        rhs: packed QTensor ``[k, n]``.
+        spec: static facts.
+        units: what rows and inputs of x and outputs become multiples of.
+
+    Returns:
+        `Weights`, and the arrays "x" ``[m, k]``, "codes", "scale" (bytes where it is narrow)
+        and maybe "tensor_scale" ``[1]``.
+    """
+    stored = spec.rhs.stored_k
+    m, k, n = (-(-a // b) * b for a, b in zip((spec.m, stored, spec.n), units, strict=True))
+    x = lhs.reshape(spec.m, spec.k)
+    x = jnp.pad(x, ((0, m - spec.m), (0, k - spec.k)))
+    scale = rhs.scale
+    if scale.dtype != jnp.float32:
+        scale = lax.bitcast_convert_type(scale, jnp.uint8)
+    codes, scale = (jnp.pad(a, ((0, 0), (0, n - spec.n))) for a in (rhs.qvalue, scale))
+    codes = jnp.pad(codes, ((0, -codes.shape[0] % (UNIT // 2)), (0, 0)))
+    arrays = {"x": x, "codes": codes, "scale": scale}
+    if rhs.tensor_scale is not None:
+        arrays["tensor_scale"] = rhs.tensor_scale.reshape(1)
+    weights = Weights(
+        CODES[spec.rhs.packed],
+        SCALES[spec.rhs.scale_dtype],
+        stored // spec.rhs.k_tiles if spec.rhs.k_tiles > 1 else 2 * codes.shape[0],
+        codes.shape[0],
+        n,
+        rhs.tensor_scale is not None,
+    )
+    return weights, arrays
+
+
+# -- registers -------------------------------------------------------------------------------------
+
+
+def word(value: int):
+    """A constant of 32 bits, given without sign."""
+    return ptx.i32(value - 2**32 if value >= 2**31 else value)
+
+
+def code_pairs(code: str, four):
+    """A word of four bytes as four words of two bfloat16: of each byte the low code, then the high.
+
+    Args:
+        code: "e2m1" or "int4".
+        four: i32.
+    """
+    # In E2M1 a code is moved to the upper nibble of both bytes of its half of a word: then its sign
+    # is in place and what is left is two bits off. INT4 wants the lower nibbles.
+    if code == "e2m1":
+        other = ptx.asm("shl.b32 $0, $1, 4;", "r", [four])[0]
+        low, high = other, four
+        text = (
+            "{ .reg .b32 p, s, v; prmt.b32 p, $1, $2, SELECTOR; and.b32 s, p, $3;\n"
+            "shl.b32 v, p, 2; and.b32 v, v, $4; or.b32 v, v, s; mul.rn.bf16x2 $0, v, $5; }"
+        )
+        constants = [word(0x80008000), word(0x01C001C0), word(0x7E807E80)]
+    else:
+        other = ptx.asm("shr.u32 $0, $1, 4;", "r", [four])[0]
+        low, high = four, other
+        text = (
+            "{ .reg .b32 p; prmt.b32 p, $1, $2, SELECTOR; and.b32 p, p, $3;\n"
+            "xor.b32 p, p, $4; sub.rn.bf16x2 $0, p, $5; }"
+        )
+        constants = [word(0x000F000F), word(0x43084308), word(0x43084308)]
+    out = []
+    for byte in range(4):
+        selector = 0x4400 + 0x1111 * byte  # bytes: the first's twice, then the second's
+        body = text.replace("SELECTOR", str(selector))
+        out += ptx.asm(body, "r", [low, high, *constants])
+    return out
+
+
+def float_scales(scale: str, words):
+    """Scales as float32.
+
+    Args:
+        scale: "e4m3", "e8m0" or "float32".
+        words: i32 of four scales each, or float32.
+    """
+    if scale == "float32":
+        return list(words)
+    out = []
+    for four in words:
+        if scale == "e4m3":
+            text = (
+                "{ .reg .b16 lo, hi, a, b; .reg .b32 t; mov.b32 {lo, hi}, $4;\n"
+                "cvt.rn.f16x2.e4m3x2 t, lo; mov.b32 {a, b}, t;\n"
+                "cvt.f32.f16 $0, a; cvt.f32.f16 $1, b;\n"
+                "cvt.rn.f16x2.e4m3x2 t, hi; mov.b32 {a, b}, t;\n"
+                "cvt.f32.f16 $2, a; cvt.f32.f16 $3, b; }"
+            )
+        else:  # the exponent of a float32 as it stands
+            text = "{ .reg .b32 t;\n"
+            for i in range(4):
+                text += f"shl.b32 t, $4, {24 - 8 * i}; and.b32 t, t, -16777216;\n"
+                text += f"shr.u32 t, t, 1; mov.b32 ${i}, t;\n"
+            text += "}"
+        out += ptx.asm(text, "ffff", [four])
+    return out
+
+
+def scale_pairs(scale: str, two):
+    """Scales of two outputs, each as a word of twice the same bfloat16, and what rounding left.
+
+    Args:
+        scale: "e4m3", "e8m0" or "float32".
+        two: a word with two scales in its low bytes, or two float32.
+
+    Returns:
+        Two pairs of a word and the rest's word, None where the scale is exact.
+    """
+    twice = "cvt.rn.bf16x2.f32 $0, $1, $1;"
+    if scale == "e8m0":
+        text = "{ .reg .b32 t; prmt.b32 t, $1, 0, SELECTOR; shl.b32 $0, t, 7; }"
+        return [(ptx.asm(text.replace("SELECTOR", str(s)), "r", two)[0], None)
+                for s in (0x4040, 0x4141)]  # fmt: skip
+    if scale == "e4m3":
+        text = (
+            "{ .reg .b16 lo, hi; .reg .b32 t; mov.b32 {lo, hi}, $2;\n"
+            "cvt.rn.f16x2.e4m3x2 t, lo; mov.b32 {lo, hi}, t;\n"
+            "cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
+        )
+        return [(ptx.asm(twice, "r", [x])[0], None) for x in ptx.asm(text, "ff", two)]
+    out = []
+    for x in two:
+        high = ptx.asm(twice, "r", [x])[0]
+        rounded = ptx.asm("{ .reg .b32 t; shl.b32 t, $1, 16; mov.b32 $0, t; }", "f", [high])[0]
+        out.append((high, ptx.asm(twice, "r", [ptx.fsub(x, rounded)])[0]))
+    return out
+
+
+def times(pair, scale):
+    """A pair of codes times their scale; rounded once if the scale has a rest."""
+    high, rest = scale
+    if rest is None:
+        return ptx.asm("mul.rn.bf16x2 $0, $1, $2;", "r", [pair, high])[0]
+    text = "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }"
+    return ptx.asm(text, "r", [pair, high, rest])[0]
+
+
+def shared_units(group: int, units: int) -> int:
+    """Of so many consecutive units of 16 inputs, how many always share a scale."""
+    return math.gcd(group // UNIT, units)

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few rows times 4-bit weights on Hopper: the weights are read once, straight into registers.
+
+``out^T = W^T x^T`` by ``mma.sync`` m16n8k16. The operand A is 16 outputs and 16 inputs of W^T: a
+thread's load of 8 or 16 bytes of a row (two inputs, as many outputs) is one register of four or
+eight such operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight
+rows of x. A product of the inputs that share a scale starts from zero, and is scaled and added in
+float32:
+
+    acc += scale[group, output] * sum over the group of code * x
+
+so that nothing but x and the result is ever rounded. A block owns 128 outputs, a warp 64 or all of
+them; warps of the same outputs, and the blocks of a split, take turns at steps of the contraction.
+Warps join in shared memory, splits in a sum over float32 parts in a fixed order. The next step's
+loads are under way while one is multiplied: with three blocks on a multiprocessor that is 48 KB of
+weights.
+
+References: Marlin (arXiv 2408.11743), section 3; PTX ISA 8.4, section 9.7.14 (mma.m16n8k16).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _ptx as ptx
+from pallas_kernels._device import current_device
+from pallas_kernels.formats import QTensor
+from pallas_kernels.ops.decode_attention.mosaic_sm90 import bytes_at, call, mma
+from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
+from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
+from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
+
+WARPS = 4
+COLUMNS = 128  # outputs of a block
+ROWS = 8  # rows of x of one product
+MAX_CLUSTER = 8  # blocks
+_SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes that change speed only.
+
+    Args:
+        own: neighbouring outputs of a thread, 8 or 16; None: 16, or 8 where more than eight rows
+            take the registers.
+        units: units of 16 inputs in a warp's step.
+        blocks: blocks among which the work is split, if there is so much; None: three for every
+            multiprocessor.
+        cache: how loads of the weights treat L1 and L2, PTX qualifiers.
+        cluster: the splits of a product are a cluster and join in each other's shared memory; else
+            they write float32 parts, which a second kernel adds.
+    """
+
+    own: int | None = None
+    units: int = 2
+    blocks: int | None = None
+    cache: str = ".L1::no_allocate"
+    cluster: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static facts of the kernel.
+
+    Args:
+        weights: of the weights.
+        m: rows of x.
+        width: row pitch of x, inputs.
+        out_dtype: name of the dtype of the result.
+        config: sizes.
+    """
+
+    weights: Weights
+    m: int
+    width: int
+    out_dtype: str
+    config: Config
+
+    @property
+    def tiles(self) -> int:
+        """Products of eight rows in a block."""
+        return 1 if self.m <= ROWS else 2
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of rows; each reads the weights."""
+        return pl.cdiv(self.m, ROWS * self.tiles)
+
+    @property
+    def own(self) -> int:
+        """Outputs of a thread."""
+        return self.config.own or 16 // self.tiles
+
+    @property
+    def partners(self) -> int:
+        """Warps of a block that have the same outputs."""
+        return WARPS * 8 * self.own // COLUMNS
+
+    @property
+    def units(self) -> int:
+        """Units of a warp's step."""
+        return min(self.config.units, self.total)
+
+    @property
+    def total(self) -> int:
+        """Units of the contraction."""
+        return 2 * self.weights.rows // UNIT
+
+    @property
+    def shared(self) -> int:
+        """Units of a step that share a scale."""
+        return codes.shared_units(self.weights.group, self.units)
+
+    @property
+    def turns(self) -> int:
+        """Turns of a block's warps over all inputs."""
+        return pl.cdiv(self.total, self.units * self.partners)
+
+    @property
+    def splits(self) -> int:
+        """Blocks that share the contraction: as many turns each, or one more."""
+        wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
+        columns = pl.cdiv(self.weights.n, COLUMNS) * self.row_blocks
+        most = MAX_CLUSTER if self.config.cluster else self.turns
+        return max(min(wanted // columns, self.turns, most), 1)
+
+    @property
+    def shared_floats(self) -> int:
+        """Numbers of shared memory."""
+        return self.partners * ROWS * self.tiles * COLUMNS
+
+    @property
+    def ragged(self) -> bool:
+        """Some warp's step lies beyond the last unit, wholly or in part."""
+        return self.turns * self.partners * self.units != self.total
+
+
+def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r", ok=None):
+    """One, two or four words at a constant distance from a place; zeros where ``ok`` is false."""
+    names = ", ".join(f"${i}" for i in range(words))
+    names, width = (names, "") if words == 1 else (f"{{{names}}}", f".v{words}")
+    body = f"ld.global.nc{cache}{width}.b32 {names}, [${words}+{offset}];"
+    ins = [ptx.address(ref, start)]
+    if ok is not None:
+        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(words))
+        body = f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} @p {body} }}"
+        ins.append(ptx.flag(ok))
+    return ptx.asm(body, kind * words, ins, effects=True)
+
+
+class _Thread:
+    """What a thread loads and multiplies.
+
+    With g = lane // 4 and c = lane % 4: of its warp's outputs those from g · own on, of every
+    unit's eight rows of bytes 2 c and 2 c + 1, and of every eight rows of x number g.
+    """
+
+    def __init__(self, plan: Plan, refs, axes):
+        """Of a block of outputs, a split and a block of rows."""
+        self.plan, self.refs = plan, refs
+        i32, n = ptx.i32, plan.weights.n
+        column, split, self.row_block = axes
+        self.tid = ptx.thread()
+        warp = ptx.div(self.tid, i32(32))
+        self.warp = ptx.rem(warp, i32(plan.partners))  # among those of the same outputs
+        lane = ptx.rem(self.tid, i32(32))
+        self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
+        self.column = ptx.mul(column, i32(COLUMNS))
+        part = ptx.mul(ptx.div(warp, i32(plan.partners)), i32(8))
+        self.within = ptx.mul(ptx.add(part, self.g), i32(plan.own))  # first output in the block
+        self.first = ptx.add(self.column, self.within)
+        if n % COLUMNS:  # outputs that do not exist are read elsewhere and not written
+            self.first = ptx.imin(self.first, i32(n - plan.own))
+        self.split = split
+        self.turn, end = (
+            ptx.div(ptx.mul(place, i32(plan.turns)), i32(plan.splits))
+            for place in (split, ptx.add(split, i32(1)))
+        )
+        self.count = ptx.sub(end, self.turn)
+        row = bytes_at(ptx.mul(self.c, i32(2)), n)
+        self.place = ptx.add(row, ptx.widen(self.first))
+        self.x_places = []
+        for t in range(plan.tiles):
+            row = ptx.add(ptx.mul(self.row_block, i32(plan.tiles)), i32(t))
+            row = ptx.imin(ptx.add(ptx.mul(row, i32(ROWS)), self.g), i32(plan.m - 1))
+            place = bytes_at(row, 2 * plan.width)
+            self.x_places.append(ptx.add(place, bytes_at(self.c, 8)))
+
+    def loads(self, i):
+        """What step ``i`` of a warp needs.
+
+        The last step may begin too late. It then begins as late as it can, and x is zero where it
+        repeats what another step has.
+        """
+        plan, weights, i32 = self.plan, self.plan.weights, ptx.i32
+        step = ptx.add(ptx.mul(ptx.add(self.turn, i), i32(plan.partners)), self.warp)
+        wanted = ptx.mul(step, i32(plan.units))
+        unit = ptx.imin(wanted, i32(plan.total - plan.units)) if plan.ragged else wanted
+        out: dict[str, list] = {"codes": [], "scales": [], "x": []}
+        start = ptx.add(self.place, bytes_at(unit, UNIT // 2 * weights.n))
+        x_start = bytes_at(unit, 2 * UNIT)
+        for u in range(plan.units):
+            words = []
+            for r in range(2):
+                offset = (UNIT // 2 * u + r) * weights.n
+                words += _load(self.refs["codes"], start, offset, plan.own // 4, plan.config.cache)
+            out["codes"].append(words)
+            ok = ptx.ge(ptx.add(unit, i32(u)), wanted) if plan.ragged else None
+            out["x"].append(
+                [
+                    _load(self.refs["x"], ptx.add(place, x_start), 2 * UNIT * u, 2, ok=ok)
+                    for place in self.x_places
+                ]
+            )
+            if u % plan.shared == 0:
+                out["scales"].append(self._scales(ptx.add(unit, i32(u))))
+        return out
+
+    def _scales(self, unit):
+        """Scales of the thread's outputs in a unit."""
+        weights, i32 = self.plan.weights, ptx.i32
+        size = weights.scale_bytes
+        group = ptx.div(ptx.mul(unit, i32(UNIT)), i32(weights.group))
+        start = ptx.add(bytes_at(group, size * weights.n), bytes_at(self.first, size))
+        kind = "f" if size == 4 else "r"
+        own = self.plan.own
+        width = min(own * size // 4, 4)  # words of a load
+        pieces = [
+            _load(self.refs["scale"], start, offset, width, kind=kind)
+            for offset in range(0, own * size, 4 * width)
+        ]
+        return [word for piece in pieces for word in piece]
+
+    def multiply(self, given, acc):
+        """Adds a step's products.
+
+        Args:
+            given: from `loads`.
+            acc: float32 [tiles of x][pairs of outputs][4].
+        """
+        plan, weights = self.plan, self.plan.weights
+        acc = [[list(four) for four in tile] for tile in acc]
+        for span, words in enumerate(given["scales"]):
+            scale = codes.float_scales(weights.scale, words)
+            units = range(span * plan.shared, (span + 1) * plan.shared)
+            for quad in range(plan.own // 4):  # of outputs
+                parts = [[[ptx.f32(0.0)] * 4 for _ in range(2)] for _ in range(plan.tiles)]
+                for u in units:
+                    low, high = (
+                        codes.code_pairs(weights.code, given["codes"][u][plan.own // 4 * r + quad])
+                        for r in range(2)
+                    )
+                    for pair in range(2):
+                        own = slice(2 * pair, 2 * pair + 2)
+                        a = [*low[own], *high[own]]
+                        for t in range(plan.tiles):
+                            b = given["x"][u][t]
+                            parts[t][pair] = mma(parts[t][pair], a, b, "bfloat16")
+                for t in range(plan.tiles):
+                    for pair in range(2):
+                        here = 2 * quad + pair
+                        for i, x in enumerate(parts[t][pair]):
+                            factor = scale[2 * here + i // 2]
+                            acc[t][here][i] = ptx.fma(x, factor, acc[t][here][i])
+        return acc
+
+    def join(self, acc):
+        """Adds the warps' sums in shared memory and writes the block's part."""
+        plan, i32, shared = self.plan, ptx.i32, self.refs["shared"]
+        rows = ROWS * plan.tiles
+        for t in range(plan.tiles):
+            for d in range(2):
+                row = ptx.add(ptx.mul(self.warp, i32(rows)), i32(ROWS * t + d))
+                row = ptx.add(row, ptx.mul(self.c, i32(2)))
+                start = ptx.add(bytes_at(row, 4 * COLUMNS), bytes_at(self.within, 4))
+                own = [acc[t][i // 2][2 * (i % 2) + d] for i in range(plan.own)]
+                for j in range(0, plan.own, 4):
+                    where = ptx.add(start, ptx.i64(4 * j))
+                    ptx.store(shared, where, own[j : j + 4], space="shared")
+        ranks = plan.splits if plan.config.cluster else 1
+        if ranks > 1:
+            cluster_barrier()
+            start = ptx.add(ptx.mul(cluster_rank(), i32(128)), self.tid)
+        else:
+            ptx.asm("bar.sync 0;", "", [], effects=True)
+            start = self.tid
+        quads = COLUMNS // 4
+        for item in range(0, rows * quads, 128 * ranks):
+            index = ptx.add(start, i32(item))
+            row, quad = ptx.div(index, i32(quads)), ptx.rem(index, i32(quads))
+            there = ptx.lt(row, i32(rows))
+            row = ptx.imin(row, i32(rows - 1))
+            total = None
+            for rank in range(ranks):
+                for w in range(plan.partners):
+                    at = ptx.add(ptx.mul(ptx.add(row, i32(w * rows)), i32(quads)), quad)
+                    four = shared_of(shared, bytes_at(at, 16), rank if ranks > 1 else None)
+                    total = [
+                        ptx.fadd(*p) for p in zip(total or [ptx.f32(0.0)] * 4, four, strict=True)
+                    ]
+            self._write(ptx.add(ptx.mul(self.row_block, i32(rows)), row), quad, total, there)
+        if ranks > 1:
+            cluster_barrier()  # Nobody may end while others read what it has.
+
+    def _write(self, row, quad, values, there):
+        plan, i32 = self.plan, ptx.i32
+        column = ptx.add(self.column, ptx.mul(quad, i32(4)))
+        ok = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
+        ok, index, size = ptx.both(ok, there), row, 4
+        if not plan.config.cluster:  # a part of the sum
+            index = ptx.add(ptx.mul(self.split, i32(plan.m)), row)
+        else:
+            if plan.weights.tensor_scale:
+                factor = _load(self.refs["tensor_scale"], ptx.i64(0), 0, 1, kind="f")[0]
+                values = [ptx.fmul(x, factor) for x in values]
+            size = jnp.dtype(plan.out_dtype).itemsize
+            if size == 2:
+                values = [ptx.half_x2(values[i : i + 2], plan.out_dtype) for i in (0, 2)]
+        where = ptx.add(bytes_at(index, size * plan.weights.n), bytes_at(column, size))
+        ptx.store(self.refs["out"], where, values, ok)
+
+
+def cluster_barrier():
+    """Waits for all threads of the cluster; what they wrote to shared memory can be read."""
+    text = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
+    ptx.asm(text, "", [], effects=True)
+
+
+def cluster_rank():
+    """Number of this block in its cluster."""
+    return ptx.asm("mov.u32 $0, %cluster_ctarank;", "r", [])[0]
+
+
+def shared_of(ref, offset, rank: int | None):
+    """Four float32 of a block's shared memory: of the cluster's block of a rank, or one's own."""
+    own = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+    other = (
+        "{ .reg .b64 there; mapa.shared::cluster.u64 there, $4, RANK;\n"
+        "ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [there]; }"
+    )
+    text = own if rank is None else other.replace("RANK", str(rank))
+    return ptx.asm(text, "ffff", [ptx.address(ref, offset)], effects=True)
+
+
+def _body(plan: Plan, refs, axes):
+    """What a block does."""
+    thread = _Thread(plan, refs, axes)
+    acc = [[[ptx.f32(0.0)] * 4 for _ in range(plan.own // 2)] for _ in range(plan.tiles)]
+
+    def step(i, state):
+        following = thread.loads(ptx.add(i, ptx.i32(1)))
+        return {"acc": thread.multiply(state["given"], state["acc"]), "given": following}
+
+    state = {"acc": acc, "given": thread.loads(ptx.i32(0))}
+    if plan.turns > plan.splits:
+        state = ptx.loop(ptx.sub(thread.count, ptx.i32(1)), step, state)
+    thread.join(thread.multiply(state["given"], state["acc"]))
+
+
+def matmul(
+    lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, config: Config | None = None
+) -> jax.Array:
+    """Computes the same as `reference.matmul` for a few rows.
+
+    Args:
+      lhs: bfloat16 [..., m, k].
+      rhs: packed 4-bit QTensor [k, n].
+      spec: static facts.
+      config: sizes; None chooses.
+
+    Returns:
+      [..., m, n] in ``spec.out_dtype``.
+    """
+    weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, 16))
+    width = arrays["x"].shape[1]
+    plan = Plan(weights, spec.m, width, spec.out_dtype, config or Config())
+    if plan.config.cluster:
+        out = launch(plan, arrays)
+    else:
+        factor = arrays.pop("tensor_scale", None)
+        parts = call(
+            functools.partial(_body, plan),
+            {"out": jax.ShapeDtypeStruct((plan.splits, spec.m, weights.n), jnp.float32)},
+            (pl.cdiv(weights.n, COLUMNS), plan.splits, plan.row_blocks),
+            arrays,
+            shared=plan.shared_floats,
+        )["out"]
+        out = parts.sum(0)
+        out = (out if factor is None else out * factor).astype(spec.out_dtype)
+    return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)
+
+
+def launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Runs the kernel with a cluster for the splits of each product; returns [m, n]."""
+    names = (*arrays, "out", "shared")
+
+    def kernel(*refs):
+        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(names), (_SCALAR,) * 3))
+        def run(ctx, refs, numbers):
+            del ctx
+            axes = [ptx.unpack(a)[0] for a in numbers]
+            _body(plan, dict(zip(names, refs, strict=True)), axes)
+
+        run(tuple(refs), tuple(lax.axis_index(axis) for axis in ("column", "split", "row")))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((plan.m, plan.weights.n), jnp.dtype(plan.out_dtype)),
+        grid=(pl.cdiv(plan.weights.n, COLUMNS), plan.row_blocks),
+        grid_names=("column", "row"),
+        cluster=(plan.splits,),
+        cluster_names=("split",),
+        scratch_types=[plgpu.SMEM((plan.shared_floats,), jnp.float32)],
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )(*arrays.values())

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm90 products of packed weights without a GPU: NumPy runs their threads, and they lower."""
+
+import dataclasses
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import warpgroup
+
+from pallas_kernels import explain, matmul
+from pallas_kernels._device import Device
+from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.ops.matmul import (
+    api,
+    mosaic_sm90_codes,
+    mosaic_sm90_rows,
+    mosaic_sm90_tokens,
+    reference,
+)
+from pallas_kernels.ops.matmul import spec as spec_lib
+from pallas_kernels.ops.quantize.api import quantize
+
+GPU = Device("gpu", "NVIDIA H200", (9, 0))
+FORMATS = {
+    "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
+    "nvfp4_one_level": lambda w: quantize(w, "nvfp4", axis=0, two_level=False).pack(0),
+    "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
+    "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
+    "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
+    "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
+    "int4_whole": lambda w: quantize(w, "int4", axis=0, tile=None).pack(0),
+}
+
+
+PER_ROW = functools.partial(quantize, qtype="int8", axis=-1, tile=None)
+
+
+def weights(k, n, kind="normal"):
+    rng = np.random.default_rng(k + n)
+    w = rng.normal(size=(k, n)).astype(np.float32)
+    if kind == "groups":  # of zeros, and of numbers far larger and far smaller than the rest
+        w[: k // 2, : n // 2] = 0
+        w[k // 2, ::3] = 3e4
+        w[-16:, 1::2] *= 1e-6
+    return jnp.asarray(w)
+
+
+def activations(m, k):
+    return jnp.asarray(np.random.default_rng(m).normal(size=(m, k)), jnp.bfloat16)
+
+
+def run_blocks(body, outs, grid, args, shared=0):
+    """The launch without clusters: every block in turn."""
+
+    def run(*arrays):
+        refs = dict(zip(args, map(np.asarray, arrays), strict=True))
+        results = {name: np.full(out.shape, np.nan, out.dtype) for name, out in outs.items()}
+        for axes in np.ndindex(*grid):
+            scratch = {"shared": np.full(shared, np.nan, np.float32)}
+            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
+        return results
+
+    return jax.pure_callback(run, outs, *args.values())
+
+
+HERE = threading.local()  # the block that a Python thread runs: its rank, its cluster's memory
+
+
+def shared_of(ref, offset, rank):
+    array = ref if rank is None else HERE.peers[rank]
+    return list(array[offset[:, None] // 4 + np.arange(4)].T)
+
+
+def run_clusters(plan, arrays):
+    """The launch with clusters: their blocks are Python threads, and meet at the barrier."""
+
+    def block(refs, axes, peers, barrier):
+        HERE.rank, HERE.peers, HERE.barrier = int(axes[1][0]), peers, barrier
+        mosaic_sm90_rows._body(plan, refs | {"shared": peers[HERE.rank]}, axes)
+
+    def run(*given):
+        refs = dict(zip(arrays, map(np.asarray, given), strict=True))
+        refs["out"] = np.zeros((plan.m, plan.weights.n), plan.out_dtype)
+        for column, row in np.ndindex(-(-plan.weights.n // 128), plan.row_blocks):
+            peers = [np.full(plan.shared_floats, np.nan, np.float32) for _ in range(plan.splits)]
+            barrier = threading.Barrier(plan.splits)
+            with ThreadPoolExecutor(plan.splits) as pool:
+                jobs = [
+                    pool.submit(
+                        block, refs, [np.full(128, i, np.int32) for i in (column, split, row)],
+                        peers, barrier,
+                    )
+                    for split in range(plan.splits)
+                ]  # fmt: skip
+            for job in jobs:
+                job.result()
+        return refs["out"]
+
+    out = jax.ShapeDtypeStruct((plan.m, plan.weights.n), plan.out_dtype)
+    return jax.pure_callback(run, out, *arrays.values())
+
+
+@pytest.fixture
+def on_threads(monkeypatch):
+    """The kernel for few rows runs on NumPy."""
+    rank = lambda: np.full(128, HERE.rank, np.int32)  # noqa: E731
+    for name, function in {
+        "call": run_blocks,
+        "launch": run_clusters,
+        "shared_of": shared_of,
+        "cluster_barrier": lambda: HERE.barrier.wait(60),
+        "cluster_rank": rank,
+    }.items():
+        monkeypatch.setattr(mosaic_sm90_rows, name, function)
+    with warpgroup.installed(), abstract_gpu():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "m", "k", "n", "kind", "config"),
+    [
+        ("nvfp4", 1, 512, 128, "normal", {}),
+        ("nvfp4", 5, 130, 40, "groups", {}),
+        ("nvfp4", 9, 300, 144, "normal", {"own": 8}),
+        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9, "cluster": False}),
+        ("mxfp4", 8, 600, 16, "groups", {"units": 2, "blocks": 3}),
+        ("mxfp4", 2, 2, 1, "normal", {}),
+        ("int4", 16, 300, 128, "groups", {"own": 8, "units": 8}),
+        ("int4_32", 3, 64, 8, "normal", {"cluster": False}),
+        ("int4_whole", 4, 50, 130, "normal", {}),
+    ],
+)
+def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_threads):
+    w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
+    spec = api._prepare(x, w, jnp.float32)[2]
+    assert spec_lib.unsupported_reason(spec, GPU, "mosaic") is None
+    config = mosaic_sm90_rows.Config(**config)
+    out = np.asarray(jax.jit(lambda x, w: mosaic_sm90_rows.matmul(x, w, spec, config))(x, w))
+    want = np.asarray(reference.matmul(x, w, jnp.float32))
+    bound = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(w.dequantize()))
+    assert (np.abs(out - want) <= 2e-6 * bound + 1e-30).all()
+
+
+def swizzled(tile):
+    """A [rows, 128] array of bytes as a copy to shared memory with 128-byte swizzle leaves it."""
+    rows = np.arange(tile.shape[0])
+    pieces = tile.reshape(tile.shape[0], 8, 16)
+    return np.stack([pieces[rows, piece ^ rows % 8] for piece in range(8)], 1).reshape(tile.shape)
+
+
+# Row r of a warp's sixteen is output 2r, row 8 + r is output 2r + 1.
+ORDER = (np.arange(64) // 16 * 16) + [2 * (r % 8) + r // 8 for r in np.arange(64) % 16]
+
+
+@pytest.mark.parametrize("wg", [0, 1])
+def test_the_int8_operand_is_the_transposed_weight(wg):
+    w = np.random.default_rng(wg).integers(-128, 128, size=(128, 128)).astype(np.int8)
+    kernel = mosaic_sm90_tokens.Int8(128, 2)
+    with warpgroup.installed():
+        words = kernel.finish(*kernel.fetch(swizzled(w), np.full(128, wg, np.int32)))
+    got = warpgroup.from_operand(words, np.dtype(np.int8))
+    np.testing.assert_array_equal(got, w[:, 64 * wg : 64 * wg + 64].T[ORDER])
+
+
+@pytest.mark.parametrize("wg", [0, 1])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_32"])
+def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
+    w = FORMATS[name](weights(64, 128, "groups"))
+    spec = api._prepare(activations(2, 64), w, jnp.bfloat16)[2]
+    facts, arrays = mosaic_sm90_codes.prepare(activations(2, 64), w, spec, (8, 64, 128))
+    kernel = mosaic_sm90_tokens.FourBit(facts)
+    codes, scale = np.array(arrays["codes"]), np.array(arrays["scale"])
+    with warpgroup.installed():
+        words, scales = kernel.fetch(swizzled(codes), scale, np.full(128, wg, np.int32))
+        words = kernel.finish(words, scales)
+    got = warpgroup.from_operand(words, np.dtype(ml_dtypes.bfloat16))
+    want = np.asarray(w.dequantize())[:, 64 * wg : 64 * wg + 64].T[ORDER]
+    if w.tensor_scale is not None:
+        want = want / np.asarray(w.tensor_scale)
+    error = np.abs(got - want)
+    # INT4 times a float32 scale is rounded once, E2M1 times its scale not at all.
+    assert (error <= np.abs(want) * (1.01 * 2.0**-8 if "int4" in name else 1e-6)).all()
+
+
+# -- dispatch and lowering -------------------------------------------------------------------------
+
+
+def shapes(name, m, k, n, dtype=jnp.bfloat16):
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((k, n), jnp.float32))
+    return jax.ShapeDtypeStruct((m, k), dtype), w
+
+
+def lowered(f, *args):
+    with abstract_gpu():
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "m"), [("nvfp4", 1), ("nvfp4", 4096), ("mxfp4", 80), ("int4", 16), ("int4_whole", 200)]
+)
+def test_lowers_for_cuda_with_its_gradient(name, m):
+    x, w = shapes(name, m, 300, 200)
+    call = functools.partial(matmul, implementation="mosaic")
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    assert "mosaic_gpu" in lowered(
+        jax.grad(lambda x, w: (call(x, w) ** 2).sum().astype(float)), x, w
+    )
+    many = jax.ShapeDtypeStruct((3, *x.shape), x.dtype)
+    text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("m", [3, 4096])
+def test_int8_lowers_for_cuda_with_its_gradient(m):
+    x = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 300), jnp.bfloat16))
+    w = jax.eval_shape(FORMATS["int8"], jax.ShapeDtypeStruct((300, 200), jnp.float32))
+    call = functools.partial(matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16)
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+
+    def loss(scale, x, w):
+        return (call(dataclasses.replace(x, scale=scale), w) ** 2).sum().astype(float)
+
+    assert "mosaic_gpu" in lowered(jax.grad(loss), x.scale, x, w)
+    many = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((5, m, 300), jnp.bfloat16))
+    text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("nvfp4", {"cluster": 1}), ("int4", {"tile_m": 128}), ("mxfp4", {})]
+)
+def test_other_configurations_lower(name, config):
+    x, w = shapes(name, 512, 256, 256)
+    spec = api._prepare(x, w, None)[2]
+    config = mosaic_sm90_tokens.Config(**config)
+    text = lowered(lambda x, w: mosaic_sm90_tokens.matmul(x, w, spec, config), x, w)
+    assert "custom_call @mosaic_gpu" in text
+
+
+def test_several_devices_leave_the_product_to_xla(monkeypatch):
+    x, w = shapes("nvfp4", 4, 64, 32)
+    with abstract_gpu():
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        assert explain("matmul", x, w).implementation == "mosaic"
+        monkeypatch.setattr(jax, "device_count", lambda: 2)
+        choice = explain("matmul", x, w)
+        assert choice.implementation == "xla" and "jax.shard_map" in choice.rejected["mosaic"]
+        assert explain("matmul", x, w, implementation="mosaic").implementation == "mosaic"
+
+
+def test_explain_says_why(monkeypatch):
+    def reason(x, w, **options):
+        with abstract_gpu():
+            return explain("matmul", x, w, implementation="mosaic", **options).rejected.get(
+                "mosaic"
+            )
+
+    x, w = shapes("nvfp4", 4, 64, 32)
+    assert reason(x, w) is None
+    with abstract_gpu():
+        chosen = explain("matmul", x, w, implementation="mosaic")
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        w8 = jax.eval_shape(FORMATS["int8"], jax.ShapeDtypeStruct((64, 32), jnp.float32))
+        few, many = (
+            explain(
+                "matmul", jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 64), jnp.float32)), w8
+            )
+            for m in (4, 100)
+        )
+    assert chosen.notes == (
+        "w4a16: the weights are read packed and widened in registers within the product",
+    )
+    assert few.implementation == "xla" and "more than 64 rows, got 4" in few.rejected["mosaic"]
+    assert many.implementation == "mosaic"
+    assert many.notes == ("w8a8: the int8 codes are multiplied directly and summed in int32",)
+    assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
+    assert "takes bfloat16 activations; got float32" in reason(
+        *shapes("nvfp4", 4, 64, 32, "float32")
+    )
+    assert "kernel for w8a16 is not part" in reason(x, quantize(jnp.ones((64, 32)), "int8", axis=0))
+    assert "packed along the inputs" in reason(x, quantize(jnp.ones((64, 32)), "nvfp4", axis=0))
+    shifted = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=16, asymmetric=True).pack(0)
+    assert "no zero points" in reason(x, shifted)
+    odd = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=8).pack(0)
+    assert "groups of 16, 32 or a multiple of 64 inputs; got 8" in reason(x, odd)
+    assert "no empty products" in reason(jax.ShapeDtypeStruct((0, 64), jnp.bfloat16), w)
+    plain = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
+    assert "is for quantised weights" in reason(x, plain)
+    with abstract_gpu(
+        jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
+    ):
+        assert "written for sm90" in explain("matmul", x, w).rejected["mosaic"]
