@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 Stage(0.3, 16, {"groups": 2}, 0.998),
             ],
             "steps": 20_000,
-            "learning_rates": (1e-3,),  # at 2e-3 one of three seeds did not learn it
+            "learning_rates": (3e-3,),  # at 2e-3 one seed learned too late
             "share": 0.17,
         },
         "trace": {
@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 Stage(0.5, 18, {}, 0.9998),
             ],
             "steps": 20_000,
-            "learning_rates": (1.2e-3,),
+            "learning_rates": (3e-3,),  # the best of 1.5e-3, 2e-3 and 3e-3
             "share": 0.42,
         },
         "dtype": "bfloat16",
