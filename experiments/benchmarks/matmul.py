@@ -76,6 +76,8 @@ def cases() -> list[Case]:
           for name in ("nvfp4", "int4", "mxfp4") for m in (1, 16)),
         *(fast(f"{what} {with_it} barrier", 4096)
           for what in ("nvfp4", "nf4") for with_it in ("with", "without")),
+        *(fast("nvfp4", m, "rows", cluster=True, **c)
+          for m in (1, 16) for c in ({"units": 1}, {"blocks": 528})),
         *(fast("nvfp4", m, "rows", cluster=True) for m in (4, 8)),
         fast("int8", 16, "tokens"),
     ]  # fmt: skip
