@@ -70,6 +70,7 @@ def cases() -> list[Case]:
         right("rows", "nvfp4", 5, 1024, 512),
         right("rows", "int4", 16, 1024, 512),
         right("tokens", "nvfp4", 300, 1024, 512),
+        right("tokens", "int4", 300, 1024, 512),
         right("tokens", "int8", 300, 1024, 512),
         {"stage": "fast", "what": "copy"},
         *(fast("bf16", m) for m in (1, 16, 4096)),
