@@ -22,6 +22,7 @@ from flax import nnx
 
 from jaxeff.compress import Compressor, parse
 from jaxeff.kv_cache import DenseCache, KVCache, store_name
+from jaxeff.kv_cache.flight import read_in_order, was_read
 from jaxeff.nn.rope import rope_frequencies
 
 __all__ = [
@@ -568,8 +569,8 @@ def _prefill(graphdef, compressor, capacity, store, chunk, limit, state, tokens,
         query_window=compressor.query_window,
         observer=compressor.observer,
     )
-    logits, cache = _read_text(graphdef, state, cache, tokens, lengths, chunk)
-    return logits, compressor.after_prefill(cache)
+    logits, cache = _read_text(graphdef, state, read_in_order(cache), tokens, lengths, chunk)
+    return logits, compressor.after_prefill(was_read(cache))
 
 
 def _read_text(graphdef, state, cache, tokens, lengths, chunk=None):

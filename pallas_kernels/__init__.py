@@ -23,12 +23,19 @@ from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, Attention
 from pallas_kernels.ops.decode_attention import (
     append_tokens,
     decode_attention,
+    last_similar_keys,
     max_attention_weights,
     merge_attention,
     window_attention_weights,
 )
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
-from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
+from pallas_kernels.ops.quantize.api import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_both,
+    quantize,
+    quantize_fp8_both,
+)
 
 __all__ = [
     "FORMATS",
@@ -45,12 +52,15 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "fake_quantize",
+    "fake_quantize_both",
     "get_format",
     "inverse_rht",
+    "last_similar_keys",
     "matmul",
     "max_attention_weights",
     "merge_attention",
     "quantize",
+    "quantize_fp8_both",
     "rht",
     "ring_attention",
     "sage",

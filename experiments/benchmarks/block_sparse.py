@@ -4,18 +4,23 @@
 through the cases below, the most telling first, and writes ``block_sparse.json`` after each:
 
 * ``correct``: lists of tiles against float32 attention under the same mask, and run to run;
-  gradients of the public function, 16-bit and ``sage_bwd``, with and without lists.
+  gradients of the public function, 16-bit and ``sage_bwd``, with and without lists; no later token
+  leaks into an output (``experiments.benchmarks.leaks``).
 * ``fast``: milliseconds at 50, 75 and 90 % skipped tiles, over density x the dense time of the
   same kernel; torch FlexAttention on the same tiles; SpargeAttn's prediction and the making of the
   lists; forward + backward beside torch's (``experiments.benchmarks.gradient``).
 
-Each case has a group, which ``--only`` can pick: gradient, speed, predict, correct, sizes.
+Each case has a group, which ``--only`` can pick: gradient, leaks, speed, predict, correct, sizes.
 
 Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds. What
 fails is a row with its reason. ``--dry-run`` lowers the kernels for an abstract H200 anywhere.
 """
 
+import fcntl
 import json
+import os
+import queue
+import threading
 import time
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,14 +34,15 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks import attention as bench
-from experiments.benchmarks import gradient
+from experiments.benchmarks import gradient, leaks
 from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
-from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
+from pallas_kernels import BlockMask, Mask, benchmarking, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import reference, sparge
+from pallas_kernels.ops.attention import mosaic_sm90, reference, sparge
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
+LOCK = "BLOCK_SPARSE_LOCK"  # names a file that who measures holds
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 
 
@@ -57,6 +63,8 @@ class Options:
     """Cases whose JSON contains this text."""
     dry_run: bool = False
     """Lower the kernels for an abstract H200 instead of running them."""
+    workers: int = 1
+    """Processes side by side: they compile at the same time and measure one after the other."""
     worker: bool = False
     """Used by the program itself: read cases from standard input, one JSON a line."""
 
@@ -70,13 +78,6 @@ def cases() -> list[Case]:
     long, halves = {**fast, "shape": [1, 32768, 32, 128]}, {"block": [64, 128]}
     right, times = gradient.correct_cases(), gradient.fast_cases()
     predict = {"group": "predict", "predict": "topk"}
-    found = [right[0], *times[:2], *right[1:4], *times[2:7], {**fast, **predict}, *right[4:8]]
-    found += [
-        {**long, "quant": "sage2"},
-        {**long, "peer": "flex"},
-        {**fast, **halves, "quant": "sage2"},
-    ]
-    found += [*times[7:], *right[8:], {**long, "quant": None}, {**long, **predict}]
     sizes = [
         {**base, "group": "sizes", "quant": quant, "rule": "causal", "block": block}
         | {"shape": [*shape[:5], head_dim]}
@@ -86,7 +87,24 @@ def cases() -> list[Case]:
             ("fp8", 128, [128, 128]),
         )
     ]  # fmt: skip
-    found += [*sizes, {**base, "quant": "sage2", "rule": "causal"}]
+    brief = {"brief": True}  # without tiles one by one, and with one dense kernel
+    found = [
+        right[0],
+        {**long, **brief, "quant": "sage2"},
+        {**fast, **halves, **brief, "quant": "sage2"},
+    ]
+    found += [times[0], leaks.cases()[0], times[1], leaks.cases()[2], times[2], *sizes]
+    found += [
+        leaks.cases()[1],
+        times[3],
+        *right[2:5],
+        *times[10:13],
+        *leaks.cases()[3:],
+        *right[5:9],
+    ]
+    found += [right[1], times[9], {**fast, **predict}, {**long, **brief, "quant": None}]
+    found += [{**long, "peer": "flex"}, *times[4:9], *times[13:], *right[9:], {**long, **predict}]
+    found += [{**base, "quant": "sage2", "rule": "causal"}]
     found += [{**base, **halves, "quant": quant, "rule": "causal"} for quant in ("sage2", None)]
     found += [{**fast, "quant": quant} for quant in ("sage2", None)] + [{**fast, "peer": "flex"}]
     found += [{**base, "quant": "sage2", "rule": rule} for rule in ("none", "lengths", "segments")]
@@ -258,16 +276,21 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
     block_q, block_kv = case["block"]
     arrays, rows = inputs(case), []
     make = maker(length, length, (block_q, block_kv))
-    tiles = {x: random_tiles((heads,), length // block_q, length // block_kv, x) for x in DENSITIES}
+    brief = case.get("brief", False)
+    tiles = {
+        x: random_tiles((heads,), length // block_q, length // block_kv, x)
+        for x in DENSITIES[brief:]
+    }
     masks = {x: make(jnp.asarray(kept), None) for x, kept in tiles.items()}
     operands = operands_of(case, arrays, block_kv)
     listed = kernel_of(length, None)
     check = check_rows(jax.jit(listed)(operands, masks[0.25])[0], arrays, tiles[0.25], case)
-    for size in dict.fromkeys((block_kv, 256 if case["quant"] else 128)):
+    best = 256 if case["quant"] else 128
+    for size in [best] if brief else dict.fromkeys((block_kv, best)):
         timing = benchmark(kernel_of(length, size), operands_of(case, arrays, size),
                            repeats=repeats)  # fmt: skip
         rows.append({"name": f"dense, {size} keys per tile"} | numbers(case, timing, 1.0))
-    single = case["quant"] and block_q >= 128  # else there is only one way
+    single = case["quant"] and block_q >= 128 and not brief  # else there is only one way
     kernels = {"listed": listed} | ({"listed, tile by tile": kernel_of(length, block_kv)} if single
                                     else {})  # fmt: skip
     for name, call in kernels.items():
@@ -275,10 +298,12 @@ def run_fast(case: Case, repeats: int = 10) -> dict[str, Any]:
             timing = benchmark(call, operands, mask, repeats=repeats)
             share = share_of(density, length // block_kv)
             row = {"name": name, "density": share} | numbers(case, timing, share)
-            for dense in rows[: 1 + (case["quant"] is not None)]:
+            for dense in [row for row in rows if "dense" in row["name"]]:
                 over = row["milliseconds"] / (share * dense["milliseconds"])
                 row[f"over density x {dense['name']}"] = over
             rows.append(row)
+    if brief:
+        return check | {"rows": rows}
     timing = benchmark(lists_of(length, case["quant"]), masks[0.25], repeats=repeats)
     rows.append({"name": "order and ranges of the lists", "milliseconds": timing.median * 1e3})
     return check | {"rows": rows}
@@ -353,7 +378,9 @@ def run_predict(case: Case, repeats: int) -> list[dict[str, Any]]:
 def run_case(options: Options, case: Case) -> dict[str, Any]:
     """Runs one case on this machine's GPU."""
     is_gradient, is_correct = case["group"] == "gradient", case["stage"] == "correct"
-    if is_gradient and is_correct:
+    if case["group"] == "leaks":
+        found = leaks.run(case)
+    elif is_gradient and is_correct:
         found = gradient.run_correct(case)
     elif is_gradient:
         found = {"rows": gradient.run_fast(case, options.repeats)}
@@ -364,8 +391,8 @@ def run_case(options: Options, case: Case) -> dict[str, Any]:
 
 def lower_case(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
-    if case["group"] == "gradient":
-        return gradient.lower(case)
+    if case["group"] in ("gradient", "leaks"):
+        return {"gradient": gradient, "leaks": leaks}[case["group"]].lower(case)
     if "quant" not in case:
         return {"lowered": "not needed"}
     shape = case["shape"]
@@ -386,16 +413,20 @@ def lower_case(case: Case) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
+        # What `explain` would not choose by itself is what this program measures.
+        mosaic_sm90.UNMEASURED = frozenset()
+        if LOCK in os.environ:
+            benchmarking._device_seconds = alone(benchmarking._device_seconds)
         return work(lower_case if options.dry_run else partial(run_case, options))
     console, rows, machine = Console(), [], {}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"block_sparse{'_dry_run' * options.dry_run}.json"
     chosen = [case for case in cases() if options.only in json.dumps(case)]
     deadline = time.monotonic() + options.time_budget
-    for case, result in results(chosen, options, deadline, "block_sparse"):
+    for case, result in side_by_side(chosen, options, deadline):
         machine = result.get("result", {}).pop("machine", machine)
         rows.append({"case": case} | result)
-        left_out = chosen[len(rows) :]
+        left_out = [case for case in chosen if case not in [row["case"] for row in rows]]
         command = "python -m experiments.benchmarks.block_sparse"
         found = {"command": command, "machine": machine, "cases": rows}
         path.write_text(json.dumps(found | {"left_out": left_out}, indent=1) + "\n")
@@ -408,6 +439,43 @@ def main(options: Options) -> None:
         console.print("  ", short(result["result"]), highlight=False)
     console.print(f"{len(rows)} of {len(chosen)} cases, in {path}")
     return None
+
+
+def side_by_side(chosen: list[Case], options: Options, deadline: float):
+    """`results` of several workers, each with every so manieth case, as they come."""
+    answers: queue.Queue = queue.Queue()
+    if options.workers > 1:
+        os.environ |= {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            LOCK: str((options.output / "measuring.lock").absolute()),
+        }
+
+    def run(own):
+        for answer in results(own, options, deadline, "block_sparse"):
+            answers.put(answer)
+        answers.put(None)
+
+    parts = [chosen[i :: options.workers] for i in range(options.workers)]
+    for own in parts:
+        threading.Thread(target=run, args=(own,), daemon=True).start()
+    left = len(parts)
+    while left:
+        answer = answers.get()
+        if answer is None:
+            left -= 1
+        else:
+            yield answer
+
+
+def alone(function):
+    """Runs a function while no other worker measures."""
+
+    def run(*args):
+        with Path(os.environ[LOCK]).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            return function(*args)
+
+    return run
 
 
 def short(row: dict[str, Any]) -> str:

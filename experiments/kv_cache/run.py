@@ -47,7 +47,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trace": {
             "task": Trace(starts=3, steps=5, checks=2),
             "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
-            "stages": [Stage(0.5, 32, {"most": 0, "drills": 16}, 0.99), Stage(0.5, 32)],
+            "stages": [
+                Stage(0.3, 64, {"most": 0, "drills": 64}, 0.95),
+                Stage(0.3, 32, {"most": 0, "drills": 8}, 0.99),
+                Stage(0.4, 32),
+            ],
             "steps": 3000,
             "learning_rates": (3e-3,),
             "share": 0.6,
@@ -77,10 +81,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {
         "recall": {
             "task": Recall(slots=86, pairs=40, symbols=80),
-            "sizes": {"num_layers": 4, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2},
-            "stages": [Stage(1.0, 32, {"groups": 4})],
-            "steps": 8000,
-            "learning_rates": (1.5e-3,),
+            "sizes": {
+                "num_layers": 3,
+                "embed_dim": 128,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+            },
+            "stages": [
+                Stage(0.5, 256, {"slots": 8}, 0.97),
+                Stage(0.2, 64, {"slots": 24, "groups": 2}, 0.98),
+                Stage(0.3, 16, {"groups": 2}),
+            ],
+            "steps": 20_000,
+            "learning_rates": (1e-3, 2e-3, 1.5e-3),
             "share": 0.25,
         },
         "trace": {
@@ -90,17 +103,21 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "embed_dim": 192,
                 "num_heads": 6,
                 "num_kv_heads": 3,
-                "head_dim": 64,
             },
-            "stages": [Stage(0.5, 64, {"most": 0, "drills": 32}, 0.995), Stage(0.5, 16)],
+            "stages": [
+                Stage(0.15, 256, {"most": 0, "steps": 6, "drills": 256}, 0.95),
+                Stage(0.2, 256, {"most": 0, "steps": 6, "drills": 64}, 0.99),
+                Stage(0.25, 64, {"most": 0, "drills": 16}, 0.99),
+                Stage(0.4, 12),
+            ],
             "steps": 20_000,
-            "learning_rates": (1e-3, 2e-3, 3e-3),  # no seed depends on one choice
-            "share": 0.5,
+            "learning_rates": (1e-3, 2e-3, 1.5e-3),  # no seed depends on one choice
+            "share": 0.4,
         },
         "dtype": "bfloat16",
         "theta": 10_000.0,
         "workers": 4,
-        "threads": 6,
+        "threads": 4,
         "rows": {"recall": 256, "trace": 512},
         "questions": 8,
         "ratios": (0.3, 0.1, 0.2, 0.5, 0.7, 0.9),
@@ -177,6 +194,7 @@ class Session:
         self.pool = ThreadPoolExecutor(self.preset["threads"])
         self.waiting: list[tuple[int, int, Any]] = []  # a heap of (rank, number, cells)
         self.jobs: list[Future] = []
+        self.device = threading.Event()  # set when traces may train: one training at a time
 
     def say(self, text: str) -> None:
         """Print a line with the time."""
@@ -270,7 +288,13 @@ class Session:
             (self.output / "cells.jsonl").write_text(lines)
         models, facts = train(
             preset["task"],
-            {**preset["sizes"], "rope": RopeConfig(theta=self.preset["theta"])},
+            {
+                **preset["sizes"],
+                # Without it fresh embeddings are small beside what the layers add, and a model does
+                # not find out for thousands of steps that a token occurred before.
+                "embed_scale": preset["sizes"]["embed_dim"] ** 0.5,
+                "rope": RopeConfig(theta=self.preset["theta"]),
+            },
             preset["stages"],
             seeds=seeds,
             steps=preset["steps"],
@@ -280,6 +304,7 @@ class Session:
             workers=self.preset["workers"],
             dtype=jnp.dtype(self.preset["dtype"]),
             report=lambda text: self.say(f"{kind} {text}"),
+            wait=lambda: kind == "recall" or self.device.wait(),
         )
         few = max(len(facts["history"]) // 40, 1)
         return dict(enumerate(models)), facts | {"history": facts["history"][::few]}
@@ -326,7 +351,10 @@ def environment() -> dict[str, Any]:
 def run_recall(session: Session, names: tuple[str, ...]) -> Any:
     """E1: accuracy over ratio for every method; E2: one needle, and copying."""
     preset, task = session.preset, session.preset["recall"]["task"]
-    models, trained = session.models("recall", "e1/full/1.0")
+    try:
+        models, trained = session.models("recall", "e1/full/1.0")
+    finally:
+        session.device.set()
     rank = itertools.count()
 
     def evaluator(function, *arguments, **more):
@@ -428,6 +456,8 @@ def main(arguments: list[str] | None = None) -> None:
         for run, names in ((run_recall, ("e1", "e2")), (run_trace, ("e3", "e4")))
         if (wanted := tuple(n for n in names if n in chosen))
     ]
+    if len(runs) == 1 or session.preset["threads"] == 1:
+        session.device.set()
     with ThreadPoolExecutor(min(session.preset["threads"], 2)) as both:
         writes = [job.result() for job in [both.submit(r, session, n) for r, n in runs]]
     wait(session.jobs)

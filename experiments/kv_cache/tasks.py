@@ -13,7 +13,6 @@ STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
 SPECIAL = 20  # symbols start here
 ANSWER_WEIGHT = 2.0  # of answers over repeated tokens, in training
 LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
-ECHO_WEIGHT = 2.0  # of repeated random tokens
 HINT = 8  # KVzip's later chunks are asked for by the last tokens of the chunk before
 
 
@@ -105,28 +104,30 @@ class Recall:
         return np.concatenate([ASK * ones, keys, *[ANS * ones] * self.marked], axis=-1)
 
     def batch(
-        self, rng: np.random.Generator, batch: int, groups: int = 1
+        self, rng: np.random.Generator, batch: int, slots: int | None = None, groups: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw training texts of ``2 * context_length + 2 + HINT`` tokens.
+        """Draw training texts, twice as long as a context, ``REPEAT ANS`` and a hint.
 
         Args:
             rng: source of randomness.
             batch: rows.
+            slots: segments of a whole context; ``None``: the task's.
             groups: parts of the batch. The first has whole contexts, each further one contexts of
                 2 segments or more, and more questions instead: the easy cases teach the hard ones.
         """
-        parts = [
-            self._texts(rng, rows, rng.integers(2, self.slots + 1) if number else self.slots)
-            for number, rows in enumerate(len(x) for x in np.array_split(range(batch), groups))
-        ]
+        slots = self.slots if slots is None else slots
+        total = 2 * (self.num_sinks + self.segment * slots) + 2 + HINT
+        sizes = [slots, *rng.integers(2, slots + 1, size=groups - 1)]
+        rows = [len(x) for x in np.array_split(range(batch), groups)]
+        parts = [self._texts(rng, n, int(k), total) for n, k in zip(rows, sizes, strict=True)]
         tokens, weights = zip(*parts, strict=True)
         return np.concatenate(tokens), np.concatenate(weights)
 
-    def _texts(self, rng: np.random.Generator, batch: int, slots: int):
-        """Draw training texts whose contexts have so many segments."""
+    def _texts(self, rng: np.random.Generator, batch: int, slots: int, total: int):
+        """Draw training texts of ``total`` tokens whose contexts have so many segments."""
         context, keys, values = self.contexts(rng, batch, slots)
         length = context.shape[1]
-        tail, size = 2 * self.context_length + 2 + HINT - length, 5 + self.marked
+        tail, size = total - length, 5 + self.marked
         count = tail // size
         which = rng.integers(keys.shape[1], size=(batch, count))[..., None]
         asked, answers = (np.take_along_axis(x, which, axis=1) for x in (keys, values))
@@ -294,7 +295,7 @@ class Trace:
             batch: rows.
             length: tokens of a text.
         """
-        count = rng.integers(2, self.starts + self.steps + 1)
+        count = rng.integers(2, min(self.starts + self.steps, length // 6) + 1)
         names = np.argsort(rng.random((batch, self.names)), axis=1)[:, :count]
         values = rng.integers(self.base, size=(batch, count))
         asked = rng.integers(count, size=(batch, (length - 1) // 3 - count))
@@ -313,31 +314,13 @@ class Trace:
         text = np.pad(text, ((0, 0), (0, length - text.shape[1])))
         return text, np.broadcast_to(weights, text.shape)
 
-    def echo(
-        self, rng: np.random.Generator, batch: int, length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw texts that say random names and values again and again.
-
-        Every token of a repetition is found by the one before it, as a value is by its variable.
-
-        Args:
-            rng: source of randomness.
-            batch: rows.
-            length: tokens of a text.
-        """
-        period = rng.integers(8, max(length // 2, 9))
-        said = rng.integers(self._name, self._constant, size=(batch, period))
-        text = np.tile(said, (1, -(-length // period)))[:, :length]
-        text[:, 0] = BOS
-        weights = np.where(np.arange(length) > period, ECHO_WEIGHT, 0.0)
-        return text, np.broadcast_to(weights, text.shape)
-
     def batch(
         self,
         rng: np.random.Generator,
         batch: int,
         most: int | None = None,
         drills: int = 0,
+        steps: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draw training texts, equally many for each number of restatements.
 
@@ -345,19 +328,21 @@ class Trace:
             rng: source of randomness.
             batch: rows.
             most: restatements, at most; ``None``: ``checks``.
-            drills: rows that are a :meth:`drill`, every other one a :meth:`echo`.
+            drills: rows that are a :meth:`drill`.
+            steps: lines of the programs; ``None``: the task's.
         """
         most = self.checks if most is None else most
-        longest = self.steps * self.step_length(most) + 4
-        whole = 1 + 3 * self.starts + 4 * self.steps + 5 + longest
+        steps = self.steps if steps is None else steps
+        longest = steps * self.step_length(most) + 4
+        whole = 1 + 3 * self.starts + 4 * steps + 5 + longest
         texts, weights = [], []
-        for number in range(drills):
-            text, weight = (self.echo if number % 2 else self.drill)(rng, 1, whole)
+        for begin in range(0, drills, 16):  # sixteen rows have equally many variables
+            text, weight = self.drill(rng, min(16, drills - begin), whole)
             texts.append(text)
             weights.append(weight)
         shares = np.array_split(np.arange(batch - drills), most + 1)
         for checks, share in enumerate(shares if batch > drills else ()):
-            prompt, trace = self.problems(rng, share.size, checks)
+            prompt, trace = self.problems(rng, share.size, checks, steps)
             pad = ((0, 0), (0, longest - trace.shape[1]))
             texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))
             weight = np.ones(trace.shape)

@@ -103,31 +103,17 @@ def _many(graphdef, attention, optimizer, carry, tokens, weights, rates):
     return carry, jnp.stack([jnp.mean(x, axis=0) for x in facts])  # [3, seeds]
 
 
+def _attention(query, key, value, **rules):
+    """Plain attention, whose logits are computed again in the backward pass."""
+    call = partial(jax.nn.dot_product_attention, implementation="xla", **rules)
+    return jax.checkpoint(call)(query, key, value)
+
+
 def _compile(graphdef, optimizer, carry, items, rates):
-    """Compile :func:`_many`, with cuDNN's attention where there is one for these shapes."""
+    """Compile :func:`_many` for texts of one length."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (carry, *items, rates))
-    names = ("cudnn", "xla") if jax.default_backend() == "gpu" else ("xla",)
-    for name in names:
-        attention = partial(jax.nn.dot_product_attention, implementation=name)
-        if name == "xla":  # logits of one layer at a time, not of all until the backward pass
-            attention = _recomputed(attention)
-        many = partial(_many, graphdef, attention, optimizer)
-        try:
-            return jax.jit(many, donate_argnums=(0,)).lower(*shapes).compile(), name
-        except Exception:  # whatever cuDNN has against these shapes, XLA serves them
-            if name == names[-1]:
-                raise
-    raise AssertionError
-
-
-def _recomputed(attention):
-    """Return an attention whose logits are computed again in the backward pass."""
-
-    def attend(query, key, value, *, scale, is_causal):
-        call = partial(attention, scale=scale, is_causal=is_causal)
-        return jax.checkpoint(call)(query, key, value)
-
-    return attend
+    many = partial(_many, graphdef, _attention, optimizer)
+    return jax.jit(many, donate_argnums=(0,)).lower(*shapes).compile()
 
 
 def train(
@@ -144,6 +130,7 @@ def train(
     workers: int = 0,
     dtype: Any = jnp.float32,
     report: Callable[[str], Any] | None = None,
+    wait: Callable[[], Any] = lambda: None,
 ) -> tuple[list[Decoder], dict[str, Any]]:
     """Train one model per seed, all at once, and return them in float32.
 
@@ -165,6 +152,7 @@ def train(
         workers: processes that draw texts; 0: this one does.
         dtype: of the computation.
         report: called with a line of text after each compiled call.
+        wait: called before the first step; until it returns, only compiling goes on.
 
     Returns:
         The models, and what was done.
@@ -189,9 +177,13 @@ def train(
             for stage in stages
         ]
         with ThreadPoolExecutor(len(stages)) as threads, _processes(workers) as pool:
-            compiled = [
-                threads.submit(_compile, graphdef, optimizer, carry, i, rates) for i in items
-            ]
+            programs = {}  # by length of the texts
+            for item in items:
+                if item[0].shape not in programs:
+                    call = (_compile, graphdef, optimizer, carry, item, rates)
+                    programs[item[0].shape] = threads.submit(*call)
+            compiled = [programs[item[0].shape] for item in items]
+            wait()
             carry = _run_stages(
                 task, stages, compiled, pool, carry, rates, facts, seeds, steps - began_at,
                 seconds, every, report,
@@ -211,7 +203,7 @@ def _run_stages(
     done, spent, limit, spoken = 0, 0.0, 0.0, facts["seconds"]
     first = facts["steps"]
     for number, stage in enumerate(stages):
-        many, attention = compiled[number].result()
+        many = compiled[number].result()
         limit = min(limit + stage.share, 1.0) if number < len(stages) - 1 else 1.0
         ask = lambda at, s=stage: pool.submit(  # noqa: E731
             draw, task, s.options, s.batch, seeds, first + at, every
@@ -233,7 +225,7 @@ def _run_stages(
             )
             if report is not None:
                 report(
-                    f"step {first + done} stage {number} ({attention}) {spent:.0f} s: loss "
+                    f"step {first + done} stage {number} {spent:.0f} s: loss "
                     f"{np.round(loss, 3)}, accuracy {np.round(accuracy, 4)}, hardest tokens "
                     f"{np.round(hard, 4)}"
                 )
@@ -244,7 +236,7 @@ def _run_stages(
                 facts["stopped_by"] = "time"
                 break
     facts |= {"steps": first + done, "seconds": round(spoken + spent, 1)}
-    facts |= {"learning_rates": np.asarray(rates).round(6).tolist(), "attention": attention}
+    facts |= {"learning_rates": np.asarray(rates).round(6).tolist()}
     return carry
 
 

@@ -64,11 +64,13 @@ class Run:
     def record(self, preset: Preset) -> dict[str, Any]:
         """What the tables and pictures read; as ``training.Runs`` writes it."""
         steps = int(self.curve[-1][0]) + 1 if self.curve else 0
+        last = [loss for _, loss, _ in self.curve[-max(len(self.curve) // 10, 1) :]]
         seconds = statistics.median(self.seconds) if self.seconds else None
         return {
             "arm": self.arm.name,
             "seed": self.seed,
             "validation": self.validation,
+            "last_tenth": statistics.fmean(last) if last else None,
             "curve": self.curve,
             "noise": self.noise,
             "seconds_per_step": seconds,
@@ -151,6 +153,7 @@ class Session:
             The number of the step after the last one.
         """
         began, said, measured = time.monotonic(), 0.0, 0
+        until = max(until, began + 5)  # compiling may have taken all the time there was
         for count in itertools.count():
             progress = (time.monotonic() - began) / (until - began)
             if progress >= 1 and count > 0:
@@ -163,6 +166,8 @@ class Session:
                 measured += 1
                 measure(step, tokens[runs[-1].seed])
             timed = count % TIMED_EVERY == TIMED_EVERY // 2
+            if timed:  # what is queued must not count
+                jax.block_until_ready([run.state for run in runs])
             losses = [self._step(run, tokens[run.seed], rate, timed) for run in runs]
             if count % 8 == 0:  # also keeps the clock honest: steps are queued, not awaited
                 for run, loss in zip(runs, losses, strict=True):
@@ -202,7 +207,6 @@ class Session:
     def _step(self, run: Run, tokens: jax.Array, rate: float, timed: bool) -> jax.Array:
         if not timed:
             return run.step(tokens, rate)
-        jax.block_until_ready(run.state)
         began = time.monotonic()
         loss = jax.block_until_ready(run.step(tokens, rate))
         run.seconds.append(time.monotonic() - began)

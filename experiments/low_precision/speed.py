@@ -2,8 +2,10 @@
 
 Sections, each of which writes ``speed_<section>.json`` after every row:
 
+* ``gemm``: the kernel for FP8 blocks against XLA's sum over tiles, then its rate.
 * ``linear``: forward and backward of a linear layer at the two sizes of the acceptance test.
 * ``quantize``: the fused quantiser against the formats, then its bandwidth beside a copy and XLA.
+* ``cast``: likewise FP8 codes of a matrix and of its transpose.
 * ``step``: a training step of a transformer with 1.1 billion parameters.
 * ``sweep``: the linear layer over sizes, for the break-even.
 """
@@ -12,7 +14,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -26,20 +27,19 @@ import optax
 
 from experiments.low_precision.training import environment
 from jaxeff.nn.rope import RopeConfig, apply_rope
-from jaxeff.quant import RECIPES, Recipe, dot_general, init_history
-from pallas_kernels import fake_quantize
+from jaxeff.quant import RECIPES, Recipe, advance_history, dot_general, init_history
+from pallas_kernels import fake_quantize, quantize_fp8_both
 from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
 from pallas_kernels.formats import TE_SIGNS, get_format, rht
 from pallas_kernels.formats.block_format import tensor_encode_scale
 from pallas_kernels.formats.counter_random import counter_key
 
 PLAIN = (((1,), (0,)), ((), ()))
-SECTIONS = ("linear", "quantize", "step", "sweep")
-ISOLATED = ("quantize",)  # kernels that may hang run in a process of their own
+SECTIONS = ("cast", "quantize", "linear", "gemm", "step", "sweep")
+ISOLATED = ("cast", "quantize", "gemm")  # kernels that may hang run in a process of their own
 # The two shapes of the acceptance test: tokens, inputs, outputs.
 FIRST = ((8192, 8192, 8192), (16384, 4096, 4096))
-SIDES = (512, 1024, 2048, 4096, 16384)
-SWEEP = tuple((t, k, k) for t, k in itertools.product((2048, 8192, 16384), SIDES[:-1]))
+SWEEP = tuple((t, k, k) for t, k in itertools.product((16384, 4096), (2048, 1024)))
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -106,9 +106,9 @@ def layer_step(recipe: Recipe) -> Callable:
 
 
 def measure_linear(
-    shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 10
+    shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 6
 ) -> None:
-    """Adds a row for each shape and recipe; all programs of a shape are compiled at once.
+    """Adds a row for each shape and name; all programs of a shape are compiled at once.
 
     A row has milliseconds, TFLOP/s over the three products, the ratio to bf16, and how many 8-bit
     cuBLASLt calls the compiled program holds.
@@ -130,13 +130,23 @@ def measure_linear(
             (jax.random.normal(key, kind.shape) * scale).astype(jnp.bfloat16)
             for key, kind, scale in zip(keys, types, scales, strict=True)
         ]
-        plain = None
+        plain, exact = None, None
         for name, program in programs.items():
             compiled = program.result()
+            outs = compiled(*operands)
             timing = benchmark(compiled, *operands, repeats=repeats)
-            plain = timing.median if name == "bf16" else plain
+            if name == "bf16":
+                plain, exact = timing.median, outs
             row = {"tokens": t, "inputs": k, "outputs": n, "recipe": name}
-            report.add(row | _numbers(timing, 3 * matmul_flops(t, n, k), plain, compiled))
+            errors = [float(_relative(a, b)) for a, b in zip(outs, exact, strict=True)]
+            row |= _numbers(timing, 3 * matmul_flops(t, n, k), plain, compiled)
+            report.add(row | {"errors": errors})
+
+
+@jax.jit
+def _relative(a, b):
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
 
 
 def _numbers(timing: Timing, flops: float, plain: float | None, compiled: Any) -> Row:
@@ -186,7 +196,7 @@ def nvfp4_plan(x: jax.Array):
     """The plan of the fused kernel for NVFP4."""
     from pallas_kernels.ops.quantize.mosaic_sm90_matrix import Plan
 
-    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"), "nearest")
+    return Plan(*x.shape, str(x.dtype), get_format("nvfp4"))
 
 
 def nvfp4_factors(x: jax.Array) -> jax.Array:
@@ -215,7 +225,8 @@ def quantizer_programs(x: jax.Array) -> dict[str, tuple[Callable, int, int]]:
 
     def plain(axis, stochastic):
         key = {"rounding": "stochastic", "key": counter_key(words[1 - axis])} if stochastic else {}
-        return lambda x, factors: fake_quantize(x, "nvfp4", axis=axis, **key)
+        options = {"axis": axis, "implementation": "xla"} | key
+        return lambda x, factors: fake_quantize(x, "nvfp4", **options)
 
     return {
         "copy": (lambda x, factors: -x, 2, 1),
@@ -276,12 +287,101 @@ def measure_quantizer(report: Report, shape: tuple[int, int] = (16384, 8192)) ->
         report.add(row | {"spread": timing.spread, "passes": passes, "source": timing.source})
 
 
+def measure_cast(report: Report, shape: tuple[int, int] = (16384, 8192)) -> None:
+    """Checks FP8 codes of a matrix and of its transpose bit for bit, then times them."""
+    kinds = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
+
+    def cast(qtype, implementation):
+        return lambda x, scale: quantize_fp8_both(x, qtype, scale, implementation=implementation)
+
+    for size in ((160, 144), shape):
+        x = jax.block_until_ready(wide_data(size))
+        scales = {name: jnp.abs(x).max().astype(jnp.float32) / top for name, top in kinds.items()}
+        with ThreadPoolExecutor(8) as pool:
+            compiled = {
+                (name, how): pool.submit(jax.jit(cast(name, how)).lower(x, scale).compile)
+                for name, scale in scales.items()
+                for how in ("mosaic", "xla")
+            }
+        compiled = {name: program.result() for name, program in compiled.items()}
+        for name, scale in scales.items():
+            got, want = (compiled[name, how](x, scale)[:2] for how in ("mosaic", "xla"))
+            wrong = [
+                int((a.astype(jnp.float32) != b.astype(jnp.float32)).sum())
+                for a, b in zip(got, want, strict=True)
+            ]
+            report.add({"check": name, "shape": list(size), "different": wrong, "of": x.size})
+    for (name, how), program in compiled.items():
+        timing = benchmark(program, x, scales[name], repeats=10)
+        rate = 2 * x.size * x.dtype.itemsize / timing.median / 1e12  # read 2 bytes, write 1 and 1
+        row = {"what": f"{name} {how}", "microseconds": 1e6 * timing.median}
+        report.add(row | {"terabytes_per_second": rate, "spread": timing.spread})
+
+
+def measure_gemm(report: Report, side: int = 8192) -> None:
+    """Checks the kernel for scales per 128 of k, then times it beside bf16 and one scale."""
+    from pallas_kernels.ops.matmul.mosaic_sm90_fp8 import Config, block_scaled
+
+    def codes(seed, shape):
+        return jax.random.normal(jax.random.key(seed), shape).astype(jnp.float8_e4m3fn)
+
+    def given(m, n, k, squares):
+        sizes = ((k // 128, m), (k // 128, n // 128 if squares else n))
+        scales = [jnp.exp(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(sizes)]
+        return codes(2, (m, k)), codes(3, (n, k)), *scales
+
+    def exact(a, b, a_scale, b_scale):
+        k = a.shape[1]
+        b_scale = jnp.repeat(b_scale, b.shape[0] // b_scale.shape[1], 1)
+        wide = [
+            (x.astype(jnp.float32).reshape(-1, k // 128, 128) * s.T[..., None]).reshape(-1, k)
+            for x, s in ((a, a_scale), (b, b_scale))
+        ]
+        return jnp.matmul(wide[0], wide[1].T, precision="highest")
+
+    for m, n, k, squares in (
+        (200, 384, 256, True),
+        (200, 192, 1280, False),
+        (1024, 512, 4096, True),
+    ):
+        operands = given(m, n, k, squares)
+        run = jax.jit(functools.partial(block_scaled, out_dtype="float32"))
+        got, want = run(*operands), jax.jit(exact)(*operands)
+        row = {"check": [m, n, k], "squares": squares, "error": float(_relative(got, want))}
+        report.add(row | {"same": bool((got == run(*operands)).all())})
+    flops = matmul_flops(side, side, side)
+    a, b = codes(2, (side, side)), codes(3, (side, side))
+    wide = [x.astype(jnp.bfloat16) for x in (a, b)]
+    contract = (((1,), (1,)), ((), ()))
+    plain = functools.partial(
+        jax.lax.dot_general, dimension_numbers=contract, preferred_element_type=jnp.bfloat16
+    )
+    programs = {
+        "squares": (block_scaled, given(side, side, side, True)),
+        "one scale, XLA": (plain, (a, b)),
+        "columns": (block_scaled, given(side, side, side, False)),
+        "bf16": (plain, wide),
+        "squares, no cluster": (
+            functools.partial(block_scaled, config=Config(cluster=1)), given(side, side, side, True)
+        ),
+    }  # fmt: skip
+    for name, (function, operands) in programs.items():
+        if report.is_late:
+            return
+        compiled = jax.jit(function).lower(*operands).compile()
+        timing = benchmark(compiled, *operands, repeats=6)
+        report.add({"what": name} | _numbers(timing, flops, None, compiled))
+
+
 # --- a transformer step ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A decoder as of 1B parameters: 16 layers, grouped-query attention, SwiGLU."""
+    """A decoder as of 1B parameters: 16 layers, grouped-query attention, SwiGLU.
+
+    What has the same input is one product: queries, keys and values, gate and up projection.
+    """
 
     layers: int = 16
     dim: int = 2048
@@ -302,12 +402,9 @@ class Sizes:
         """Shapes of the weights of a layer."""
         kv = self.kv_heads * self.head_dim
         return {
-            "q": (self.dim, self.dim),
-            "k": (self.dim, kv),
-            "v": (self.dim, kv),
+            "qkv": (self.dim, self.dim + 2 * kv),
             "out": (self.dim, self.dim),
-            "gate": (self.dim, self.mlp),
-            "up": (self.dim, self.mlp),
+            "gate_up": (self.dim, 2 * self.mlp),
             "down": (self.mlp, self.dim),
         }
 
@@ -327,35 +424,45 @@ def init_parameters(sizes: Sizes) -> dict[str, jax.Array]:
     }
 
 
-def loss_of(parameters, tokens, step, recipe: Recipe, sizes: Sizes) -> jax.Array:
+def init_histories(sizes: Sizes, recipe: Recipe) -> dict[str, jax.Array]:
+    """What delayed scaling remembers of every product; empty for other recipes."""
+    if recipe.delayed is None:
+        return {}
+    one = init_history(recipe).at[:, 0].set(4.0)
+    return {name: jnp.broadcast_to(one, (sizes.layers, *one.shape)) for name in sizes.kernels()}
+
+
+def loss_of(parameters, histories, tokens, step, recipe: Recipe, sizes: Sizes) -> jax.Array:
     """Next-token loss; the layers are a scan, so that one of them is compiled."""
     names = list(sizes.kernels())
     positions = jnp.broadcast_to(jnp.arange(sizes.seq_len), (sizes.batch, sizes.seq_len))
 
     def layer(x, given):
-        weights, norms, index = given
+        weights, norms, seen, index = given
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index)
 
         def product(name, value):
             own = jax.random.fold_in(key, names.index(name)) if recipe.needs_key else None
             numbers = (((value.ndim - 1,), (0,)), ((), ()))
-            return dot_general(recipe, own)(value, weights[name].astype(value.dtype), numbers)
+            rounded = dot_general(recipe, own, amax_history=seen.get(name))
+            return rounded(value, weights[name].astype(value.dtype), numbers)
 
         h = _normed(x, norms[0])
-        heads = (*x.shape[:2], -1, sizes.head_dim)
-        q, k, v = (product(name, h).reshape(heads) for name in "qkv")
+        qkv = product("qkv", h).reshape(*x.shape[:2], -1, sizes.head_dim)
+        q, k, v = jnp.split(qkv, (sizes.heads, sizes.heads + sizes.kv_heads), axis=2)
         q, k = (apply_rope(part, positions, RopeConfig()) for part in (q, k))
         out = jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation=sizes.attention
         ).reshape(x.shape)
         x = x + product("out", out)
         h = _normed(x, norms[1])
-        hidden = jax.nn.silu(product("gate", h)) * product("up", h)
-        return x + product("down", hidden), None
+        gate, up = jnp.split(product("gate_up", h), 2, axis=-1)
+        return x + product("down", jax.nn.silu(gate) * up), None
 
     x = parameters["embed"].astype(jnp.bfloat16)[tokens[:, :-1]]
     stacked = {name: parameters[name] for name in names}
-    x, _ = jax.lax.scan(layer, x, (stacked, parameters["norms"], jnp.arange(sizes.layers)))
+    given = (stacked, parameters["norms"], histories, jnp.arange(sizes.layers))
+    x, _ = jax.lax.scan(layer, x, given)
     logits = _normed(x, parameters["norm"]) @ parameters["head"].astype(jnp.bfloat16)
     logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
@@ -373,10 +480,13 @@ OPTIMIZER = optax.adamw(1e-4)
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def train_step(state, tokens, step, recipe: Recipe, sizes: Sizes):
     """One step of AdamW; returns the new state and the loss."""
-    parameters, moments = state
-    loss, gradient = jax.value_and_grad(loss_of)(parameters, tokens, step, recipe, sizes)
+    parameters, moments, histories = state
+    loss, (gradient, seen) = jax.value_and_grad(loss_of, (0, 1))(
+        parameters, histories, tokens, step, recipe, sizes
+    )
     updates, moments = OPTIMIZER.update(gradient, moments, parameters)
-    return (optax.apply_updates(parameters, updates), moments), loss
+    histories = advance_history(histories, seen)
+    return (optax.apply_updates(parameters, updates), moments, histories), loss
 
 
 def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> None:
@@ -386,19 +496,19 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
     )
     initial = jax.jit(lambda: (p := init_parameters(sizes), OPTIMIZER.init(p)))
     types = jax.eval_shape(initial)
-    names = ("bf16", "fp8_current", "fp4_all_the_way")
+    names = ("bf16", "fp8_delayed", "fp4_all_the_way", "fp8_current")
     with ThreadPoolExecutor(8) as pool:
-        programs = {
-            name: pool.submit(
-                train_step.lower(types, tokens, jnp.int32(0), recipes()[name], sizes).compile
-            )
-            for name in names
-        }
+        programs = {}
+        for name in names:
+            recipe = recipes()[name]
+            state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
+            lowered = train_step.lower(state, tokens, jnp.int32(0), recipe, sizes)
+            programs[name] = pool.submit(lowered.compile)
     plain = None
     for name, program in programs.items():
         if report.is_late:
             return
-        compiled, state = program.result(), initial()
+        compiled, state = program.result(), (*initial(), init_histories(sizes, recipes()[name]))
         times = []
         for step in range(repeats + 2):
             began = time.perf_counter()
@@ -407,7 +517,7 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
             times.append(time.perf_counter() - began)
         timing = Timing(tuple(times[2:]), times[0], "wall")
         plain = timing.median if name == "bf16" else plain
-        weights = math.prod((sizes.layers,)) * sum(k * n for k, n in sizes.kernels().values())
+        weights = sizes.layers * sum(k * n for k, n in sizes.kernels().values())
         flops = 6.0 * tokens.size * (weights + sizes.dim * sizes.vocab)
         row = {
             "recipe": name,
@@ -421,11 +531,14 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
 def run_section(section: str, report: Report) -> None:
     """Runs one of ``SECTIONS``."""
     if section == "linear":
-        names = ("bf16", "fp8_current", "fp8_delayed", "fp4_all_the_way")
-        measure_linear(FIRST, names, report)
+        measure_linear(FIRST, ("bf16", "fp8_delayed", "fp8_current"), report)
+    elif section == "cast":
+        measure_cast(report)
+    elif section == "gemm":
+        measure_gemm(report)
     elif section == "quantize":
         measure_quantizer(report)
     elif section == "step":
         measure_steps(report)
     else:
-        measure_linear(SWEEP, ("bf16", "fp8_current"), report, repeats=5)
+        measure_linear(SWEEP, ("bf16", "fp8_current", "fp8_delayed"), report, repeats=5)

@@ -168,11 +168,16 @@ def corpus(max_bytes: int | None, with_packages: bool = False) -> Corpus:
 
 
 def validation_batches(preset: Preset, batch: int | None = None) -> Iterator[np.ndarray]:
-    """Windows of the held-out bytes without overlap, ``batch`` (or the preset's) at a time."""
+    """Windows of the held-out bytes without overlap, ``batch`` (or the preset's) at a time.
+
+    Where packages are part of the text they are spread over all of it, as the batches are; else
+    they are the first ones.
+    """
     batch, length = batch or preset.batch, preset.seq_len
     data = corpus(preset.max_bytes, preset.with_packages).validation
     count = min(preset.validation_bytes, len(data) - 1) // length
-    windows = np.stack([data[i * length : (i + 1) * length + 1] for i in range(count)])
+    stride = (len(data) - 1) // count if preset.with_packages else length
+    windows = np.stack([data[i * stride : i * stride + length + 1] for i in range(count)])
     for start in range(0, count - count % batch, batch):
         yield windows[start : start + batch].astype(np.int32)
 

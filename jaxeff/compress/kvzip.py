@@ -13,8 +13,10 @@ import numpy as np
 from jaxeff.compress.base import Compressor, ContextPass
 from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import evictable_layers, with_evictable
-from jaxeff.kv_cache import KVCache, TiledLayer
+from jaxeff.kv_cache import DenseLayer, KVCache, TiledLayer
 from jaxeff.kv_cache.base import LayerCache
+from jaxeff.kv_cache.flight import attend_with_input
+from pallas_kernels import dot_product_attention, explain, max_attention_weights
 
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
 REPEAT_LATER = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -37,6 +39,7 @@ def reconstruction_scores(
     row_norms: jax.Array | None = None,
     scale: float | None = None,
     query_block: int = 128,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Score cache slots by the largest attention they get while the context is repeated.
 
@@ -62,7 +65,8 @@ def reconstruction_scores(
         row_norms: f32 ``[B, A]``, above 0, for KVzip+: ``‖h_i‖`` of the input's hidden states.
             Weights are divided by it; ``None``: not.
         scale: multiplies the logits; ``None``: ``H ** -0.5``.
-        query_block: query rows per block.
+        query_block: query rows per block, where weights are made in blocks.
+        implementation: of ``pallas_kernels.max_attention_weights``; ``None``: the best available.
 
     Returns:
         f32 ``[B, K, S]``; ``-inf`` on slots outside the chunk and on dead ones. Rows without a
@@ -120,24 +124,58 @@ def reconstruction_scores(
         sizes = None if sizes is None else jnp.take(sizes, column, axis=2, mode="clip")
     if sizes is not None:
         sizes = sizes.reshape(batch, heads, groups, 1, -1)
-    best = _max_over_rows(
-        queries,
-        seen,
-        input_keys,
-        live,
-        input_valid,
-        sizes,
-        jnp.ones((batch, rows)) if row_norms is None else row_norms,
-        norm != "none",
-        scale,
-        query_block,
-    )
+    folded = jax.ShapeDtypeStruct((batch, heads, *seen.shape[1::2]), seen.dtype)
+    if (
+        norm != "none"
+        and sizes is None
+        and explain(
+            "max_attention_weights", queries, folded, implementation=implementation
+        ).implementation
+        == "mosaic"
+    ):
+        best = _max_by_sums(
+            queries, seen, input_keys, live, input_valid, row_norms, scale, implementation
+        )
+    else:
+        best = _max_over_rows(
+            queries,
+            seen,
+            input_keys,
+            live,
+            input_valid,
+            sizes,
+            jnp.ones((batch, rows)) if row_norms is None else row_norms,
+            norm != "none",
+            scale,
+            query_block,
+        )
     inside = live & (column >= start) & (column < start + chunk) & (column >= num_sinks)
     if norm == "full":
         return jnp.where(inside, best, -jnp.inf)
     target = jnp.where(inside, column, slots)  # out of range: dropped
     b, k = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
     return jnp.full((batch, heads, slots), -jnp.inf).at[b, k, target].set(best, mode="drop")
+
+
+def _max_by_sums(queries, keys, input_keys, live, input_valid, row_norms, scale, implementation):
+    """Return what :func:`_max_over_rows` does, from each row's log-sum-exp, by two kernels."""
+    _, lse = attend_with_input(
+        *(queries, keys, keys, input_keys, input_keys),
+        live=live,
+        input_valid=input_valid,
+        scale=scale,
+    )
+    if row_norms is not None:
+        lse = lse + jnp.log(jnp.maximum(row_norms, 1e-30))[..., None]
+    best = max_attention_weights(
+        queries,
+        jnp.swapaxes(keys, 1, 2),
+        lse,
+        query_valid=input_valid,
+        scale=scale,
+        implementation=implementation,
+    )
+    return jnp.where(live, best, 0.0)
 
 
 def _max_over_rows(
@@ -255,7 +293,8 @@ class RecordingLayer:
             raise ValueError("queries is None; scoring by reconstruction needs them")
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
-        keys, values = self.inner.read(jnp.float32)
+        # As attention sees them; in the cache's precision, which the kernels take.
+        keys, values = self.inner.read(jnp.float32 if self.plus else queries.dtype)
         if self.plus and self.output_gram is None:
             raise ValueError("kvzip_plus needs the output projection; attention calls note() first")
         scores = reconstruction_scores(
@@ -271,6 +310,25 @@ class RecordingLayer:
         )
         positions = jnp.where(valid, positions, -1)
         return dataclasses.replace(self, scores=scores, k=k, v=v, positions=positions)
+
+    @property
+    def attends_many(self) -> bool:
+        """Whether :meth:`attend` takes any number of queries: where it needs no mask array."""
+        return isinstance(self.inner, DenseLayer)
+
+    def attend(self, queries, *, positions, window=None, scale=None) -> jax.Array:
+        """Return the attention of the input over the cache and itself, ``[B, A, N, H]``."""
+        if window is not None or not self.attends_many:
+            mask = jnp.repeat(self.mask(positions, window), queries.shape[2] // self.k.shape[2], 1)
+            return dot_product_attention(queries, *self.read(queries.dtype), mask=mask, scale=scale)
+        keys, values = self.inner.read(queries.dtype)
+        out, _ = attend_with_input(
+            *(queries, keys, values, self.k, self.v),
+            live=self.inner.live,
+            input_valid=self.positions >= 0,
+            scale=scale,
+        )
+        return out
 
     def read(self, dtype: Any = None) -> tuple[jax.Array, jax.Array]:
         """Return keys and values of the cache, then those of the input, ``[B, S + A, K, H]``."""

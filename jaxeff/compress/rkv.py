@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxeff.compress.base import masked_softmax
 from jaxeff.compress.scorer import Scorer
+from pallas_kernels import last_similar_keys
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -132,8 +133,12 @@ def group_logits(queries: jax.Array, keys: jax.Array, scale: float | None = None
     """
     batch, rows, num_heads, head_dim = queries.shape
     groups = num_heads // keys.shape[2]
-    grouped = queries.astype(jnp.float32).reshape(batch, rows, -1, groups, head_dim)
-    logits = jnp.einsum("bakgh,bskh->bkgas", grouped, keys.astype(jnp.float32), precision=_HIGHEST)
+    grouped = queries.reshape(batch, rows, -1, groups, head_dim)
+    if queries.dtype != keys.dtype or queries.dtype == jnp.float32:
+        grouped, keys = grouped.astype(jnp.float32), keys.astype(jnp.float32)
+    logits = jnp.einsum(  # products of 16-bit numbers are exact in f32
+        "bakgh,bskh->bkgas", grouped, keys, precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
     return logits * (head_dim**-0.5 if scale is None else scale)
 
 
@@ -187,52 +192,28 @@ def redundancy(
         raise ValueError(f"beta={beta}; expected 1 or more exempted entries per row")
     if mode not in ("code", "paper"):
         raise ValueError(f"mode={mode!r}; expected 'code' or 'paper'")
-    unit = jnp.swapaxes(keys.astype(jnp.float32), 1, 2)  # [B, K, S, H]
+    stored = jnp.swapaxes(keys, 1, 2)  # [B, K, S, H]
+    unit = stored.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
     unit = jnp.where(live[..., None], unit / (norm + 1e-8), 0.0)
     total = jnp.sum(unit, axis=2, keepdims=True)
     sums = jnp.sum(unit * (total - unit), axis=-1)  # [B, K, S], without the diagonal
-    exempt, values = _exemptions(unit, live, threshold, beta, zero_col0_when_empty, block_size)
+    exempt, values = last_similar_keys(
+        stored, live, threshold=threshold, beta=beta, block_size=block_size
+    )
+    if zero_col0_when_empty:  # only a row with no similar key at all falls back to column 0
+        first = jnp.einsum("bksh,bkh->bks", unit, unit[:, :, 0], precision=_HIGHEST)
+        first = first.at[..., 0].set(0.0)
+        lonely = exempt[..., 0] < 0
+        values = values.at[..., 0].set(jnp.where(lonely, first, values[..., 0]))
     if mode == "paper":
         sums = sums - jnp.sum(values, axis=-1)
     else:
         rows = jnp.arange(unit.shape[0])[:, None, None, None]
         heads = jnp.arange(unit.shape[1])[None, :, None, None]
-        sums = sums.at[rows, heads, exempt].add(-values)
+        sums = sums.at[rows, heads, jnp.maximum(exempt, 0)].add(-values)
     count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
     return masked_softmax(sums / count, live)
-
-
-def _exemptions(unit, live, threshold, beta, zero_col0_when_empty, block_size):
-    """Return the exempted columns of every row and their cosines, each ``[B, K, S, beta]``."""
-    batch, heads, slots, head_dim = unit.shape
-    block = min(block_size, slots)
-    blocks = -(-slots // block)
-    rows = jnp.pad(unit, ((0, 0), (0, 0), (0, blocks * block - slots), (0, 0)))
-    rows = jnp.moveaxis(rows.reshape(batch, heads, blocks, block, head_dim), 2, 0)
-    column = jnp.arange(slots)
-
-    def one_block(item):
-        number, part = item
-        cosine = jnp.einsum("bkih,bkjh->bkij", part, unit, precision=_HIGHEST)
-        owner = number * block + jnp.arange(block)[:, None]
-        cosine = jnp.where(owner == column, 0.0, cosine)  # [B, K, block, S]
-        similar = (cosine > threshold) & live[:, :, None]
-        chosen = []
-        for rank in range(beta):
-            last = jnp.max(jnp.where(similar, column, -1), axis=-1)  # [B, K, block]
-            similar = similar & (column != last[..., None])
-            value = jnp.take_along_axis(cosine, jnp.maximum(last, 0)[..., None], -1)[..., 0]
-            # Only a row with no similar key at all falls back to column 0.
-            counts = (last >= 0) | (zero_col0_when_empty and rank == 0)
-            chosen.append((jnp.maximum(last, 0), jnp.where(counts, value, 0.0)))
-        return tuple(jnp.stack(parts, axis=-1) for parts in zip(*chosen, strict=True))
-
-    exempt, values = jax.lax.map(one_block, (jnp.arange(blocks), rows))
-    return tuple(
-        jnp.moveaxis(x, 0, 2).reshape(batch, heads, blocks * block, beta)[:, :, :slots]
-        for x in (exempt, values)
-    )
 
 
 def scores(
@@ -372,7 +353,7 @@ class RKV(Scorer):
     def score(self, layer, index: int) -> jax.Array:
         """Return the joint scores of a layer's slots, f32 ``[B, K, C]``."""
         del index
-        keys, _ = layer.read(jnp.float32)
+        keys, _ = layer.read()
         return scores(
             jnp.swapaxes(layer.queries, 1, 2),
             keys,

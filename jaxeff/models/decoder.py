@@ -63,7 +63,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = dtype
         depth, dim = config.num_layers, config.embed_dim
-        self.embed = nnx.Embed(
+        self.embed = _Embedding(
             config.vocab_size,
             dim,
             embedding_init=nnx.initializers.normal(dim**-0.5),
@@ -179,6 +179,48 @@ class Decoder(nnx.Module):
                 f"cache has {len(cache.layers)} layers; the model has {self.config.num_layers}"
             )
         return tuple(cache.layers)
+
+
+_FEW_IDS = 1024  # up to which the gradient of an embedding is a product
+
+
+class _Embedding(nnx.Embed):
+    """An embedding whose gradient is summed in float32, and fast where many tokens share an id.
+
+    Autodiff would scatter it in the dtype of the computation: in bfloat16 a row that thousands of
+    tokens add to soon stops growing, and on a GPU the additions to one row wait for each other.
+    """
+
+    def __call__(self, tokens: Array) -> Array:
+        return _look_up(self.dtype, self.embedding[...], tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype: DTypeLike, table: Array, tokens: Array) -> Array:
+    return jnp.take(table, tokens, axis=0).astype(dtype)
+
+
+def _look_up_forward(dtype, table, tokens):
+    like = jnp.zeros((table.shape[0], 0), table.dtype)
+    return _look_up(dtype, table, tokens), (tokens, like)
+
+
+def _look_up_backward(dtype, residuals, gradient):
+    tokens, like = residuals
+    count, kind = like.shape[0], like.dtype
+    tokens, gradient = tokens.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+    if count <= _FEW_IDS:
+        chosen = jax.nn.one_hot(tokens, count, dtype=gradient.dtype)
+        total = jnp.einsum(
+            "tv,td->vd", chosen, gradient, precision="highest", preferred_element_type=jnp.float32
+        )
+    else:
+        total = jnp.zeros((count, gradient.shape[-1]), jnp.float32)
+        total = total.at[tokens].add(gradient.astype(jnp.float32), mode="drop")
+    return total.astype(kind), np.zeros(residuals[0].shape, jax.dtypes.float0)
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _block(

@@ -199,8 +199,9 @@ class Attention(nnx.Module):
             if hasattr(cache, "note"):  # a view that scores entries by what they add to the output
                 cache = cache.note(x, self.out_proj.kernel[...])
             cache = cache.update(k, v, positions=positions, valid=valid, queries=q)
-            if attend is dot_product_attention and x.shape[1] <= _FEW and hasattr(cache, "attend"):
-                # Decoding: the cache reads itself as it is stored.
+            few = x.shape[1] <= _FEW or getattr(cache, "attends_many", False)
+            if attend is dot_product_attention and few and hasattr(cache, "attend"):
+                # The cache reads itself as it is stored, and knows what is seen without an array.
                 out = cache.attend(q, positions=positions, window=self.window, scale=self.scale)
             else:
                 k, v = cache.read(q.dtype)  # [B, S, K, H]

@@ -1,6 +1,5 @@
 """Matrix products whose six operand uses are quantised by a recipe, with their own derivative."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,9 +14,10 @@ from jaxeff.quant.delayed import TENSORS, delayed_scale, record_amax, round_dela
 from jaxeff.quant.operand import quantizer_options, round_operand
 from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
 from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
+from pallas_kernels.formats.block_format import scale_from_amax
 from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.matmul.api import matmul
-from pallas_kernels.ops.quantize.api import quantize
+from pallas_kernels.ops.quantize.api import fake_quantize_both, quantize, quantize_fp8_both
 
 
 def quantized_dot_general(
@@ -99,12 +99,14 @@ def quantized_dot_general(
         )
     _check_floating(lhs=lhs, rhs=rhs)
     result_type = np.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
-    how = (precision, result_type)
     x, w, out_shape = _canonical(lhs, rhs, dimension_numbers)
     if recipe.forward_transform is not None:  # here, so that gradients are cut back to size
         x, w = (
             _pad(value, axis, recipe.forward_transform.size) for value, axis in ((x, -1), (w, -2))
         )
+    # The codes' magnitudes come with them; others are taken, and summed over a batch, apart.
+    records = amax_history is not None and x.ndim == 2 and _is_coded(recipe, result_type)
+    how = (precision, result_type, records)
     given = _Given(_key_data(recipe, key), *_checked(recipe, amax_history, phase))
     if x.ndim == 2:
         z = _product(recipe, how, x, w, given)
@@ -112,7 +114,7 @@ def quantized_dot_general(
         axes = _Given(None if given.key_data is None else 0, None, None)
         given = given._replace(key_data=_split_key(given.key_data, x.shape[0]))
         z = jax.vmap(functools.partial(_product, recipe, how), in_axes=(0, 0, axes))(x, w, given)
-    if amax_history is not None:
+    if amax_history is not None and not records:
         z = record_amax(z, x, w, amax_history)
     return z.reshape(out_shape)
 
@@ -194,17 +196,15 @@ def _product(recipe: Recipe, how: tuple, x, w, given: _Given):
 
 
 def _forward(recipe, how, x, w, given):
-    precision, result_type = how
-    if recipe.execution == "native":
-        kept = x, w
-        if _shares_codes(recipe):
-            narrow = _scaled_inside(recipe, result_type)
-            kept = tuple(
-                _Coded(_codes(recipe, point, value, given, narrow), jnp.zeros(0, value.dtype))
-                for point, value in (("fwd_x", x), ("fwd_w", w))
-            )
-        z = _contract_native(recipe, ("fwd_x", "fwd_w"), kept, given, precision, result_type)
+    precision, result_type, _ = how
+    if _is_coded(recipe, result_type):
+        x8, w8 = (_coded(recipe, p, v, given) for p, v in (("fwd_x", x), ("fwd_w", w)))
+        z = _product_of_codes(x8.codes, x8, w8.turned, w8, precision, result_type)
+        kept = x8._replace(codes=None), w8._replace(turned=None)
         return z, (*kept, (None, None), given)
+    if recipe.execution == "native":
+        z = _contract_native(recipe, ("fwd_x", "fwd_w"), (x, w), given, precision, result_type)
+        return z, (x, w, (None, None), given)
     qx, mask_x = _operand(recipe, "fwd_x", x, given)  # [t, k], blocks along k
     qw, mask_w = _operand(recipe, "fwd_w", w, given)  # [k, n], blocks along k
     z = _contract(qx, 1, qw, 0, precision, result_type)  # [t, n]
@@ -213,8 +213,17 @@ def _forward(recipe, how, x, w, given):
 
 
 def _backward(recipe, how, residuals, d):
-    precision, _ = how
+    precision, _, records = how
     x, w, (mask_x, mask_w), given = residuals
+    if isinstance(x, _Coded):
+        d8 = _coded(recipe, "bwd_d", d, given)
+        grad_x = _product_of_codes(d8.codes, d8, w.codes, w, precision, x.like.dtype)  # [t, k]
+        grad_w = _product_of_codes(x.turned, x, d8.turned, d8, precision, w.like.dtype)  # [k, n]
+        nothing = _no_gradient(given)
+        if records:
+            seen = jnp.stack([x.amax, w.amax, d8.amax])
+            nothing = nothing._replace(history=jnp.zeros_like(given.history).at[:, 0].set(seen))
+        return grad_x, grad_w, nothing
     if recipe.execution == "native":
         contract = functools.partial(_contract_native, recipe, given=given, precision=precision)
         grad_x = contract(("bwd_d", "bwd_w"), (d, w), result_type=x.dtype)  # [t, k]
@@ -222,10 +231,13 @@ def _backward(recipe, how, residuals, d):
         return grad_x, grad_w, _no_gradient(given)
     operand = functools.partial(_operand, recipe, given=given)
     # Rounding happens in the dtype of the gradient that arrives, the product in that of x.
-    qd, qw = operand("bwd_d", d)[0], operand("bwd_w", w)[0]  # blocks along n
-    grad_x = _contract(qd, 1, qw, 1, precision, x.dtype)  # [t, k]
-    qd, qx = operand("upd_d", d)[0], operand("upd_x", x)[0]  # blocks along t
-    grad_w = _contract(qx, 0, qd, 0, precision, w.dtype)  # [k, n]
+    if _rounds_at_once(recipe, "bwd_d", "upd_d", given):
+        qd_n, qd_t = _both(recipe, "bwd_d", "upd_d", d, given)
+    else:
+        qd_n, qd_t = operand("bwd_d", d)[0], operand("upd_d", d)[0]
+    qw, qx = operand("bwd_w", w)[0], operand("upd_x", x)[0]
+    grad_x = _contract(qd_n, 1, qw, 1, precision, x.dtype)  # [t, k], blocks along n
+    grad_w = _contract(qx, 0, qd_t, 0, precision, w.dtype)  # [k, n], blocks along t
     grad_x = _unrotate(recipe, 1, grad_x, mask_x)
     grad_w = _unrotate(recipe, 0, grad_w, mask_w)
     return grad_x, grad_w, _no_gradient(given)
@@ -244,17 +256,57 @@ def _contract(a, a_axis, b, b_axis, precision, result_type):
     )
 
 
-def _contract_native(recipe, points, operands, given, precision, result_type):
-    """Product of real 8-bit operands; tiled scales multiply partial sums, others the result.
+class _Coded(NamedTuple):
+    """A tensor in 8 bits under one scale, as it lies and transposed; what is not kept is None."""
 
-    With one scale per tensor and a 16-bit result, the scales multiply the operands in that dtype:
-    the form that XLA turns into one cuBLASLt call on the codes, with the scales as its arguments,
-    where a product of codes in float32 would be written and read once more to be scaled.
+    codes: jax.Array | None
+    turned: jax.Array | None
+    scale: jax.Array
+    amax: jax.Array
+    like: jax.Array  # of no size; its dtype is that of the tensor
+
+
+def _is_coded(recipe: Recipe, result_type) -> bool:
+    """Whether each tensor is coded once, for both of its products."""
+    pairs = (("fwd_x", "upd_x"), ("fwd_w", "bwd_w"), ("bwd_d", "upd_d"))
+    return (
+        recipe.execution == "native"
+        and result_type == jnp.bfloat16
+        and all(getattr(recipe, a) == getattr(recipe, b) for a, b in pairs)
+        and all(getattr(recipe, a).granularity == "tensor" for a, _ in pairs)
+        and not (recipe.needs_key or recipe.has_transforms)
+    )
+
+
+def _coded(recipe: Recipe, point: str, value, given: _Given) -> _Coded:
+    quant = getattr(recipe, point)
+    kind = get_format(quant.format)
+    if recipe.delayed is not None:
+        scale = 1 / delayed_scale(given.history, point[-1], quant.format, recipe.delayed)
+    else:
+        amax = jnp.max(jnp.abs(value), initial=0.0).astype(jnp.float32) * quant.overrange
+        rule = quant.scale_rule or kind.scale_rule
+        smallest = kind.scale_type.smallest
+        scale = scale_from_amax(amax, kind.element_type, kind.scale_type, rule, smallest)
+    codes, turned, amax = quantize_fp8_both(value, quant.format, scale)
+    return _Coded(codes, turned, scale, amax, jnp.zeros(0, value.dtype))
+
+
+def _product_of_codes(a, of_a: _Coded, b, of_b: _Coded, precision, result_type):
+    """``a bᵀ`` of codes ``[rows, contracted]``, with the scales of their tensors.
+
+    Codes as they are make XLA call cuBLASLt (as of jax 0.11.2 it does not where their scales stand
+    before the product). The result comes in 16 bits and is scaled in float32.
     """
+    product = _contract(a, 1, b, 1, precision, result_type)
+    return (product.astype(jnp.float32) * (of_a.scale * of_b.scale)).astype(result_type)
+
+
+def _contract_native(recipe, points, operands, given, precision, result_type):
+    """Product of real 8-bit operands; tiled scales multiply partial sums, others the result."""
     axes = [_CONTRACTED[point] for point in points]
-    scaled_inside = _scaled_inside(recipe, result_type)
     quantized = [
-        _codes(recipe, point, operand, given, scaled_inside)
+        _codes(recipe, point, operand, given)
         for point, operand in zip(points, operands, strict=True)
     ]
     if NATIVE_TILE in (getattr(recipe, point).tile for point in points):
@@ -264,57 +316,21 @@ def _contract_native(recipe, points, operands, given, precision, result_type):
         )
         return matmul(a, b, preferred_element_type=result_type)
     a, b = quantized
-    if scaled_inside:
-        wide = [
-            qt.qvalue.astype(jnp.bfloat16) * qt.scale.astype(jnp.bfloat16).reshape(())
-            for qt in quantized
-        ]
-        return _contract(wide[0], axes[0], wide[1], axes[1], precision, result_type)
     product = _contract(a.qvalue, axes[0], b.qvalue, axes[1], precision, jnp.float32)
     scale_a = a.scale if axes[0] == 1 else a.scale.T  # [rows or 1, 1]
     scale_b = b.scale if axes[1] == 0 else b.scale.T  # [1, columns or 1]
     return (product * (scale_a * scale_b)).astype(result_type)
 
 
-def _scaled_inside(recipe, result_type) -> bool:
-    per_tensor = all(getattr(recipe, point).granularity == "tensor" for point in POINTS)
-    return per_tensor and result_type == jnp.bfloat16
-
-
-class _Coded(NamedTuple):
-    """A tensor that is kept for the backward pass as codes; the second array has its dtype."""
-
-    codes: QTensor
-    like: jax.Array
-
-    @property
-    def dtype(self):
-        return self.like.dtype
-
-
-def _shares_codes(recipe) -> bool:
-    """Whether the backward products take x and w as the forward product does."""
-    shared = recipe.fwd_x == recipe.upd_x and recipe.fwd_w == recipe.bwd_w
-    per_tensor = recipe.fwd_x.granularity == recipe.fwd_w.granularity == "tensor"
-    return shared and per_tensor and not recipe.needs_key and not recipe.has_transforms
-
-
-def _codes(recipe, point, value, given, narrow_scale=False) -> QTensor:
-    """Codes and scale; ``narrow_scale`` rounds the scale to bfloat16 before it is used."""
-    if isinstance(value, _Coded):
-        return value.codes
-    value = _rotate(recipe, point, value, given)
+def _codes(recipe, point, value, given) -> QTensor:
     quant = getattr(recipe, point)
-    kind = get_format(quant.format)
+    value = _rotate(recipe, point, value, given)
     if recipe.delayed is not None:
-        codes, scale = _delayed(recipe, point, value, given, narrow_scale)
-        return QTensor(
-            codes.astype(kind.element_type.dtype), scale.reshape(1, 1), qtype=quant.format
-        )
+        codes, scale = _delayed(recipe, point, value, given)
+        dtype = get_format(quant.format).element_type.dtype
+        return QTensor(codes.astype(dtype), scale.reshape(1, 1), qtype=quant.format)
     key = _point_key(recipe, point, given.key_data)
-    if narrow_scale:
-        kind = dataclasses.replace(kind, scale="bfloat16")
-    return quantize(value, kind, **quantizer_options(_CONTRACTED[point], quant, key))
+    return quantize(value, quant.format, **quantizer_options(_CONTRACTED[point], quant, key))
 
 
 def _transposed(qt: QTensor) -> QTensor:
@@ -352,6 +368,39 @@ def _operand(recipe: Recipe, point: str, value, given: _Given):
     return lax.cond(given.phase, plain, quantized)
 
 
+def _rounds_at_once(recipe: Recipe, last: str, first: str, given: _Given) -> bool:
+    """Whether one function can round a tensor for two products, blocks along its two axes."""
+    one, other = getattr(recipe, last), getattr(recipe, first)
+    plain = all(
+        q.format and (q.method, q.granularity) == ("block", "contraction") for q in (one, other)
+    )
+    turned = recipe.transform_of(first)
+    return (
+        plain
+        and (one.format, one.block, one.two_level) == (other.format, other.block, other.two_level)
+        and recipe.transform_of(last) is None
+        and (turned is None or (not turned.is_random and turned.size == 16))
+        and given.phase is None
+        and recipe.delayed is None
+    )
+
+
+def _both(recipe: Recipe, last: str, first: str, value, given: _Given):
+    """A tensor as it enters two products, with blocks along its last and along its first axis."""
+    options = []
+    for point in (last, first):
+        key = _point_key(recipe, point, given.key_data)
+        options.append(quantizer_options(_CONTRACTED[point], getattr(recipe, point), key))
+        del options[-1]["axis"]
+    turned, rows = recipe.transform_of(first), value.shape[0]
+    if turned is not None:
+        value = _pad(value, 0, turned.size)
+    signs = None if turned is None else turned.signs or (1,) * turned.size
+    kind = getattr(recipe, last).format
+    by_last, by_first = fake_quantize_both(value, kind, *options, signs=signs)
+    return by_last[:rows], by_first
+
+
 def _after_switch(recipe, point, value, given):
     """Operand of a backward product in high precision: what the forward product really used."""
     tensor = point[-1]
@@ -363,13 +412,10 @@ def _after_switch(recipe, point, value, given):
     return round_operand(value, _CONTRACTED[forward], getattr(recipe, forward), key)[0]
 
 
-def _delayed(recipe, point, value, given, narrow_scale=False):
+def _delayed(recipe, point, value, given):
     quant = getattr(recipe, point)
     scale = delayed_scale(given.history, point[-1], quant.format, recipe.delayed)
-    if narrow_scale:
-        scale = 1 / (1 / scale).astype(jnp.bfloat16).astype(jnp.float32)
-    codes, decode = round_delayed(value, scale, quant.format)
-    return codes, decode.astype(jnp.bfloat16) if narrow_scale else decode
+    return round_delayed(value, scale, quant.format)
 
 
 # --- rotations ----------------------------------------------------------------------------------

@@ -36,6 +36,22 @@ def counter_key(key_data: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(key_data, impl=_implementation())
 
 
+def is_counter_key(key: jax.Array) -> bool:
+    """Whether ``counter_key`` made a key, or it was split off or folded from such a one.
+
+    Args:
+      key: typed or raw PRNG key.
+
+    Returns:
+      Whether its bits are those described there.
+
+    Example:
+      >>> is_counter_key(jax.random.key(0)), is_counter_key(counter_key(jnp.zeros(2, jnp.uint32)))
+      (False, True)
+    """
+    return key.dtype == counter_key(jnp.zeros(2, jnp.uint32)).dtype
+
+
 @functools.cache
 def _implementation():
     return jax.extend.random.define_prng_impl(

@@ -45,7 +45,7 @@ def plain_products(monkeypatch):
         )
 
     monkeypatch.setattr(backward, "_products", products)
-    monkeypatch.setattr(backward, "_add", add)
+    monkeypatch.setattr(backward, "add_half", add)
     monkeypatch.setattr(plgpu, "set_max_registers", lambda *args, **kwargs: None)
 
 

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.benchmarks import gradient as gradients
+from experiments.benchmarks import leaks
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference
 from pallas_kernels.ops.attention.mosaic_sm90_backward import gradient
@@ -106,3 +108,17 @@ def test_gradient_kernels(bounds, head_dim):
     for x, y, z in zip(got, again, want, strict=True):
         assert (x == y).all()
         assert float(jnp.abs(x - z).sum() / jnp.abs(z).sum()) < 0.01
+
+
+@pytest.mark.parametrize("case", gradients.correct_cases(), ids=str)
+def test_gradient_of_the_public_function(monkeypatch, case):
+    """16-bit and INT8, rules, lists; two runs to the bit. Each raises where it is out of bounds."""
+    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset())
+    gradients.run_correct(case)
+
+
+@pytest.mark.parametrize("case", leaks.cases(), ids=str)
+def test_later_tokens_do_not_leak(monkeypatch, case):
+    """Every builder of a `BlockMask` through every kernel, forward and backward."""
+    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset())
+    assert leaks.run(case)["masks"] == 22

@@ -41,9 +41,9 @@ def outputs(q, k, v, g, quant, implementation="xla"):
 
 
 @functools.cache
-def cosines(sigma):
+def cosines(sigma, quant="sage_bwd"):
     arrays = qkvg(1024, 1024, 4, 4, h=64, sigma=sigma, dtype=jnp.bfloat16)
-    got = outputs(*arrays, "sage_bwd")
+    got = outputs(*arrays, quant)
     exact = outputs(*(x.astype(jnp.float32) for x in arrays), None, "reference")
     return [testing.cosine(a, b) for a, b in zip(got, exact, strict=True)]
 
@@ -64,6 +64,21 @@ def test_published_cosines(sigma):
 
 def test_gradients_of_the_specified_inputs():
     assert min(cosines(1)) > 0.998 and min(cosines(3)) >= 0.997
+    # What is missing at 3 is the exactness of the logits: SageAttention2's scales give .9977.
+    finer = dataclasses.replace(QUANTS["sage_bwd"], granularity="per_thread")
+    assert min(cosines(3, finer)) > 0.9975
+
+
+@pytest.mark.parametrize("quant", [None, "sage_bwd"])
+def test_two_runs_give_the_same_bits(quant):
+    """What ``deterministic=True`` promises, over lists as well."""
+    arrays = qkvg(41, 37, 4, 2)
+    kept = jnp.asarray(np.random.default_rng(0).random((1, 4, 6, 5)) < 0.6)
+    mask = BlockMask.from_blocks(kept, 41, 37, block_q=8, block_kv=8)
+    attend = functools.partial(attention, quant=quant, mask=mask, deterministic=True)
+    run = jax.jit(lambda q, k, v, g: jax.vjp(attend, q, k, v)[1](g))
+    for x, y in zip(run(*arrays), run(*arrays), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("case", ["causal_sinks", "blocks"])

@@ -94,6 +94,7 @@ ARITHMETIC = {
     "fabs": np.abs,
     "feq": np.equal,
     "to_float": lambda a: a.astype(np.float32),
+    "as_float": lambda a: a.astype(np.int32).view(np.float32),
     "widen": lambda a: a.astype(np.int64),
     "flag": lambda a: a.astype(np.int32),
     "shuffle_xor": lambda a, distance: a[LANES ^ distance],
@@ -618,6 +619,7 @@ def dequantized(ops, t, s, ordered=False):
 @contextlib.contextmanager
 def installed():
     """Puts the NumPy warpgroup in the place of the GPU's; results must be waited for inside."""
+    jax.clear_caches()  # What was traced before calls the GPU's.
     with pytest.MonkeyPatch.context() as patch:
         for name, function in (ARITHMETIC | CONTROL).items():
             patch.setattr(ptx, name, function)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient of attention on Hopper from the saved log-sum-exp.
 
-Two kernels of one shape. A block owns 128 rows of one side, 64 for each of two compute warpgroups,
-and a memory warpgroup streams tiles of the other side past them::
+Two kernels of one shape. A block owns 64 rows of one side for each of its compute warpgroups, and a
+memory warpgroup streams tiles of the other side past them::
 
     P = exp(scale Q K^T - lse)    dS = P (dO V^T - delta)    delta = sum(dO O) - d lse
     dQ = scale dS K               dK = scale dS^T Q          dV = P^T dO
@@ -35,8 +35,12 @@ from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
 
 HEAD_DIMS = (64, 128)
-COMPUTE = 2  # warpgroups
-BLOCK = {"q": 128, "kv": 64}  # rows of a streamed tile, by the side that is owned
+PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
+# By the side that is owned; "block_kv" rows are streamed at a time.
+CONFIGS = {
+    "q": Config(block_kv=128, num_stages=2, qk_split=1),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1),
+}
 _ACC = plgpu.Layout.WGMMA
 _ROW = _ACC.reduce(1)
 _SIDE = {"q": _ROW, "kv": _ACC.reduce(0)}  # of numbers per query
@@ -74,15 +78,15 @@ def gradient(
         Arrays like query, key and value.
     """
     # Rows without keys, and those beyond the end, get P = exp(-inf) = 0.
-    pad = ((0, 0), (0, 0), (0, -query.shape[1] % 128))
+    pad = ((0, 0), (0, 0), (0, -query.shape[1] % PAD))
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2E
     arrays = {"q": whole(query), "k": whole(key), "v": whole(value), "d_out": whole(d_out)}
     arrays |= {"lse": jnp.pad(lse, pad, constant_values=jnp.inf), "delta": jnp.pad(delta, pad)}
     variant = Variant("half", "half", str(query.dtype))
     shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
     (dq,), (dk, dv) = (
-        launch(Half(side, plan_of(side, variant, *shapes, *limits, stages), scale), arrays, blocks)
-        for side, stages in (("q", 2), ("kv", 4))
+        launch(Half(side, plan_of(side, variant, *shapes, *limits, config), scale), arrays, blocks)
+        for side, config in CONFIGS.items()
     )
     return dq, dk, dv
 
@@ -92,9 +96,7 @@ def whole(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
 
 
-def plan_of(
-    side: str, variant: Variant, query, key, min_diff, max_diff, stages: int, *registers: int
-) -> Plan:
+def plan_of(side: str, variant: Variant, query, key, min_diff, max_diff, config: Config) -> Plan:
     """The plan of one kernel, in which "rows" are those of the owner.
 
     Args:
@@ -104,20 +106,17 @@ def plan_of(
         key: shape [B, S, K, H].
         min_diff: lower bound of ``key - query``, or None.
         max_diff: upper bound, or None.
-        stages: streamed tiles in shared memory.
-        *registers: of a compute and of the memory warpgroup; those of `Config` if left out.
+        config: warpgroups, tiles and registers.
     """
     (batch, q_len, num_heads, head_dim), (_, kv_len, num_kv_heads, _) = query, key
     rows, columns, heads, bounds = q_len, kv_len, num_heads, (min_diff, max_diff)
     if side == "kv":
         rows, columns, heads = kv_len, q_len, num_kv_heads
         bounds = tuple(None if x is None else -x for x in (max_diff, min_diff))
-    counts = dict(zip(("registers", "memory_registers"), registers, strict=False))
-    config = Config(block_kv=BLOCK[side], num_stages=stages, qk_split=1, **counts)
     bounded = tuple(x is not None for x in bounds)
     return Plan(
-        config, variant, batch, rows, columns, heads, num_kv_heads, head_dim, BLOCK[side], *bounds,
-        bounded,
+        config, variant, batch, rows, columns, heads, num_kv_heads, head_dim, config.block_kv,
+        *bounds, bounded,
     )  # fmt: skip
 
 
@@ -134,7 +133,7 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
         groups: query heads of a key head.
 
     Returns:
-        "list" int32 [B or 1, N or 1, owner's tiles, streamed tiles]: 16 times a tile's number, plus
+        "list" int32 [B or 1, N or 1, owner's tiles, streamed tiles]: 64 times a tile's number, plus
         1 << (2 w + c) where rows of warpgroup w want its c-th 64 columns; tiles without a mask come
         first. "ranges" int32 [B or 1, N or 1, owner's tiles, 2]: how many need no mask, and how
         many there are. "order" int32 [B x heads x owner's tiles]: the longest walks come first.
@@ -142,20 +141,21 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
     status = blocks.to_status().repeat(blocks.block_q // ROWS, 2).repeat(blocks.block_kv // ROWS, 3)
     status = status if side == "q" else status.swapaxes(2, 3)
     halves, tiles = plan.config.block_kv // ROWS, pl.cdiv(plan.kv_len, plan.config.block_kv)
-    grid = (COMPUTE * plan.q_tiles, halves * tiles)
+    compute = plan.config.num_compute
+    grid = (compute * plan.q_tiles, halves * tiles)
     status = status[:, :, : grid[0], : grid[1]]
     missing = [(0, want - have) for want, have in zip(grid, status.shape[2:], strict=True)]
     # What lies beyond the end is masked or has no effect.
     status = jnp.pad(status, ((0, 0), (0, 0), *missing), constant_values=EMPTY)
-    quarters = status.reshape(*status.shape[:2], plan.q_tiles, COMPUTE, tiles, halves)
-    quarters = quarters.swapaxes(3, 4)  # [.., owner's tiles, tiles, 2, halves]
-    weight = jnp.left_shift(1, 2 * jnp.arange(COMPUTE)[:, None] + jnp.arange(halves))
+    quarters = status.reshape(*status.shape[:2], plan.q_tiles, compute, tiles, halves)
+    quarters = quarters.swapaxes(3, 4)  # [.., owner's tiles, tiles, compute, halves]
+    weight = jnp.left_shift(1, 2 * jnp.arange(compute)[:, None] + jnp.arange(halves))
     bits = ((quarters != EMPTY) * weight).sum((4, 5))
     number = jnp.arange(tiles)
     whole = (quarters == FULL).all((4, 5)) & ((number + 1) * plan.config.block_kv <= plan.kv_len)
     rank = jnp.where(whole, 0, jnp.where(bits > 0, 1, 2))
     order = jnp.argsort(rank, axis=-1, stable=True)
-    listed = jnp.take_along_axis(number * 16 + bits, order, axis=-1)
+    listed = jnp.take_along_axis(number * 64 + bits, order, axis=-1)
     ranges = jnp.stack([whole.sum(-1), (bits > 0).sum(-1)], -1).astype(jnp.int32)
     count = jnp.broadcast_to(ranges[..., 1], (plan.batch, plan.num_heads * groups, plan.q_tiles))
     count = count.reshape(plan.batch, plan.num_heads, groups, plan.q_tiles).sum(2)
@@ -177,7 +177,7 @@ def _products(*operands, shape):
     return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32)] * len(operands))
 
 
-def _add(sums, operands):
+def add_half(sums, operands):
     """``sum + A B`` for pairs of an array, rounded to 16 bits, and a reference."""
 
     def run(totals):
@@ -254,7 +254,7 @@ class Half:
         if where is not None:
             ok = self._allowed(**where)
             p, d_s = jnp.where(ok, p, 0.0), jnp.where(ok, d_s, 0.0)
-        sums = _add(sums, ((d_s, first),) if of_queries else ((d_s, first), (p, second)))
+        sums = add_half(sums, ((d_s, first),) if of_queries else ((d_s, first), (p, second)))
         if not of_queries:
             release(1)
         release(0)
@@ -308,6 +308,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     )
     of_queries, listed = steps.side == "q", "list" in names
     heads = 1 if of_queries else groups  # streamed heads for each head of the owner
+    compute = config.num_compute
 
     def place(refs):
         """Tile, batch and head of this block's rows; the longest walks come first."""
@@ -342,13 +343,13 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         return entry_of(refs, "list", b, head, j, tile, jnp.minimum(i, last))
 
     def number_of(code):
-        return div(code, 16) if listed else code
+        return div(code, 64) if listed else code
 
     def memory_group(own, ring, refs, ready, free):
         (own_ready, *ring_ready) = ready
         tile, b, head = place(refs)
-        for w in range(COMPUTE):
-            rows = pl.ds(tile * COMPUTE * ROWS + w * ROWS, ROWS)
+        for w in range(compute):
+            rows = pl.ds(tile * config.block_q + w * ROWS, ROWS)
             for name, smem in zip(steps.own, own, strict=True):
                 source = steps.source(refs[name], name, b, head, rows)
                 plgpu.copy_gmem_to_smem(source, smem.at[w], own_ready.at[w])
@@ -380,7 +381,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         (own_ready, *ring_ready) = ready
         mine = [smem.at[wg] for smem in own]
         tile, b, head = place(refs)
-        start = tile * COMPUTE * ROWS + wg * ROWS
+        start = tile * config.block_q + wg * ROWS
         for slot in range(stages):
             for empty in free:
                 plgpu.barrier_arrive(empty.at[slot])
@@ -465,21 +466,21 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         refs = dict(zip(names, operands[: len(names)], strict=True)) | {
             "out": operands[len(names) :]
         }
-        own = [steps.memory(name, (COMPUTE,), ROWS) for name in steps.own]
+        own = [steps.memory(name, (compute,), ROWS) for name in steps.own]
         ring = [[steps.memory(name, (stages,), block) for name in part] for part in steps.ring]
-        ready = [plgpu.Barrier(num_arrivals=len(own), num_barriers=COMPUTE)]
+        ready = [plgpu.Barrier(num_arrivals=len(own), num_barriers=compute)]
         ready += [plgpu.Barrier(num_arrivals=len(part), num_barriers=stages) for part in ring]
-        free = [plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages) for _ in ring]
+        free = [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in ring]
 
         def body(own, ring, ready, free):
             wg = lax.axis_index("wg")
 
-            @pl.when(wg == COMPUTE)
+            @pl.when(wg == compute)
             def _memory():
                 plgpu.set_max_registers(config.memory_registers, action="decrease")
                 memory_group(own, ring, refs, ready, free)
 
-            @pl.when(wg < COMPUTE)
+            @pl.when(wg < compute)
             def _compute():
                 plgpu.set_max_registers(config.registers, action="increase")
                 compute_group(wg, own, ring, refs, ready, free)
@@ -508,7 +509,7 @@ def launch(steps, arrays: dict[str, jax.Array], blocks: BlockMask | None) -> lis
         out_type=[out] * (1 if steps.side == "q" else 2),
         grid=(plan.total,),
         grid_names=("block",),
-        num_threads=COMPUTE + 1,
+        num_threads=plan.config.num_compute + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SageBwd's gradient on Hopper: five of the seven products of ``mosaic_sm90_backward`` in INT8.
+"""SageBwd's gradient on Hopper: ``mosaic_sm90_backward`` with INT8 products.
 
 ``dO V^T``, made in both kernels, stays in 16 bits. 8-bit ``wgmma`` reads both operands with the
 contraction contiguous, which decides what comes from where::
@@ -29,7 +29,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.masks import BlockMask
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
-from pallas_kernels.ops.attention.mosaic_sm90_backward import BLOCK, launch, plan_of, whole
+from pallas_kernels.ops.attention.mosaic_sm90_backward import (
+    PAD,
+    Half,
+    add_half,
+    launch,
+    plan_of,
+    whole,
+)
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _ACC,
     _COL,
@@ -44,17 +51,30 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _wait,
     _wgmma,
 )
-from pallas_kernels.ops.attention.mosaic_sm90_plan import Plan, div
+from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
-from pallas_kernels.ops.quantize.mosaic_sm90 import quantize_columns, quantize_k, quantize_q
+from pallas_kernels.ops.quantize.mosaic_sm90 import (
+    kv_statistics,
+    quantize_columns,
+    quantize_k,
+    quantize_q,
+)
 
-# Columns of one fresh tile of sums, stages, and registers of a compute and of the memory warpgroup.
-# The kernel of keys holds two sums: wider tiles would spill.
-SIZES = {"q": (64, 2, 232, 40), "kv": (32, 4, 240, 24)}
+CONFIGS = {
+    "q": Config(block_kv=128, num_stages=2, qk_split=1),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1, registers=240, memory_registers=24),
+}
+# Columns of a fresh tile of sums, and such tiles in flight; ptxas tells what fits the registers.
+PARTS = {"q": (64, 2), "kv": (128, 1)}
+K_BLOCK = 128  # keys that share scales at least
 LINE = 32  # numbers in which the scales of a tile are copied, most of them unused
 CHANNELS = 32  # that share a scale
 TINY = 1e-30  # smallest maximum of a row: a row of zeros gets zero codes
-MAGIC = 1.5 * 2**23  # added to a small number, it leaves its nearest integer in the lowest bits
+# Added to a small number, it leaves its nearest integer in the lowest bits; an integer below 2^22
+# added to its bits is a number that much larger. The instruction that converts integers runs as
+# slowly as exp2, and was what the kernels waited for.
+MAGIC = 1.5 * 2**23
+MAGIC_BITS = 0x4B400000
 
 
 def gradient(
@@ -96,13 +116,14 @@ def gradient(
     """
     arrays = operands(
         query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k,
-        scale_block=max(BLOCK["q"], scale_block),
+        scale_block=max(K_BLOCK, scale_block),
     )  # fmt: skip
     variant = Variant("int8", "half", str(query.dtype))
     shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
     results = []
-    for side in ("q", "kv"):
-        steps = Int8(side, plan_of(side, variant, *shapes, *limits, *SIZES[side][1:]), scale)
+    for side, config in CONFIGS.items():
+        plan = plan_of(side, variant, *shapes, *limits, config)
+        steps = Int8(side, plan, scale)
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
     return tuple(results)
@@ -118,13 +139,13 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
         "lse_scale" has it and the scale of each query side by side.
     """
     (batch, q_len, _, _), kv_len = query.shape, key.shape[1]
-    mean = key.astype(jnp.float32).mean(1) if smooth_k else None
     limit = lambda length: jnp.full((batch,), length, jnp.int32)  # noqa: E731
+    # As the forward has them, so that a program with both may compute them once.
+    mean = kv_statistics(key, value, limit(kv_len))[0] if smooth_k else None
     # The codes of the forward, whose scales are one per query and eight for a block of keys.
     q8, q_scale, const = quantize_q(query, limit(q_len), mean)
     k8, k_scale = quantize_k(key, limit(kv_len), mean, scale_block=scale_block)
-    k_scale = jnp.repeat(k_scale, scale_block // BLOCK["q"], axis=2)
-    padded = q8.shape[1]
+    padded = -(-q_len // PAD) * PAD
     pad = ((0, 0), (0, 0), (0, padded - q_len))
     minus_lse = -lse * LOG2E
     if const is not None:
@@ -132,16 +153,18 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
     # Rows without keys, and those beyond the end, get P = exp(-inf) = 0.
     minus_lse = jnp.where(jnp.isneginf(lse), -jnp.inf, minus_lse)
     minus_lse = jnp.pad(minus_lse, pad, constant_values=-jnp.inf)
-    q_scale = q_scale[:, :, :padded] * (scale * LOG2E)
-    k_rows = jnp.tile(k_scale, BLOCK["q"] // 8).reshape(*k_scale.shape[:2], -1)
-    arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "k_rows": k_rows}
+    q_scale = jnp.pad(q_scale[:, :, :q_len], pad) * (scale * LOG2E)
+    k_rows = jnp.tile(k_scale, scale_block // 8).reshape(*k_scale.shape[:2], -1)
+    arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "q": whole(query)}
+    arrays["k_rows"] = k_rows
     arrays |= {"minus_lse": minus_lse, "q_scale": q_scale, "minus_delta": jnp.pad(-delta, pad)}
     arrays["lse_scale"] = jnp.stack([minus_lse, q_scale], -1).reshape(*q_scale.shape[:2], -1)
-    arrays["k_scale"] = _lines(k_scale)
-    arrays["k_t"], found = quantize_columns(key, mean, block=BLOCK["q"])
+    streamed = {side: config.block_kv for side, config in CONFIGS.items()}
+    arrays["k_scale"] = _lines(jnp.repeat(k_scale, scale_block // streamed["q"], axis=2))
+    arrays["k_t"], found = quantize_columns(key, mean, block=streamed["q"])
     arrays["k_t_scale"] = _lines(found)
-    arrays["q_t"], of_q = quantize_columns(query, block=BLOCK["kv"])
-    arrays["d_out_t"], of_d_out = quantize_columns(d_out, block=BLOCK["kv"])
+    arrays["q_t"], of_q = quantize_columns(query, block=streamed["kv"])
+    arrays["d_out_t"], of_d_out = quantize_columns(d_out, block=streamed["kv"])
     arrays["q_side_scale"] = _lines(of_q, of_d_out)
     if smooth_k:
         arrays |= {"rest": jnp.pad(rest, pad) * scale, "k_mean": mean}
@@ -170,13 +193,21 @@ def probabilities(scores, scale, shift, masked: bool):
     Returns:
         float32 registers of the tile.
     """
-    out = []
+    out, shifts = [], {}
     for i, score in enumerate(scores):
-        p = ptx.exp2(ptx.fma(ptx.to_float(score), scale(i), shift(i)))
+        factor, add = scale(i), shift(i)
+        if (id(factor), id(add)) not in shifts:
+            shifts[id(factor), id(add)] = ptx.fma(factor, ptx.f32(-MAGIC), add), factor, add
+        p = ptx.exp2(ptx.fma(_shifted(score), factor, shifts[id(factor), id(add)][0]))
         if masked:
             p = ptx.select(ptx.eq(score, ptx.i32(tile_math.INT_MIN)), ptx.f32(0.0), p)
         out.append(p)
     return out
+
+
+def _shifted(integer):
+    """`MAGIC` more than an integer whose size is below 2^22, as float32."""
+    return ptx.as_float(ptx.add(integer, ptx.i32(MAGIC_BITS)))
 
 
 def encode(values):
@@ -224,8 +255,9 @@ def add_part(sums, tile, row_scale, channel_scale):
         float32 registers.
     """
     scale = [[ptx.fmul(r, c) for c in channel_scale] for r in row_scale]
+    magic = ptx.f32(MAGIC)
     return [
-        ptx.fma(ptx.to_float(x), scale[(i // 2) % 2][i // 4 * 8 // CHANNELS], total)
+        ptx.fma(ptx.fsub(_shifted(x), magic), scale[(i // 2) % 2][i // 4 * 8 // CHANNELS], total)
         for i, (total, x) in enumerate(zip(sums, tile, strict=True))
     ]
 
@@ -247,7 +279,7 @@ class Int8:
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
         head_dim, block = plan.head_dim, plan.config.block_kv
-        self.part = SIZES[side][0]
+        self.part, self.depth = min(PARTS[side][0], head_dim), PARTS[side][1]
         if side == "q":
             self.own, self.ring = ("q8", "d_out"), (("k8", "v", "k_scale"), ("k_t", "k_t_scale"))
             numbers = ("q_scale", "minus_lse", "minus_delta", "rest", "k_mean")
@@ -343,6 +375,24 @@ class Int8:
             numbers: references to "k_scale", or to "lse_scale" and "minus_delta".
             where: as in `tile`.
         """
+
+        def body(p, d_s):
+            found = [] if self.side == "q" else [*encode(p())]
+            found = [*encode(d_s()), *found]
+            return [_opaque(x) if i % 2 == 0 else x for i, x in enumerate(found)]
+
+        outs = [self.code_type, self.row_type] * self.count
+        return self.softmax(body, outs, scores, d_p, fixed, numbers, where)
+
+    def softmax(self, make, outs, scores, d_p, fixed, numbers, where):
+        """What is made of P and dS.
+
+        Args:
+            make: from a function that gives the registers of P and then one of dS, which waits for
+                ``dO V^T``, to registers of each output.
+            outs: types of the outputs.
+            scores: as in `encode`, and so are the others.
+        """
         position = self._position(where)
         inputs = [(scores, _ACC), (d_p, _ACC), *((x, _ROW) for x in fixed)]
         inputs += [(x, ()) for x in numbers] + [(x, _SCALAR) for x in position.values()]
@@ -357,16 +407,14 @@ class Int8:
             numbers_of = _rows_are_queries if self.side == "q" else _rows_are_keys
             scale, shift, delta = numbers_of(fixed, numbers)
             p = probabilities(scores, scale, shift, bool(position))
-            of_p = [] if self.side == "q" else [*encode(p)]
-            d_p = _wait(0, d_p)
-            d_s = [
-                ptx.fmul(x, ptx.fadd(y, delta(i)))
-                for i, (x, y) in enumerate(zip(p, d_p, strict=True))
-            ]
-            found = [*encode(d_s), *of_p]
-            return [_opaque(x) if i % 2 == 0 else x for i, x in enumerate(found)]
 
-        return _inline(body, inputs, [self.code_type, self.row_type] * self.count)
+            def d_s():
+                waited = enumerate(zip(p, _wait(0, d_p), strict=True))
+                return [ptx.fmul(x, ptx.fadd(y, delta(i))) for i, (x, y) in waited]
+
+            return make(lambda: p, d_s)
+
+        return _inline(body, inputs, outs)
 
     def _position(self, where) -> dict:
         """Fields of `Position`, in order; none without a mask."""
@@ -389,7 +437,7 @@ class Int8:
         return {name: jnp.asarray(x, i32) for name, x in fields.items()}
 
     def add(self, sums, codes, turned, scales):
-        """Adds the products of codes and turned operands; two are in flight at a time.
+        """Adds the products of codes and turned operands.
 
         Args:
             sums: dQ, or dK and dV.
@@ -423,9 +471,10 @@ class Int8:
                 for first in range(0, head_dim, part):
                     b = _k_major(turned[n], self.columns8[1].swizzle, first)
                     flight.append((n, first, _wgmma(part, a, b, "r", "s32.s8.s8"), words))
-                    if len(flight) == 2:
-                        finish(1)
-            finish(0)
+                    if len(flight) == self.depth:
+                        finish(self.depth - 1)
+            while flight:
+                finish(len(flight) - 1)
             return out
 
         return tuple(_inline(body, inputs, [self.sum_type] * count))
@@ -452,6 +501,41 @@ class Int8:
 
         stored = _shape((ROWS, self.plan.head_dim), jnp.float32, plgpu.Layout.WGMMA)
         return _inline(body, [*((x, _ACC) for x in sums), *extra], [stored] * len(sums))
+
+
+class HalfSums(Int8):
+    """INT8 scores, but dK and dV in 16 bits, which add up in the tensor core's own registers."""
+
+    auto_barriers = True
+
+    def __init__(self, side: str, plan: Plan, scale: float):
+        super().__init__(side, plan, scale)
+        self.ring = (self.ring[0], ("q",))
+        self.names = (*self.own, *self.ring[0], "q", "k_rows")
+        self.half_steps = Half(side, plan, scale)
+        self.half_type = _shape((ROWS, plan.config.block_kv), jnp.float32, plgpu.Layout.WGMMA)
+
+    def start(self):
+        """As `Half.start`."""
+        return self.half_steps.start()
+
+    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+        """As `Half.tile`."""
+        del load
+        (first8, first16, *numbers), (query,) = ring
+        wait(0)
+        scores, d_p = self.issue(own, (first8, first16))
+        make = lambda p, d_s: [p(), d_s()]  # noqa: E731
+        p, d_s = self.softmax(make, [self.half_type] * 2, scores, d_p, fixed, numbers, where)
+        wait(1)
+        sums = add_half(sums, ((d_s, query), (p, first16)))
+        release(0)
+        release(1)
+        return sums
+
+    def finish(self, sums, load, mean):
+        """As `Half.finish`."""
+        return self.half_steps.finish(sums, load, mean)
 
 
 def _rows_are_queries(fixed, numbers):

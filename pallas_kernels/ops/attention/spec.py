@@ -348,8 +348,13 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
                 "scales are at least as fine as the variant asks: Q per row, K eight per tile of "
                 "keys (by key index modulo 8), V per channel"
             )
-        said.append(_gradient_note(spec))
-        if spec.quant is not None and spec.quant.backward == "int8":
+        if spec.quant is None or spec.quant.backward != "int8":
+            said.append(_gradient_note(spec))
+        else:
+            said.append(
+                "the gradient is that of SageBwd in part: Q K^T and dQ are INT8 products, while dK "
+                "and dV are in 16 bits like dO V^T, finer than the variant and faster on sm90"
+            )
             said.append(
                 "the gradient's kernels take head sizes up to 128 and rules without arrays; "
                 "everything else has that of 'xla'"

@@ -4,6 +4,9 @@ from pallas_kernels.ops.decode_attention.api import append_tokens as append_toke
 from pallas_kernels.ops.decode_attention.api import decode_attention as decode_attention
 from pallas_kernels.ops.decode_attention.api import merge_attention as merge_attention
 from pallas_kernels.ops.decode_attention.scores import (
+    last_similar_keys as last_similar_keys,
+)
+from pallas_kernels.ops.decode_attention.scores import (
     max_attention_weights as max_attention_weights,
 )
 from pallas_kernels.ops.decode_attention.scores import (

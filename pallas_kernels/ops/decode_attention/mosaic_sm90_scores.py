@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KVzip's score of every slot on Hopper: the largest softmax weight that any query gave it.
+"""Scores of cached slots on Hopper: KVzip's largest softmax weight, and R-KV's similar keys.
 
 A weight is ``exp(scale q_i·k_j - lse_i)``, so its maximum over queries is the exponential of a
 maximum: no exponential and no sum per pair, and no logits in memory. A warp keeps 32 keys in
 registers as operand A of ``mma.sync`` m16n8k16, widened once if they are stored as codes, and
-walks over the query rows, eight at a time, which its neighbours read from the same L1.
+walks over the query rows, eight at a time, which its neighbours read from the same L1. R-KV's
+search for the last similar key is the same walk over the keys themselves.
 
-References: KVzip (arXiv 2505.23416), equation 2; PTX ISA 8.4, section 9.7.14.
+References: KVzip (arXiv 2505.23416), equation 2; R-KV (arXiv 2505.24133), section 3.3; PTX ISA 8.4,
+section 9.7.14.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from pallas_kernels import _ptx as ptx
@@ -44,6 +47,20 @@ def unsupported_reason(query, key) -> str | None:
         return "the sm90 score kernel takes one float32 scale per slot, and packed 4-bit codes"
     if key.shape[0] * key.shape[1] > 65535 or not key.shape[2] or not query.shape[1]:
         return "the sm90 score kernel takes up to 65535 rows times key heads, and none of no size"
+    return None
+
+
+def unsupported_similar_reason(key) -> str | None:
+    """The same for `last_similar`."""
+    store = key.qtype if isinstance(key, QTensor) else str(key.dtype)
+    if key.shape[-1] not in decode.HEAD_DIMS:
+        return f"the sm90 similarity kernel serves head_dim 64 and 128; got {key.shape[-1]}"
+    if store not in STORES:
+        return f"the sm90 similarity kernel takes 16-bit keys, int8, fp8 or int4; got {store}"
+    if isinstance(key, QTensor) and (not has_plain_scales(key) or key.zero_point is not None):
+        return "the sm90 similarity kernel takes one scale per slot and no zero points"
+    if key.shape[0] * key.shape[1] > 65535 or not key.shape[2]:
+        return "the sm90 similarity kernel takes up to 65535 rows times key heads, and some slots"
     return None
 
 
@@ -156,6 +173,96 @@ def _scores(sizes, store: str, half: str, factor: float, refs, axes):
             x = ptx.fmax(x, ptx.shuffle_xor(x, distance))
         mine = ptx.both(ptx.lt(token, i32(slots)), ptx.eq(c, i32(0)))
         ptx.store(refs["best"], decode.bytes_at(ptx.add(base, token), 4), [x], mine)
+
+
+def last_similar(key, inverse, threshold: float) -> tuple[jax.Array, jax.Array]:
+    """For every slot the last other slot whose key has a cosine above the threshold.
+
+    Args:
+        key: [B, K, C, H], bfloat16 or float16, or a QTensor without zero points.
+        inverse: float32 [B, K, C], one over the length of the stored numbers; 0 on dead slots.
+        threshold: in [0, 1).
+
+    Returns:
+        int32 [B, K, C], -1 where there is none, and float32 [B, K, C], the cosine, 0 where none.
+    """
+    batch, heads, slots, _ = key.shape
+    store = key.qtype if isinstance(key, QTensor) else str(key.dtype)
+    args = {"k": key.qvalue if isinstance(key, QTensor) else key, "inverse": inverse}
+    out = {
+        "last": jax.ShapeDtypeStruct((batch, heads, slots), jnp.int32),
+        "cosine": jax.ShapeDtypeStruct((batch, heads, slots), jnp.float32),
+    }
+    half = store if STORES[store].bits == 16 else "bfloat16"
+    body = functools.partial(_similar, key.shape, store, half, threshold)
+    found = decode.call(body, out, (pl.cdiv(slots, WARPS * KEYS), 1, batch * heads), args)
+    return found["last"], found["cosine"]
+
+
+def _similar(sizes, store: str, half: str, threshold: float, refs, axes):
+    """What a block does: 128 keys against all keys of their head, in order."""
+    _, _, slots, head_dim = sizes
+    i32 = ptx.i32
+    tile, _, head = axes
+    tid = ptx.thread()
+    lane = ptx.rem(tid, i32(32))
+    g, c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
+    first = ptx.add(ptx.mul(tile, i32(WARPS * KEYS)), ptx.mul(ptx.div(tid, i32(32)), i32(KEYS)))
+    tokens = [ptx.add(first, ptx.add(g, i32(8 * t))) for t in range(KEYS // 8)]
+    home = ptx.mul(head, i32(slots))
+
+    def index(slot):
+        return ptx.add(home, ptx.imin(slot, i32(slots - 1)))
+
+    words = [_key(refs, store, half, head_dim, index(token), c) for token in tokens]
+    mine = [_fact(refs, "inverse", index(token), 1.0) for token in tokens]
+    # The least number above the threshold: `x >= bar` then says `x > threshold`.
+    bar = ptx.f32(float(np.nextafter(np.float32(threshold), np.float32(1.0))))
+
+    def load(i):
+        start = ptx.mul(i, i32(ROWS))
+        column = _key(refs, store, half, head_dim, index(ptx.add(start, g)), c)
+        scales = []
+        for d in range(2):
+            other = ptx.add(start, ptx.add(ptx.mul(c, i32(2)), i32(d)))
+            value = _fact(refs, "inverse", index(other), 1.0)
+            scales.append(ptx.select(ptx.lt(other, i32(slots)), value, ptx.f32(0.0)))
+        return {"column": column, "scales": scales}
+
+    def step(i, state):
+        column, scales = state["column"], state["scales"]
+        last, cosine = list(state["last"]), list(state["cosine"])
+        accs = [[ptx.f32(0.0)] * 4 for _ in range(KEYS // 16)]
+        for s in range(head_dim // 16):
+            for t, acc in enumerate(accs):
+                low, high = words[2 * t], words[2 * t + 1]
+                a = [low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]]
+                accs[t] = decode.mma(acc, a, column[2 * s : 2 * s + 2], half)
+        new = load(ptx.add(i, i32(1)))
+        begin = ptx.add(ptx.mul(i, i32(ROWS)), ptx.mul(c, i32(2)))
+        others = [ptx.add(begin, i32(d)) for d in range(2)]
+        for t, acc in enumerate(accs):
+            for n, x in enumerate(acc):
+                token, d = 2 * t + n // 2, n % 2
+                x = ptx.fmul(ptx.fmul(x, scales[d]), mine[token])
+                # A slot is not similar to itself; and NaN, of dead slots, equals nothing.
+                x = ptx.select(ptx.eq(others[d], tokens[token]), ptx.f32(0.0), x)
+                above = ptx.feq(ptx.fmax(x, bar), x)
+                last[token] = ptx.select(above, others[d], last[token])
+                cosine[token] = ptx.select(above, x, cosine[token])
+        return new | {"last": last, "cosine": cosine}
+
+    nothing = {"last": [i32(-1)] * len(tokens), "cosine": [ptx.f32(0.0)] * len(tokens)}
+    state = ptx.loop(i32(pl.cdiv(slots, ROWS)), step, load(i32(0)) | nothing)
+    for token, last, cosine in zip(tokens, state["last"], state["cosine"], strict=True):
+        for distance in (1, 2):
+            other, its = ptx.shuffle_xor(last, distance), ptx.shuffle_xor(cosine, distance)
+            later = ptx.lt(last, other)
+            last, cosine = ptx.select(later, other, last), ptx.select(later, its, cosine)
+        ok = ptx.both(ptx.lt(token, i32(slots)), ptx.eq(c, i32(0)))
+        where = decode.bytes_at(ptx.add(home, token), 4)
+        ptx.store(refs["last"], where, [last], ok)
+        ptx.store(refs["cosine"], where, [cosine], ok)
 
 
 def _key(refs, store: str, half: str, head_dim: int, row, c):

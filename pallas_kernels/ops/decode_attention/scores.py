@@ -13,14 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._device import current_device
-from pallas_kernels._dispatch import resolve
+from pallas_kernels._dispatch import Explanation, choose, register_explainer, resolve
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention.reference import plain
 from pallas_kernels.ops.decode_attention.spec import device_reason
 
-# Why ``implementation=None`` passes over the Hopper kernel of `max_attention_weights`.
+# Why ``implementation=None`` passes over the Hopper kernels of `max_attention_weights` and of
+# `last_similar_keys`.
 UNMEASURED_SCORES: str | None = (
     "the sm90 score kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
+)
+UNMEASURED_SIMILAR: str | None = (
+    "the sm90 similarity kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
 )
 
 
@@ -71,7 +75,7 @@ def max_attention_weights(
     scale = head_dim**-0.5 if scale is None else scale
     real = jnp.ones((batch, rows), bool) if query_valid is None else query_valid
     live = _live(length, batch, heads, slots)
-    reasons = {"mosaic": _mosaic_reason(query, key, implementation), "xla": None}
+    reasons = _score_reasons(query, key, implementation)
     if resolve("max_attention_weights", implementation, reasons) == "mosaic":
         from pallas_kernels.ops.decode_attention import mosaic_sm90_scores
 
@@ -161,15 +165,128 @@ def window_attention_weights(
     return jnp.sum(p, axis=2) / jnp.maximum(jnp.sum(real, axis=1), 1)[:, None, None]
 
 
-def _mosaic_reason(query, key, implementation: str | None) -> str | None:
-    """Why the Hopper kernel does not take the call, or None."""
-    device = device_reason(current_device())
-    if device is not None:
-        return device
-    from pallas_kernels.ops.decode_attention import mosaic_sm90_scores  # needs Mosaic
+def last_similar_keys(
+    key: jax.Array | QTensor,
+    live: jax.Array | None = None,
+    *,
+    threshold: float = 0.5,
+    beta: int = 1,
+    block_size: int = 128,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Finds for every slot the last other slots that hold a similar key: what R-KV exempts.
 
-    reason = mosaic_sm90_scores.unsupported_reason(query, key)
-    return reason or (UNMEASURED_SCORES if implementation is None else None)
+    ``max { j != i : k_i · k_j / (|k_i| |k_j|) > threshold }`` and the cosine there.
+
+    Args:
+      key: [B, K, C, H], an array or a QTensor with scales per slot.
+      live: bool [B, K, C], slots that hold a token; None: all.
+      threshold: cosine above which two keys are similar, in [0, 1).
+      beta: so many last slots, in falling order.
+      block_size: rows per block of "xla".
+      implementation: None, "xla" or "mosaic" (Hopper, ``beta=1``; keeps no cosines at all).
+
+    Returns:
+      int32 [B, K, C, beta], -1 where there is none, and float32 [B, K, C, beta], the cosine there,
+      0 where there is none.
+
+    Raises:
+      ValueError: a number is out of range.
+      NotImplementedError: the implementation does not serve the call.
+
+    >>> keys = jnp.array([[[[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]]])
+    >>> last_similar_keys(keys)[0][..., 0].tolist()
+    [[[2, -1, 0]]]
+
+    References: R-KV (arXiv 2505.24133), section 3.3.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold={threshold}; expected a cosine in [0, 1)")
+    if beta < 1:
+        raise ValueError(f"beta={beta}; expected 1 or more slots")
+    batch, heads, slots, head_dim = key.shape
+    live = jnp.ones((batch, heads, slots), bool) if live is None else live
+    reasons = {"mosaic": _similar_reason(key, beta, implementation), "xla": None}
+    if resolve("last_similar_keys", implementation, reasons) == "mosaic":
+        from pallas_kernels.ops.decode_attention import mosaic_sm90_scores
+
+        plain_codes = key if isinstance(key, jax.Array) else key.unpack().qvalue
+        codes = plain_codes.astype(jnp.float32)
+        inverse = jnp.where(live, 1 / (jnp.sqrt(jnp.sum(codes * codes, axis=-1)) + 1e-8), 0.0)
+        last, cosine = mosaic_sm90_scores.last_similar(key, inverse, float(threshold))
+        last = jnp.where(live, last, -1)
+        return last[..., None], jnp.where(last >= 0, cosine, 0.0)[..., None]
+    unit = plain(key)
+    norm = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
+    unit = jnp.where(live[..., None], unit / (norm + 1e-8), 0.0)
+    block = min(block_size, slots)
+    blocks = -(-slots // block)
+    rows = jnp.pad(unit, ((0, 0), (0, 0), (0, blocks * block - slots), (0, 0)))
+    rows = jnp.moveaxis(rows.reshape(batch, heads, blocks, block, head_dim), 2, 0)
+    column = jnp.arange(slots)
+
+    def one_block(item):
+        number, part = item
+        cosine = jnp.einsum("bkih,bkjh->bkij", part, unit, precision=lax.Precision.HIGHEST)
+        owner = number * block + jnp.arange(block)[:, None]
+        similar = (cosine > threshold) & (owner != column) & live[:, :, None]
+        chosen = []
+        for _ in range(beta):
+            last = jnp.max(jnp.where(similar, column, -1), axis=-1)  # [B, K, block]
+            similar = similar & (column != last[..., None])
+            value = jnp.take_along_axis(cosine, jnp.maximum(last, 0)[..., None], -1)[..., 0]
+            chosen.append((last, jnp.where(last >= 0, value, 0.0)))
+        return tuple(jnp.stack(parts, axis=-1) for parts in zip(*chosen, strict=True))
+
+    found = lax.map(one_block, (jnp.arange(blocks), rows))
+    return tuple(
+        jnp.moveaxis(x, 0, 2).reshape(batch, heads, blocks * block, beta)[:, :, :slots]
+        for x in found
+    )
+
+
+def _score_reasons(query, key, implementation: str | None) -> dict[str, str | None]:
+    """Why the Hopper kernel of `max_attention_weights` does not take the call, or None."""
+    reason = device_reason(current_device())
+    if reason is None:
+        from pallas_kernels.ops.decode_attention import mosaic_sm90_scores  # needs Mosaic
+
+        reason = mosaic_sm90_scores.unsupported_reason(query, key)
+    reason = reason or (UNMEASURED_SCORES if implementation is None else None)
+    return {"mosaic": reason, "xla": None}
+
+
+def _similar_reason(key, beta: int, implementation: str | None) -> str | None:
+    """The same for `last_similar_keys`."""
+    reason = device_reason(current_device())
+    if reason is None:
+        from pallas_kernels.ops.decode_attention import mosaic_sm90_scores  # needs Mosaic
+
+        reason = mosaic_sm90_scores.unsupported_similar_reason(key)
+    if beta > 1:
+        reason = reason or f"the sm90 similarity kernel finds one slot per key; got beta={beta}"
+    return reason or (UNMEASURED_SIMILAR if implementation is None else None)
+
+
+def explain_scores(query, key, *args, implementation: str | None = None, **kwargs) -> Explanation:
+    """Says which implementation a call of `max_attention_weights` would use, from shapes alone.
+
+    Args:
+      query: as there; `jax.ShapeDtypeStruct` will do.
+      key: as there.
+      *args: not looked at.
+      implementation: as there.
+      **kwargs: not looked at.
+
+    Returns:
+      An `Explanation`.
+    """
+    del args, kwargs
+    reasons = _score_reasons(query, key, implementation)
+    return choose("max_attention_weights", implementation, reasons)
+
+
+register_explainer("max_attention_weights", explain_scores)
 
 
 def _sizes(query: jax.Array, key: jax.Array | QTensor) -> tuple[int, int]:

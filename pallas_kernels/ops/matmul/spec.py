@@ -156,12 +156,32 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return f"the sm90 kernel writes 16- and 32-bit floats; got {spec.out_dtype}"
     if not (spec.m and spec.n and spec.k):
         return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
+    if spec.block_scaled:
+        return _fp8_reason(spec)
     if spec.scheme == "w8a8" and spec.direct == "int8":
         return None
     if spec.scheme != "w4a16":
         kinds = "" if spec.scheme != "w8a8" else " but INT8 with one scale per row and output"
         return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
     return _four_bit_reason(spec)
+
+
+def _fp8_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernel does not serve a product of fp8 codes with tiles of k, or None."""
+    lhs, rhs = spec.lhs, spec.rhs
+    if lhs.k_tiles * BLOCK_K != spec.k:
+        return f"the sm90 kernel takes one scale per {BLOCK_K} of k; got {lhs.k_tiles} of {spec.k}"
+    if lhs.n_tiles != spec.m or (rhs.n_tiles != spec.n and rhs.n_tiles * BLOCK_K != spec.n):
+        return (
+            f"the sm90 kernel takes scales per row of lhs, and per column or {BLOCK_K} columns of "
+            f"rhs; got {lhs.n_tiles} for {spec.m} rows and {rhs.n_tiles} for {spec.n} columns"
+        )
+    if spec.n % 64 or spec.m % 8:
+        return (
+            "the sm90 kernel takes rows in multiples of 8 and columns of 64; "
+            f"got {spec.m} and {spec.n}"
+        )
+    return None
 
 
 def _four_bit_reason(spec: MatmulSpec) -> str | None:
@@ -191,6 +211,11 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
+    if spec.block_scaled:
+        return (
+            "the sm90 kernel for FP8 blocks has not run on a GPU yet; implementation='mosaic' "
+            "runs it"
+        )
     if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (
@@ -226,6 +251,8 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
             "both operands must be QTensors of one kind with one scale along k, without zero point"
         )
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
+    if implementation == "mosaic" and spec.block_scaled:
+        return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
     if implementation == "mosaic" and spec.direct:
         return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in int32",)
     if implementation == "mosaic":

@@ -49,10 +49,14 @@ class Side:
     Args:
         stochastic: whether the neighbour is drawn.
         signs: 16 values of ±1 of a Hadamard transform before the rounding (columns only), or None.
+        scale_rule: "nearest" for E4M3 scales, "floor" or "ceil" for E8M0.
+        overrange: factor on the largest magnitude.
     """
 
     stochastic: bool = False
     signs: tuple[int, ...] | None = None
+    scale_rule: str = "nearest"
+    overrange: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +68,6 @@ class Plan:
         columns: matrix columns.
         dtype: of the matrix, one of `DTYPES`.
         format: element, block and scale; NVFP4-like (E4M3 scales, two levels) or MX (E8M0).
-        scale_rule: "nearest" for E4M3 scales, "floor" or "ceil" for E8M0.
-        overrange: factor on the largest magnitude.
         scale_min: lower clamp of a scale.
     """
 
@@ -73,8 +75,6 @@ class Plan:
     columns: int
     dtype: str
     format: BlockFormat
-    scale_rule: str
-    overrange: float = 1.0
     scale_min: float = 2.0**-9
 
     @property
@@ -163,17 +163,19 @@ def cast_matrix(x, scale, kind: str):
         kind: "e4m3" or "e5m2".
 
     Returns:
-        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; no -0.
+        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; -0 gives
+        0. And float32 maxima of |x| over parts of the matrix, NaN where there is one.
     """
     rows, columns = x.shape
     dtype = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[kind]
     outs = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, columns), (columns, rows))]
     # A warp takes 128 rows of 32 columns: eight lanes write 128 bytes of a transposed row.
     grid = (pl.cdiv(columns, 32 * WARPS), pl.cdiv(rows, 128), 1)
+    outs.append(jax.ShapeDtypeStruct((grid[1], grid[0], WARPS), jnp.float32))
     whole = rows % 128 == 0 and columns % (32 * WARPS) == 0
 
     def body(refs, axes):
-        x_ref, scale_ref, codes_ref, turned_ref = refs
+        x_ref, scale_ref, codes_ref, turned_ref, top_ref = refs
         scale = _load_f32(scale_ref, 0)
         inverse = _div(ptx.f32(1.0), scale)
         warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
@@ -189,14 +191,17 @@ def cast_matrix(x, scale, kind: str):
         place = lanes._element((rows, columns), (row, column), 1)
         source = ptx.add(place, place)  # two bytes a value
         words = [ptx.load_words(x_ref, source, 4, ok, 2 * r * columns) for r in range(16)]
-        values = []  # [16][8]
+        values, top = [], ptx.f32(0.0)  # [16][8]
         for r, word in enumerate(words):
-            scaled = [
-                _quotient(v, scale, inverse) for v in lanes._floats(word, x.dtype == jnp.bfloat16)
-            ]
+            raw = lanes._floats(word, x.dtype == jnp.bfloat16)
+            top = lanes._abs_max(raw, top)
+            scaled = [_quotient(v, scale, inverse) for v in raw]
             packed = [_fp8x4(scaled[:4], kind), _fp8x4(scaled[4:], kind)]
             ptx.store(codes_ref, place, packed, ok, shift=r * columns)
             values.append(scaled)
+        top = lanes._over_lanes(ptx.fmax, top, (1, 2, 4, 8, 16))
+        part = lanes._element(outs[2].shape, (axes[1], axes[0], warp), 4)
+        ptx.store(top_ref, part, [top], ptx.eq(lane, ptx.i32(0)))
         place = lanes._element((columns, rows), (column, row), 1)
         for c in range(8):
             packed = [_fp8x4([values[4 * i + r][c] for r in range(4)], kind) for i in range(4)]
@@ -359,8 +364,8 @@ class _Rounder:
     def block_of(self, top):
         """Reciprocal and scale of a block from its largest magnitude; NaN if that is not finite."""
         plan = self.plan
-        if plan.overrange != 1.0:
-            larger = ptx.fmin(ptx.fmul(top, ptx.f32(plan.overrange)), ptx.f32(FLOAT32_MAX))
+        if self.side.overrange != 1.0:
+            larger = ptx.fmin(ptx.fmul(top, ptx.f32(self.side.overrange)), ptx.f32(FLOAT32_MAX))
             top = ptx.select(ptx.feq(top, ptx.f32(math.inf)), top, larger)
         finite = ptx.fge(ptx.f32(FLOAT32_MAX), top)
         scale = self._e4m3_scale(top) if plan.format.two_level else self._e8m0_scale(top, finite)
@@ -384,7 +389,7 @@ class _Rounder:
 
     def _e8m0_scale(self, top, finite):
         known = ptx.select(finite, top, ptx.f32(1.0))
-        if self.plan.scale_rule == "floor":
+        if self.side.scale_rule == "floor":
             exponent = ptx.sub(_exponent(known), ptx.i32(self.element.max_exponent))
         else:
             ratio = _div(known, ptx.f32(self.element.max))

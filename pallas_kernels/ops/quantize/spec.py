@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from pallas_kernels._device import Device
 from pallas_kernels.formats.block_format import (
     BlockFormat,
     check_scale_rule,
@@ -127,6 +128,84 @@ def unsupported_reason(implementation: str, spec: QuantizeSpec) -> str | None:
     raise ValueError(
         f"implementation must be None, 'mosaic' or one of {IMPLEMENTATIONS}, got {implementation!r}"
     )
+
+
+_MATRIX_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def matrix_reason(
+    spec: QuantizeSpec, shape: tuple[int, ...], dtype: str, key_is_counter: bool, device: Device
+) -> str | None:
+    """Why the Mosaic kernel cannot round a matrix in place; ``None`` if it can.
+
+    Args:
+        spec: the quantisation.
+        shape: of the value.
+        dtype: of the value.
+        key_is_counter: whether the key, if there is one, is of ``formats.counter_random``.
+        device: where it would run.
+
+    Returns:
+        One sentence, or ``None``.
+
+    >>> from pallas_kernels._device import describe
+    >>> spec = make_spec((32, 64), "nvfp4")
+    >>> matrix_reason(spec, (32, 64), "bfloat16", True, describe("gpu", "NVIDIA H200")) is None
+    True
+    >>> matrix_reason(spec, (32, 64), "bfloat16", True, describe("cpu", "cpu"))
+    'the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a cpu'
+    """
+    kind, block = spec.format, spec.format.block
+    two_level = (kind.scale, spec.scale_rule, spec.two_level) == ("e4m3", "nearest", True)
+    power = kind.scale == "e8m0" and spec.scale_rule in ("floor", "ceil")
+    if (reason := _device_reason(device)) is not None:
+        return reason
+    if isinstance(kind.element_type, IntType) or block not in (16, 32) or not (two_level or power):
+        return (
+            "the Mosaic GPU kernel rounds to floats in blocks of 16 or 32, with E4M3 scales of two "
+            f"levels or E8M0 scales; got {kind.name} with scale_rule={spec.scale_rule!r}"
+        )
+    if len(shape) != 2 or spec.tile not in ((1, block), (block, 1)):
+        return f"the Mosaic GPU kernel takes matrices with blocks of 1 x {block} or {block} x 1"
+    if any(size == 0 or size % block for size in shape):
+        return f"the Mosaic GPU kernel takes multiples of {block}; got shape {list(shape)}"
+    if dtype not in _MATRIX_DTYPES:
+        return f"the Mosaic GPU kernel takes {', '.join(_MATRIX_DTYPES)}; got {dtype}"
+    if spec.rounding == "stochastic" and not key_is_counter:
+        return "the Mosaic GPU kernel draws from keys made by counter_key only"
+    return None
+
+
+def cast_reason(shape: tuple[int, ...], dtype: str, device: Device) -> str | None:
+    """Why the Mosaic kernel cannot cast a matrix to FP8; ``None`` if it can.
+
+    Args:
+        shape: of the matrix.
+        dtype: of the matrix.
+        device: where it would run.
+
+    Returns:
+        One sentence, or ``None``.
+
+    >>> from pallas_kernels._device import describe
+    >>> cast_reason((32, 40), "bfloat16", describe("gpu", "NVIDIA H200"))
+    'the Mosaic GPU cast takes multiples of 16; got shape [32, 40]'
+    """
+    if (reason := _device_reason(device)) is not None:
+        return reason
+    if dtype not in ("bfloat16", "float16"):
+        return f"the Mosaic GPU cast takes bfloat16 or float16; got {dtype}"
+    if any(size == 0 or size % 16 for size in shape):
+        return f"the Mosaic GPU cast takes multiples of 16; got shape {list(shape)}"
+    return None
+
+
+def _device_reason(device: Device) -> str | None:
+    if device.platform != "gpu":
+        return (
+            f"the Mosaic GPU kernel needs an NVIDIA GPU (sm90); this device is a {device.platform}"
+        )
+    return None if device.sm == "sm90" else f"the Mosaic GPU kernel is for sm90, not {device.sm}"
 
 
 def _resolve_tiles(shape, block_format, axis, tile) -> tuple[int, ...]:

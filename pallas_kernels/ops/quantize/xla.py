@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats.block_format import scale_from_amax, tensor_encode_scale
-from pallas_kernels.formats.number_types import FLOAT32_MAX, IntType, true_divide
+from pallas_kernels.formats.number_types import (
+    FLOAT32_MAX,
+    FloatType,
+    IntType,
+    true_divide,
+)
 from pallas_kernels.formats.qtensor import QTensor, split_tiles
 from pallas_kernels.formats.rounding import round_to
 from pallas_kernels.ops.quantize.spec import QuantizeSpec
@@ -72,6 +77,25 @@ def fake_quantize(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec) -> ja
     if any(spec.padding):
         value = value[tuple(slice(0, length) for length in x.shape)]
     return value.astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="element")
+def quantize_fp8_both(
+    x: jax.Array, element: FloatType, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ``pallas_kernels.quantize_fp8_both``; arguments have been checked.
+
+    Args:
+        x: [rows, columns].
+        element: e4m3 or e5m2.
+        scale: float32 scalar.
+
+    Returns:
+        Codes [rows, columns] and [columns, rows], and max|x|.
+    """
+    wide = x.astype(jnp.float32)
+    codes = round_to(true_divide(wide, scale), element).astype(element.dtype)
+    return codes, codes.T, jnp.max(jnp.abs(wide), initial=0.0)
 
 
 def _encode(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec):

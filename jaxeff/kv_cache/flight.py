@@ -1,0 +1,179 @@
+"""Attention of many tokens over a cache without an array of what each token sees.
+
+A dense layer's :meth:`mask` serves any order of slots, at a byte per head, query and slot. While a
+text is read, slots are in order and the rule is causal, which kernels know without an array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxeff.kv_cache.base import KVCache, LayerCache
+from jaxeff.kv_cache.dense import DenseLayer
+from pallas_kernels import dot_product_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OrderedLayer:
+    """A view of a dense layer that nothing was evicted from: slot ``i`` holds token ``i``.
+
+    Args:
+        inner: the layer.
+        start: int32 ``[B]``, tokens before the last update.
+
+    Examples:
+        >>> view = OrderedLayer(DenseLayer.init(1, 4, 1, 8), jnp.zeros(1, jnp.int32))
+        >>> view.attends_many
+        True
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.1 (prefill of the context).
+    """
+
+    inner: DenseLayer
+    start: jax.Array
+
+    attends_many: ClassVar[bool] = True  # `attend` takes any number of queries
+
+    def update(self, k, v, *, positions, valid=None, queries=None) -> OrderedLayer:
+        """Return the view with tokens appended; see :meth:`DenseLayer.update`."""
+        start = jnp.max(self.inner.length, axis=1)
+        inner = self.inner.update(k, v, positions=positions, valid=valid, queries=queries)
+        return OrderedLayer(inner, start)
+
+    def attend(
+        self,
+        queries: jax.Array,
+        *,
+        positions: jax.Array,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> jax.Array:
+        """Return the attention of the tokens of the last update.
+
+        Args:
+            queries: float ``[B, T, N, H]`` after RoPE; what padding gets has no meaning.
+            positions: int32 ``[B, T]``; not looked at, they count on from ``start``.
+            window: tokens in a sliding window, the query's own included; ``None``: no window.
+            scale: softmax scale; ``None``: ``H ** -0.5``.
+
+        Returns:
+            ``[B, T, N, H]`` in the dtype of the queries.
+        """
+        del positions
+        keys, values = self.inner.read(queries.dtype)
+        return dot_product_attention(
+            queries,
+            keys,
+            values,
+            scale=scale,
+            is_causal=True,
+            causal_offset=self.start,
+            local_window_size=None if window is None else (window - 1, 0),
+        )
+
+
+def read_in_order(cache: KVCache) -> KVCache:
+    """Return a view of a cache for reading texts padded on the right, with counted positions.
+
+    Examples:
+        >>> from jaxeff.kv_cache import DenseCache
+        >>> view = read_in_order(DenseCache.init(1, 1, 4, 1, 8))
+        >>> type(view.layers[0]).__name__, type(was_read(view).layers[0]).__name__
+        ('OrderedLayer', 'DenseLayer')
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.1 (prefill of the context).
+    """
+
+    def view(layer: LayerCache) -> Any:
+        if type(layer) is not DenseLayer:  # a ring has an order of its own
+            return layer
+        return OrderedLayer(layer, jnp.max(layer.length, axis=1))
+
+    return dataclasses.replace(cache, layers=tuple(view(x) for x in cache.layers))
+
+
+def was_read(cache: KVCache) -> KVCache:
+    """Undo :func:`read_in_order`.
+
+    Examples:
+        >>> from jaxeff.kv_cache import DenseCache
+        >>> was_read(DenseCache.init(1, 1, 4, 1, 8)).layers[0].capacity
+        4
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.1 (prefill of the context).
+    """
+    layers = (x.inner if isinstance(x, OrderedLayer) else x for x in cache.layers)
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+def attend_with_input(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    input_keys: jax.Array,
+    input_values: jax.Array,
+    *,
+    live: jax.Array,
+    input_valid: jax.Array,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of an input over every live slot and, causally, over itself.
+
+    Args:
+        queries: float ``[B, A, N, H]``, the input's.
+        keys, values: ``[B, S, K, H]``, cached.
+        input_keys, input_values: ``[B, A, K, H]``.
+        live: bool ``[B, K, S]``.
+        input_valid: bool ``[B, A]``.
+        scale: multiplies the logits; ``None``: ``H ** -0.5``.
+
+    Returns:
+        Output ``[B, A, N, H]`` in the dtype of the queries, and the log-sum-exp f32 ``[B, A, N]``.
+
+    Examples:
+        >>> one, own = jnp.ones((1, 3, 1, 4)), jnp.ones((1, 2, 1, 4))
+        >>> every, real = jnp.ones((1, 1, 3), bool), jnp.ones((1, 2), bool)
+        >>> out, lse = attend_with_input(own, one, one, own, own, live=every, input_valid=real)
+        >>> [round(float(x), 4) for x in jnp.exp(lse[0, :, 0] - 2.0)]  # so many keys are seen
+        [4.0, 5.0]
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.3 and equation 2.
+    """
+    batch, rows, num_heads, head_dim = queries.shape
+    slots, heads = keys.shape[1:3]
+
+    def fold(cached, own=None):
+        """Heads may be of unequal length: each becomes a row of the batch."""
+        own = own if cached is None else own.astype(cached.dtype)
+        x = own if cached is None else jnp.concatenate([cached, own], axis=1)
+        x = x.reshape(batch, x.shape[1], heads, -1, head_dim)
+        return jnp.moveaxis(x, 2, 1).reshape(batch * heads, x.shape[1], -1, head_dim)
+
+    own = jnp.broadcast_to(input_valid[:, None], (batch, heads, rows))
+    seen = jnp.concatenate([live, own], axis=-1).reshape(batch * heads, -1)
+    dtype = jnp.result_type(queries, keys)
+    out, lse = dot_product_attention(
+        fold(None, queries).astype(dtype),
+        fold(keys.astype(dtype), input_keys),
+        fold(values.astype(dtype), input_values),
+        scale=scale,
+        is_causal=True,
+        causal_offset=slots,
+        segment_ids=(jnp.ones((batch * heads, rows), jnp.int32), seen.astype(jnp.int32)),
+        return_residual=True,
+    )
+
+    def unfold(x):
+        x = x.reshape(batch, heads, rows, num_heads // heads, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 2).reshape(batch, rows, num_heads, *x.shape[4:])
+
+    return unfold(out).astype(queries.dtype), unfold(lse)
