@@ -73,6 +73,14 @@ class Report:
         content = {"environment": environment(), "rows": self.rows}
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
+    def compiled(self, name: str, function: Any, *args) -> Any:
+        """A compiled program. One at a time, and said before and after: compilers may hang."""
+        began = time.monotonic()
+        self.say(f"compiling {name}")
+        program = function.lower(*args).compile()
+        self.say(f"compiled {name} in {time.monotonic() - began:.1f} s")
+        return program
+
     @property
     def is_late(self) -> bool:
         """Whether no further measurement should begin."""
@@ -89,26 +97,32 @@ def layer_step(recipe: Recipe) -> Callable:
         recipe: of the layer.
 
     Returns:
-        ``f(x [t, k], w [k, n], d [t, n]) -> (z, gradient of x, gradient of w)``, compiled.
+        ``f(x [t, k], w [k, n], d [t, n], history) -> (z, gradients of x, w and history)``, to be
+        compiled; the history is None but for delayed scaling.
     """
 
     @jax.jit
-    def step(x, w, d):
+    def step(x, w, d, history):
         key = jax.random.key(0) if recipe.needs_key else None
-        history = None
-        if recipe.delayed is not None:
-            history = init_history(recipe).at[:, 0].set(4.0)
-        product = dot_general(recipe, key, amax_history=history)
-        z, pullback = jax.vjp(lambda x, w: product(x, w, PLAIN), x, w)
+
+        def product(x, w, history):
+            return dot_general(recipe, key, amax_history=history)(x, w, PLAIN)
+
+        z, pullback = jax.vjp(product, x, w, history)
         return z, *pullback(d)
 
     return step
 
 
+def history_of(recipe: Recipe) -> jax.Array | None:
+    """What delayed scaling remembers: an argument, so that no scale is a constant."""
+    return None if recipe.delayed is None else init_history(recipe).at[:, 0].set(4.0)
+
+
 def measure_linear(
     shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 6
 ) -> None:
-    """Adds a row for each shape and name; all programs of a shape are compiled at once.
+    """Adds a row for each shape and name.
 
     A row has milliseconds, TFLOP/s over the three products, the ratio to bf16, and how many 8-bit
     cuBLASLt calls the compiled program holds.
@@ -118,11 +132,6 @@ def measure_linear(
             return
         t, k, n = shape
         types = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((t, k), (k, n), (t, n))]
-        with ThreadPoolExecutor(8) as pool:
-            programs = {
-                name: pool.submit(layer_step(recipes()[name]).lower(*types).compile)
-                for name in names
-            }
         # Drawn in float32 and cast: bfloat16 normals have few values.
         keys = jax.random.split(jax.random.key(0), 3)
         scales = (1.0, k**-0.5, 1e-3)
@@ -131,10 +140,14 @@ def measure_linear(
             for key, kind, scale in zip(keys, types, scales, strict=True)
         ]
         plain, exact = None, None
-        for name, program in programs.items():
-            compiled = program.result()
-            outs = compiled(*operands)
-            timing = benchmark(compiled, *operands, repeats=repeats)
+        for name in names:
+            if report.is_late:
+                return
+            recipe = recipes()[name]
+            given = (*operands, history_of(recipe))
+            compiled = report.compiled(name, layer_step(recipe), *given)
+            outs = compiled(*given)[:3]
+            timing = benchmark(compiled, *given, repeats=repeats)
             if name == "bf16":
                 plain, exact = timing.median, outs
             row = {"tokens": t, "inputs": k, "outputs": n, "recipe": name}
@@ -368,7 +381,7 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
     for name, (function, operands) in programs.items():
         if report.is_late:
             return
-        compiled = jax.jit(function).lower(*operands).compile()
+        compiled = report.compiled(name, jax.jit(function), *operands)
         timing = benchmark(compiled, *operands, repeats=6)
         report.add({"what": name} | _numbers(timing, flops, None, compiled))
 
@@ -426,9 +439,9 @@ def init_parameters(sizes: Sizes) -> dict[str, jax.Array]:
 
 def init_histories(sizes: Sizes, recipe: Recipe) -> dict[str, jax.Array]:
     """What delayed scaling remembers of every product; empty for other recipes."""
-    if recipe.delayed is None:
+    one = history_of(recipe)
+    if one is None:
         return {}
-    one = init_history(recipe).at[:, 0].set(4.0)
     return {name: jnp.broadcast_to(one, (sizes.layers, *one.shape)) for name in sizes.kernels()}
 
 
@@ -497,18 +510,15 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
     initial = jax.jit(lambda: (p := init_parameters(sizes), OPTIMIZER.init(p)))
     types = jax.eval_shape(initial)
     names = ("bf16", "fp8_delayed", "fp4_all_the_way", "fp8_current")
-    with ThreadPoolExecutor(8) as pool:
-        programs = {}
-        for name in names:
-            recipe = recipes()[name]
-            state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
-            lowered = train_step.lower(state, tokens, jnp.int32(0), recipe, sizes)
-            programs[name] = pool.submit(lowered.compile)
     plain = None
-    for name, program in programs.items():
+    for name in names:
         if report.is_late:
             return
-        compiled, state = program.result(), (*initial(), init_histories(sizes, recipes()[name]))
+        recipe = recipes()[name]
+        state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
+        given = (tokens, jnp.int32(0), recipe, sizes)
+        compiled = report.compiled(name, train_step, state, *given)
+        state = (*initial(), init_histories(sizes, recipe))
         times = []
         for step in range(repeats + 2):
             began = time.perf_counter()
