@@ -28,7 +28,7 @@ import optax
 from experiments.low_precision.training import environment
 from jaxeff.nn.rope import RopeConfig, apply_rope
 from jaxeff.quant import RECIPES, Recipe, advance_history, dot_general, init_history
-from pallas_kernels import fake_quantize, quantize_fp8_both
+from pallas_kernels import QTensor, fake_quantize, matmul, quantize_fp8_both
 from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
 from pallas_kernels.formats import TE_SIGNS, get_format, rht
 from pallas_kernels.formats.block_format import tensor_encode_scale
@@ -343,6 +343,10 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
         scales = [jnp.exp(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(sizes)]
         return codes(2, (m, k)), codes(3, (n, k)), *scales
 
+    def exact_one(a, b):
+        wide = [x.astype(jnp.float32) for x in (a, b)]
+        return 0.25 * jnp.matmul(*wide, precision="highest")
+
     def exact(a, b, a_scale, b_scale):
         k = a.shape[1]
         b_scale = jnp.repeat(b_scale, b.shape[0] // b_scale.shape[1], 1)
@@ -352,6 +356,17 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
         ]
         return jnp.matmul(wide[0], wide[1].T, precision="highest")
 
+    def one_scale(a, b):
+        scale = jnp.full((1, 1), 0.5)
+        a, b = (QTensor(x, scale, qtype="fp8_e4m3") for x in (a, b))
+        return matmul(a, b, preferred_element_type=jnp.bfloat16, implementation="mosaic")
+
+    a, b = codes(2, (200, 1280)), codes(3, (1280, 192))
+    row = {
+        "check": "one scale",
+        "error": float(_relative(jax.jit(one_scale)(a, b), exact_one(a, b))),
+    }
+    report.add(row)
     for m, n, k, squares in (
         (200, 384, 256, True),
         (200, 192, 1280, False),
@@ -372,6 +387,7 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
     programs = {
         "squares": (block_scaled, given(side, side, side, True)),
         "one scale, XLA": (plain, (a, b)),
+        "one scale, kernel": (one_scale, (a, b.T)),
         "columns": (block_scaled, given(side, side, side, False)),
         "bf16": (plain, wide),
         "squares, no cluster": (
