@@ -266,12 +266,11 @@ class PlainHalfSums(int8.HalfSums):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="as in test_mosaic_control")
-@pytest.mark.parametrize("listed", [False, True])
-def test_control_flow(monkeypatch, case, listed):
+def test_control_flow(monkeypatch, case):
     """A window, ragged lengths, two heads per key; lists in quarters of the kernels' tiles."""
     arrays, mask, _, sums, found = case
     bounds = {"min_diff": mask.min_diff, "max_diff": mask.max_diff}
-    blocks = kept_tiles(*SHAPE[1:4], 64, 64, mask) if listed else None
+    blocks = kept_tiles(*SHAPE[1:4], 64, 64, mask)
     monkeypatch.setattr(int8, "Int8", PlainInt8)
     monkeypatch.setattr(int8, "HalfSums", PlainHalfSums)
     monkeypatch.setattr(
@@ -281,7 +280,7 @@ def test_control_flow(monkeypatch, case, listed):
     with gpu_interpret_mode(detect_races=True):
         run = jax.jit(lambda *x: int8.gradient(*x, scale=SCALE, blocks=blocks, **bounds))
         got = run(*arrays, *sums)
-    want = plain(found, sums, blocks.as_mask() if listed else mask)
+    want = plain(found, sums, blocks.as_mask())
     for x, y in zip(got, want, strict=True):
         assert x.shape == y.shape and error(x, y) < 0.006
 
