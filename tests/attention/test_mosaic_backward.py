@@ -108,7 +108,6 @@ def test_gradient_around_the_kernels(monkeypatch, listed):
     """Against XLA's gradient, with sinks and a padded head size; split over devices; under vmap."""
     monkeypatch.setattr(backward, "gradient", plain_gradient)
     monkeypatch.setattr(backward, "HEAD_DIMS", (16, 128))
-    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset())
     (b, t, s, n, k, h), rule = (4, 20, 24, 4, 2, 8), Mask.causal(-3)
     mask = kept_tiles(t, s, n, 8, 8, rule) if listed else rule
     dense = mask.as_mask() if listed else mask
