@@ -26,7 +26,14 @@ from rich.console import Console
 
 from experiments.benchmarks.attention import machine
 from experiments.benchmarks.gpu_session import Case, results, work
-from pallas_kernels import decode_attention, max_attention_weights, quantize, testing
+from pallas_kernels import (
+    append_tokens,
+    decode_attention,
+    last_similar_keys,
+    max_attention_weights,
+    quantize,
+    testing,
+)
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, teraflops
 from pallas_kernels.ops.decode_attention import mosaic_sm90
@@ -108,6 +115,15 @@ def cases() -> list[Case]:
         {**scores, "store": "bfloat16", "capacity": 2048, "implementation": "xla"},
         {**scores, "store": "bfloat16", "capacity": 32768, "implementation": "cudnn"},
     ]
+    # R-KV at budget 1024 and buffer 128, 8 or 32 rows.
+    similar = {"stage": "similar", "heads": 32, "kv_heads": 8, "head_dim": 128, "capacity": 1152}
+    searched = [{**similar, "store": s, "batch": 2, "check": True} for s in ("bfloat16", "int8")]
+    searched += [{**similar, "store": "bfloat16", "batch": b} for b in (8, 32)]
+    searched += [{**similar, "store": "bfloat16", "batch": 32, "implementation": "xla"}]
+    appended = [
+        {"stage": "append", "store": s, **LARGE, "capacity": 4096}
+        for s in ("bfloat16", "int8", "int4")
+    ]
     rest = [
         fast(store="int8", head_dim=64),
         fast(batch=1, capacity=8192),
@@ -116,7 +132,17 @@ def cases() -> list[Case]:
         fast(capacity=4096, implementation="xla"),
         fast(capacity=4096),
     ]
-    return [*core, *judged, *sizes, *features, *scored, *rest]
+    return [
+        *core,
+        *scored[:4],
+        *searched,
+        *judged,
+        *appended,
+        *sizes,
+        *features,
+        *scored[4:],
+        *rest,
+    ]
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -337,15 +363,80 @@ def scores_call(case: Case):
     return functools.partial(max_attention_weights, implementation=name), (query, keys, lse)
 
 
+def run_similar(case: Case) -> dict[str, float]:
+    """R-KV's search for the last similar key: TFLOP/s of K Kᵀ."""
+    function, args = similar_call(case)
+    result = {}
+    if case.get("check"):
+        last, cosine = jax.jit(function)(*args)
+        exact, _ = similar_call({**case, "implementation": "xla"})
+        want, near = jax.jit(exact)(*args)
+        # Equal but where the cosine of one of the two is a rounding error from the threshold.
+        result["differ"] = float((last != want).mean())
+        result["worst"] = float(jnp.abs(jnp.where(last == want, cosine - near, 0)).max())
+        if not (result["differ"] < 1e-3 and result["worst"] < 1e-4):
+            raise RuntimeError(f"similar keys are off: {result}")
+        result["found"] = float((want >= 0).mean())
+    timing = benchmark(function, *args, repeats=5, warmup=1)
+    flops = 2.0 * case["batch"] * case["kv_heads"] * case["capacity"] ** 2 * case["head_dim"]
+    return result | {"ms": timing.median * 1e3, "tflops": teraflops(flops, timing)}
+
+
+def similar_call(case: Case):
+    """What is timed, and its arrays: keys of which some resemble a common one."""
+    b, k, c, h = (case[x] for x in ("batch", "kv_heads", "capacity", "head_dim"))
+
+    def make(key):
+        common = jax.random.normal(key, (b, k, 1, h))
+        weight = jax.random.bernoulli(key, 0.3, (b, k, c, 1))
+        return STORES[case["store"]](jax.random.normal(key, (b, k, c, h)) + 1.5 * weight * common)
+
+    keys = jax.block_until_ready(jax.jit(make)(jax.random.key(3)))
+    name = case.get("implementation", "mosaic")
+    return functools.partial(last_similar_keys, implementation=name), (keys,)
+
+
+def run_append(case: Case) -> dict[str, float]:
+    """Microseconds to quantise and write one token of every row and head, in place."""
+    b, k, c, h = (case[x] for x in ("batch", "kv_heads", "capacity", "head_dim"))
+    keys, _ = stores(case["store"], (b, k, c, h))
+    new = jax.random.normal(jax.random.key(1), (b, k, 1, h)).astype(jnp.bfloat16)
+    write = jax.jit(_appends, donate_argnums=0)
+    keys = jax.tree.map(jnp.copy, keys)
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        keys = jax.block_until_ready(write(keys, new))
+        times.append(time.perf_counter() - begin)
+    stores.cache_clear()
+    return {"us": min(times[1:]) / APPENDS * 1e6}
+
+
+APPENDS = 256
+
+
+def _appends(keys, new):
+    """Many appends in one program, so that launching it is not what is timed."""
+
+    def one(keys, slot):
+        slots = jnp.full(new.shape[:3], slot)
+        return append_tokens(keys, new, slots), None
+
+    return jax.lax.scan(one, keys, jnp.arange(APPENDS))[0]
+
+
 def lower(case: Case) -> dict[str, str]:
     """Lowers what a case would run, for an abstract H200."""
-    if case.get("copy") or case.get("implementation", "mosaic") != "mosaic":
+    other = case.get("implementation", "mosaic") != "mosaic" or case["stage"] == "append"
+    if case.get("copy") or other:
         return {"lowered": "no kernel"}
     if case["stage"] == "correct":
         args, kwargs = correct_call(case)
         call = functools.partial(decode_attention, implementation="mosaic", **kwargs)
     elif case["stage"] == "scores":
         call, args = scores_call(case)
+    elif case["stage"] == "similar":
+        call, args = similar_call({**case, "batch": 1})
     else:
         call, args = fast_call({**case, "batch": 1, "capacity": 4096})
     with abstract_gpu():
@@ -376,7 +467,13 @@ class Options:
 
 def run(case: Case) -> dict[str, Any]:
     """Runs a case of any stage, and says where."""
-    runners = {"correct": run_correct, "fast": run_fast, "scores": run_scores}
+    runners = {
+        "correct": run_correct,
+        "fast": run_fast,
+        "scores": run_scores,
+        "similar": run_similar,
+        "append": run_append,
+    }
     return {"machine": machine(), **runners[case["stage"]](case)}
 
 

@@ -66,38 +66,41 @@ def cases() -> list[Case]:
         case |= {"kernel": kernel} if kernel else {}
         return case | ({"config": config} if config else {})
 
+    joined = {"config": {"cluster": True}}
     first = [
-        right("tokens", "int8", 300, 1024, 512),
+        right("rows", "nvfp4", 5, 4096, 512, **joined),
+        right("rows", "int4", 17, 300, 136, kind="groups", **joined),
+        right("tokens", "int8", 77, 300, 200, kind="groups"),
+        *(fast("bf16", m) for m in (1, 16)),
+        *(fast(name, m, "rows", cluster=True)
+          for name in ("nvfp4", "int4", "mxfp4") for m in (1, 16)),
+        *(fast(f"{what} {with_it} barrier", 4096)
+          for what in ("nvfp4", "nf4") for with_it in ("with", "without")),
+        *(fast("nvfp4", m, "rows", cluster=True) for m in (4, 8)),
+        fast("int8", 16, "tokens"),
+    ]  # fmt: skip
+    judged = [
         right("rows", "nvfp4", 5, 1024, 512),
         right("tokens", "nvfp4", 300, 1024, 512),
-    ]
-    judged = [
+        right("tokens", "int8", 300, 1024, 512),
         {"stage": "fast", "what": "copy"},
-        *(fast("bf16", m) for m in (1, 16, 4096)),
+        fast("bf16", 4096),
         fast("int8", 4096, "tokens"),
-        fast("int8", 4096),
-        *(fast("nvfp4", m, "rows") for m in (1, 16)),
-        fast("nvfp4", 4096, "tokens"),
-        *(fast(name, m, "rows") for name in ("int4", "mxfp4") for m in (1, 16)),
-        *(fast(name, 4096, "tokens") for name in ("int4", "mxfp4")),
+        *(fast(name, m, "rows") for name in ("nvfp4", "int4", "mxfp4") for m in (1, 16)),
+        *(fast(name, 4096, "tokens") for name in ("nvfp4", "int4", "mxfp4")),
         fast("int8 from bf16", 4096),
+        fast("int8", 4096),
+        *(fast("nvfp4", m) for m in (1, 4096)),
         fast("torch bf16", 4096),
         fast("torch bf16", 1),
-        *(fast("nvfp4", m) for m in (1, 4096)),
     ]
-    sizes = [
-        *(fast("nvfp4", 1, "rows", **c)
-          for c in ({"own": 8, "units": 4}, {"own": 8, "units": 8}, {"own": 16, "units": 2},
-                    {"own": 16, "units": 4}, {"own": 8, "units": 4, "blocks": 792})),
-        *(fast("nvfp4", 16, "rows", **c)
-          for c in ({"own": 8, "units": 4}, {"own": 8, "units": 2}, {"own": 16, "units": 2},
-                    {"own": 16, "units": 4}, {"own": 8, "units": 4, "blocks": 528})),
-        *(fast("int8", 4096, "tokens", **c)
-          for c in ({"num_stages": 3}, {"cluster": 1}, {"across": 16})),
-        *(fast("nvfp4", 4096, "tokens", **c)
-          for c in ({"num_stages": 5}, {"across": 16}, {"cluster": 1})),
-    ]  # fmt: skip
     rest = [
+        *(fast("nvfp4", 1, "rows", **c)
+          for c in ({"own": 8}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
+        *(fast("nvfp4", 16, "rows", **c)
+          for c in ({"own": 16}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
+        *(fast(name, 4096, "tokens", **c) for name in ("int8", "nvfp4")
+          for c in ({"num_stages": 3}, {"cluster": 1}, {"across": 16})),
         *(case for m in (64, 256) for case in (
             fast("bf16", m), fast("nvfp4", m, "rows"), fast("nvfp4", m, "tokens", tile_m=64),
             fast("nvfp4", m, "tokens", tile_m=128), fast("nvfp4", m))),
@@ -105,17 +108,14 @@ def cases() -> list[Case]:
         right("rows", "nvfp4", 1, 130, 40, kind="groups"),
         right("rows", "int4", 17, 300, 136, kind="groups"),
         right("rows", "nvfp4", 16, 8192, 8192),
-        right("tokens", "int8", 77, 300, 200, kind="groups"),
         right("tokens", "mxfp4", 100, 2080, 144, kind="groups"),
         right("tokens", "nvfp4", 65, 130, 40, kind="groups"),
         right("tokens", "int4", 513, 300, 392, kind="groups"),
         right("tokens", "nvfp4", 4096, 8192, 8192),
         right("tokens", "int8", 4096, 8192, 8192),
         fast("int8 codes, both K-major", 4096),
-        *(fast(f"nvfp4 {with_it} barrier", 4096) for with_it in ("with", "without")),
-        *(fast(f"nf4 {with_it} barrier", 4096) for with_it in ("with", "without")),
     ]  # fmt: skip
-    return [*first, *judged, *sizes, *rest]
+    return [*first, *judged, *rest]
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -309,6 +309,8 @@ class Options:
     """A process that says nothing for so many seconds is ended."""
     only: str = ""
     """Cases whose JSON contains this text."""
+    first: int | None = None
+    """Only so many cases."""
     dry_run: bool = False
     """Lower every kernel instead of running it."""
     worker: bool = False
@@ -328,7 +330,7 @@ def main(options: Options) -> None:
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
-    chosen = [case for case in cases() if options.only in json.dumps(case)]
+    chosen = [case for case in cases() if options.only in json.dumps(case)][: options.first]
     command = f"python -m experiments.benchmarks.matmul --time-budget {options.time_budget:g}"
     command += f" --only {options.only}" * bool(options.only)
     report: dict[str, Any] = {"command": command, "rows": []}

@@ -8,7 +8,9 @@
   melded product, and the separate low-rank path in both precisions.
 
 It prints and writes after every measurement. Compiling is most of the time: ``--only`` chooses
-measurements, ``--layers`` shortens the model. ``--preset cpu`` runs the same program on a tiny
+measurements, ``--layers`` shortens the model, and in the environment
+``XLA_FLAGS=--xla_gpu_enable_triton_gemm=false`` leaves products to the library, without a search
+(the result has the flags). ``--preset cpu`` runs the same program on a tiny
 model, to check it, not to measure.
 """
 
@@ -17,6 +19,7 @@ import dataclasses
 import functools
 import gc
 import json
+import os
 import re
 import statistics
 import tempfile
@@ -241,6 +244,7 @@ class Command:
             "sizes": dataclasses.asdict(sizes),
             "machine": machine(),
             "seed": 0,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "command": command,
         }
         work = [("steps", name, training_step, m) for name, m in methods(sizes.rank).items()]

@@ -47,7 +47,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trace": {
             "task": Trace(starts=3, steps=5, checks=2),
             "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
-            "stages": [Stage(0.5, 32, {"most": 0, "drills": 16}, 0.99), Stage(0.5, 32)],
+            "stages": [
+                Stage(0.3, 64, {"most": 0, "drills": 64}, 0.95),
+                Stage(0.3, 32, {"most": 0, "drills": 8}, 0.99),
+                Stage(0.4, 32),
+            ],
             "steps": 3000,
             "learning_rates": (3e-3,),
             "share": 0.6,
@@ -89,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 Stage(0.3, 16, {"groups": 2}),
             ],
             "steps": 20_000,
-            "learning_rates": (3e-3, 2e-3),
+            "learning_rates": (1e-3, 2e-3, 1.5e-3),
             "share": 0.25,
         },
         "trace": {
@@ -101,12 +105,13 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "num_kv_heads": 3,
             },
             "stages": [
-                Stage(0.4, 256, {"most": 0, "steps": 6, "drills": 128}, 0.97),
+                Stage(0.15, 256, {"most": 0, "steps": 6, "drills": 256}, 0.95),
+                Stage(0.2, 256, {"most": 0, "steps": 6, "drills": 64}, 0.99),
                 Stage(0.25, 64, {"most": 0, "drills": 16}, 0.99),
-                Stage(0.35, 12),
+                Stage(0.4, 12),
             ],
             "steps": 20_000,
-            "learning_rates": (2e-3, 3e-3, 1.5e-3),  # no seed depends on one choice
+            "learning_rates": (1e-3, 2e-3, 1.5e-3),  # no seed depends on one choice
             "share": 0.4,
         },
         "dtype": "bfloat16",

@@ -13,7 +13,6 @@ STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
 SPECIAL = 20  # symbols start here
 ANSWER_WEIGHT = 2.0  # of answers over repeated tokens, in training
 LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
-ECHO_WEIGHT = 2.0  # of repeated random tokens
 HINT = 8  # KVzip's later chunks are asked for by the last tokens of the chunk before
 
 
@@ -315,25 +314,6 @@ class Trace:
         text = np.pad(text, ((0, 0), (0, length - text.shape[1])))
         return text, np.broadcast_to(weights, text.shape)
 
-    def echo(
-        self, rng: np.random.Generator, batch: int, length: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw texts that say random names and values again and again.
-
-        Every token of a repetition is found by the one before it, as a value is by its variable.
-
-        Args:
-            rng: source of randomness.
-            batch: rows.
-            length: tokens of a text.
-        """
-        period = rng.integers(8, max(length // 2, 9))
-        said = rng.integers(self._name, self._constant, size=(batch, period))
-        text = np.tile(said, (1, -(-length // period)))[:, :length]
-        text[:, 0] = BOS
-        weights = np.where(np.arange(length) > period, ECHO_WEIGHT, 0.0)
-        return text, np.broadcast_to(weights, text.shape)
-
     def batch(
         self,
         rng: np.random.Generator,
@@ -348,7 +328,7 @@ class Trace:
             rng: source of randomness.
             batch: rows.
             most: restatements, at most; ``None``: ``checks``.
-            drills: rows that are a :meth:`drill`, every other one a :meth:`echo`.
+            drills: rows that are a :meth:`drill`.
             steps: lines of the programs; ``None``: the task's.
         """
         most = self.checks if most is None else most
@@ -356,8 +336,8 @@ class Trace:
         longest = steps * self.step_length(most) + 4
         whole = 1 + 3 * self.starts + 4 * steps + 5 + longest
         texts, weights = [], []
-        for number in range(drills):
-            text, weight = (self.echo if number % 2 else self.drill)(rng, 1, whole)
+        for begin in range(0, drills, 16):  # sixteen rows have equally many variables
+            text, weight = self.drill(rng, min(16, drills - begin), whole)
             texts.append(text)
             weights.append(weight)
         shares = np.array_split(np.arange(batch - drills), most + 1)

@@ -177,9 +177,12 @@ def train(
             for stage in stages
         ]
         with ThreadPoolExecutor(len(stages)) as threads, _processes(workers) as pool:
-            compiled = [
-                threads.submit(_compile, graphdef, optimizer, carry, i, rates) for i in items
-            ]
+            programs = {}  # by length of the texts
+            for item in items:
+                if item[0].shape not in programs:
+                    call = (_compile, graphdef, optimizer, carry, item, rates)
+                    programs[item[0].shape] = threads.submit(*call)
+            compiled = [programs[item[0].shape] for item in items]
             wait()
             carry = _run_stages(
                 task, stages, compiled, pool, carry, rates, facts, seeds, steps - began_at,

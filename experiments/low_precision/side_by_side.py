@@ -153,6 +153,7 @@ class Session:
             The number of the step after the last one.
         """
         began, said, measured = time.monotonic(), 0.0, 0
+        until = max(until, began + 5)  # compiling may have taken all the time there was
         for count in itertools.count():
             progress = (time.monotonic() - began) / (until - began)
             if progress >= 1 and count > 0:

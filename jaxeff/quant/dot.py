@@ -13,7 +13,7 @@ from jax import lax
 from jaxeff.quant.delayed import TENSORS, delayed_scale, record_amax, round_delayed
 from jaxeff.quant.operand import quantizer_options, round_operand
 from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
-from pallas_kernels.formats import QTensor, get_format, inverse_rht, number_type, rht
+from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
 from pallas_kernels.formats.block_format import scale_from_amax
 from pallas_kernels.formats.counter_random import counter_key
 from pallas_kernels.ops.matmul.api import matmul
@@ -99,12 +99,14 @@ def quantized_dot_general(
         )
     _check_floating(lhs=lhs, rhs=rhs)
     result_type = np.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
-    how = (precision, result_type)
     x, w, out_shape = _canonical(lhs, rhs, dimension_numbers)
     if recipe.forward_transform is not None:  # here, so that gradients are cut back to size
         x, w = (
             _pad(value, axis, recipe.forward_transform.size) for value, axis in ((x, -1), (w, -2))
         )
+    # The codes' magnitudes come with them; others are taken, and summed over a batch, apart.
+    records = amax_history is not None and x.ndim == 2 and _is_coded(recipe, result_type)
+    how = (precision, result_type, records)
     given = _Given(_key_data(recipe, key), *_checked(recipe, amax_history, phase))
     if x.ndim == 2:
         z = _product(recipe, how, x, w, given)
@@ -112,7 +114,7 @@ def quantized_dot_general(
         axes = _Given(None if given.key_data is None else 0, None, None)
         given = given._replace(key_data=_split_key(given.key_data, x.shape[0]))
         z = jax.vmap(functools.partial(_product, recipe, how), in_axes=(0, 0, axes))(x, w, given)
-    if amax_history is not None:
+    if amax_history is not None and not records:
         z = record_amax(z, x, w, amax_history)
     return z.reshape(out_shape)
 
@@ -194,7 +196,7 @@ def _product(recipe: Recipe, how: tuple, x, w, given: _Given):
 
 
 def _forward(recipe, how, x, w, given):
-    precision, result_type = how
+    precision, result_type, _ = how
     if _is_coded(recipe, result_type):
         x8, w8 = (_coded(recipe, p, v, given) for p, v in (("fwd_x", x), ("fwd_w", w)))
         z = _product_of_codes(x8.codes, x8, w8.turned, w8, precision, result_type)
@@ -211,13 +213,17 @@ def _forward(recipe, how, x, w, given):
 
 
 def _backward(recipe, how, residuals, d):
-    precision, _ = how
+    precision, _, records = how
     x, w, (mask_x, mask_w), given = residuals
     if isinstance(x, _Coded):
         d8 = _coded(recipe, "bwd_d", d, given)
         grad_x = _product_of_codes(d8.codes, d8, w.codes, w, precision, x.like.dtype)  # [t, k]
         grad_w = _product_of_codes(x.turned, x, d8.turned, d8, precision, w.like.dtype)  # [k, n]
-        return grad_x, grad_w, _no_gradient(given)
+        nothing = _no_gradient(given)
+        if records:
+            seen = jnp.stack([x.amax, w.amax, d8.amax])
+            nothing = nothing._replace(history=jnp.zeros_like(given.history).at[:, 0].set(seen))
+        return grad_x, grad_w, nothing
     if recipe.execution == "native":
         contract = functools.partial(_contract_native, recipe, given=given, precision=precision)
         grad_x = contract(("bwd_d", "bwd_w"), (d, w), result_type=x.dtype)  # [t, k]
@@ -251,16 +257,12 @@ def _contract(a, a_axis, b, b_axis, precision, result_type):
 
 
 class _Coded(NamedTuple):
-    """A tensor in 8 bits under one scale, as it lies and transposed; what is not kept is None.
-
-    The scale is rounded to bfloat16 before it is used. Then it multiplies bfloat16 operands
-    exactly, which is the form of a product that XLA turns into one cuBLASLt call on the codes with
-    the scales as arguments; applied to a product in float32, scales would cost another pass.
-    """
+    """A tensor in 8 bits under one scale, as it lies and transposed; what is not kept is None."""
 
     codes: jax.Array | None
     turned: jax.Array | None
     scale: jax.Array
+    amax: jax.Array
     like: jax.Array  # of no size; its dtype is that of the tensor
 
 
@@ -278,26 +280,26 @@ def _is_coded(recipe: Recipe, result_type) -> bool:
 
 def _coded(recipe: Recipe, point: str, value, given: _Given) -> _Coded:
     quant = getattr(recipe, point)
-    element = get_format(quant.format).element_type
+    kind = get_format(quant.format)
     if recipe.delayed is not None:
         scale = 1 / delayed_scale(given.history, point[-1], quant.format, recipe.delayed)
-        scale = scale.astype(jnp.bfloat16).astype(jnp.float32)
     else:
         amax = jnp.max(jnp.abs(value), initial=0.0).astype(jnp.float32) * quant.overrange
-        narrow = number_type("bfloat16")
-        rule = quant.scale_rule or "nearest"
-        scale = scale_from_amax(amax, element, narrow, rule, narrow.smallest)
-    codes, turned = quantize_fp8_both(value, quant.format, scale)
-    return _Coded(codes, turned, scale, jnp.zeros(0, value.dtype))
+        rule = quant.scale_rule or kind.scale_rule
+        smallest = kind.scale_type.smallest
+        scale = scale_from_amax(amax, kind.element_type, kind.scale_type, rule, smallest)
+    codes, turned, amax = quantize_fp8_both(value, quant.format, scale)
+    return _Coded(codes, turned, scale, amax, jnp.zeros(0, value.dtype))
 
 
 def _product_of_codes(a, of_a: _Coded, b, of_b: _Coded, precision, result_type):
-    """``a bᵀ`` of codes ``[rows, contracted]``, with the scales of their tensors."""
-    a, b = (
-        codes.astype(jnp.bfloat16) * tensor.scale.astype(jnp.bfloat16)
-        for codes, tensor in ((a, of_a), (b, of_b))
-    )
-    return _contract(a, 1, b, 1, precision, result_type)
+    """``a bᵀ`` of codes ``[rows, contracted]``, with the scales of their tensors.
+
+    Codes as they are make XLA call cuBLASLt (as of jax 0.11.2 it does not where their scales stand
+    before the product). The result comes in 16 bits and is scaled in float32.
+    """
+    product = _contract(a, 1, b, 1, precision, result_type)
+    return (product.astype(jnp.float32) * (of_a.scale * of_b.scale)).astype(result_type)
 
 
 def _contract_native(recipe, points, operands, given, precision, result_type):

@@ -618,6 +618,7 @@ def dequantized(ops, t, s, ordered=False):
 @contextlib.contextmanager
 def installed():
     """Puts the NumPy warpgroup in the place of the GPU's; results must be waited for inside."""
+    jax.clear_caches()  # What was traced before calls the GPU's.
     with pytest.MonkeyPatch.context() as patch:
         for name, function in (ARITHMETIC | CONTROL).items():
             patch.setattr(ptx, name, function)

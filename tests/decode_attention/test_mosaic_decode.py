@@ -13,7 +13,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmarks import decode
-from pallas_kernels import decode_attention, explain, max_attention_weights, quantize
+from pallas_kernels import (
+    decode_attention,
+    explain,
+    last_similar_keys,
+    max_attention_weights,
+    quantize,
+)
 from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.ops.decode_attention import api, mosaic_sm90, xla
@@ -166,6 +172,30 @@ def test_scores_equal_those_of_xla(store, half):
     np.testing.assert_allclose(got, call(query, keys, lse, "xla"), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("store", ["bfloat16", "int8", "fp8_e4m3"])
+def test_similar_keys_equal_those_of_xla(store):
+    """Dead slots hold NaN, some keys repeat others; the last copy counts."""
+    b, k, c, h = 1, 2, 150, 64
+    rng = np.random.default_rng(4)
+    numbers = rng.normal(size=(b, k, c, h)).astype(np.float32)
+    numbers[:, :, 40:60] = numbers[:, :, 3:4] + 0.3 * numbers[:, :, 40:60]
+    numbers[:, :, 149] = numbers[:, :, 7]
+    live = np.arange(c) < np.array([[150, 77]])[..., None]
+    keys, live = STORES[store](jnp.asarray(numbers)), jnp.asarray(live)
+    if store == "bfloat16":
+        keys = jnp.where(live[..., None], keys, jnp.nan)
+
+    call = jax.jit(last_similar_keys, static_argnames="implementation")
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
+        patch.setattr(mosaic_sm90, "call", run_blocks)
+        last, cosine = call(keys, live, implementation="mosaic")
+    want, exact = call(keys, live, implementation="xla")
+    np.testing.assert_array_equal(last, want)
+    np.testing.assert_allclose(cosine, exact, atol=1e-5)
+    found = np.asarray(want[0, 0, :, 0])
+    assert found[7] == 149 and found[149] == 7 and found[3] == 59 and found[59] == 58
+
+
 # -- lowering and dispatch -------------------------------------------------------------------------
 
 
@@ -204,6 +234,20 @@ def test_scores_lower_for_cuda():
         abstract_gpu(),
     ):
         jax.eval_shape(run, jax.ShapeDtypeStruct(q.shape, jnp.float32), k, lse)
+
+
+@pytest.mark.parametrize("store", ["bfloat16", "int8"])
+def test_similar_keys_lower_for_cuda(store):
+    _, k, _ = _shapes(store, 128)
+    run = functools.partial(last_similar_keys, implementation="mosaic")
+    with abstract_gpu():
+        text = jax.jit(run).trace(k).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+    with (
+        pytest.raises(NotImplementedError, match="finds one slot per key; got beta=2"),
+        abstract_gpu(),
+    ):
+        jax.eval_shape(functools.partial(run, beta=2), k)
 
 
 def test_chosen_where_it_was_measured():

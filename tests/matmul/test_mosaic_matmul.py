@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,7 @@ def activations(m, k):
 
 
 def run_blocks(body, outs, grid, args, shared=0):
-    """The kernel's launch: every block in turn."""
+    """The launch without clusters: every block in turn."""
 
     def run(*arrays):
         refs = dict(zip(args, map(np.asarray, arrays), strict=True))
@@ -67,29 +69,79 @@ def run_blocks(body, outs, grid, args, shared=0):
     return jax.pure_callback(run, outs, *args.values())
 
 
+HERE = threading.local()  # the block that a Python thread runs: its rank, its cluster's memory
+
+
+def shared_of(ref, offset, rank):
+    array = ref if rank is None else HERE.peers[rank]
+    return list(array[offset[:, None] // 4 + np.arange(4)].T)
+
+
+def run_clusters(plan, arrays):
+    """The launch with clusters: their blocks are Python threads, and meet at the barrier."""
+
+    def block(refs, axes, peers, barrier):
+        HERE.rank, HERE.peers, HERE.barrier = int(axes[1][0]), peers, barrier
+        mosaic_sm90_rows._body(plan, refs | {"shared": peers[HERE.rank]}, axes)
+
+    def run(*given):
+        refs = dict(zip(arrays, map(np.asarray, given), strict=True))
+        refs["out"] = np.zeros((plan.m, plan.weights.n), plan.out_dtype)
+        for column, row in np.ndindex(-(-plan.weights.n // 128), plan.row_blocks):
+            peers = [np.full(plan.shared_floats, np.nan, np.float32) for _ in range(plan.splits)]
+            barrier = threading.Barrier(plan.splits)
+            with ThreadPoolExecutor(plan.splits) as pool:
+                jobs = [
+                    pool.submit(
+                        block, refs, [np.full(128, i, np.int32) for i in (column, split, row)],
+                        peers, barrier,
+                    )
+                    for split in range(plan.splits)
+                ]  # fmt: skip
+            for job in jobs:
+                job.result()
+        return refs["out"]
+
+    out = jax.ShapeDtypeStruct((plan.m, plan.weights.n), plan.out_dtype)
+    return jax.pure_callback(run, out, *arrays.values())
+
+
+@pytest.fixture
+def on_threads(monkeypatch):
+    """The kernel for few rows runs on NumPy."""
+    rank = lambda: np.full(128, HERE.rank, np.int32)  # noqa: E731
+    for name, function in {
+        "call": run_blocks,
+        "launch": run_clusters,
+        "shared_of": shared_of,
+        "cluster_barrier": lambda: HERE.barrier.wait(60),
+        "cluster_rank": rank,
+    }.items():
+        monkeypatch.setattr(mosaic_sm90_rows, name, function)
+    with warpgroup.installed(), abstract_gpu():
+        yield
+
+
 @pytest.mark.parametrize(
     ("name", "m", "k", "n", "kind", "config"),
     [
         ("nvfp4", 1, 512, 128, "normal", {}),
         ("nvfp4", 5, 130, 40, "groups", {}),
         ("nvfp4", 9, 300, 144, "normal", {"own": 8}),
-        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9}),
+        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9, "cluster": False}),
         ("mxfp4", 8, 600, 16, "groups", {"units": 2, "blocks": 3}),
         ("mxfp4", 2, 2, 1, "normal", {}),
         ("int4", 16, 300, 128, "groups", {"own": 8, "units": 8}),
-        ("int4_32", 3, 64, 8, "normal", {}),
+        ("int4_32", 3, 64, 8, "normal", {"cluster": False}),
         ("int4_whole", 4, 50, 130, "normal", {}),
     ],
 )
-def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config):
+def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_threads):
     w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
     spec = api._prepare(x, w, jnp.float32)[2]
     assert spec_lib.unsupported_reason(spec, GPU, "mosaic") is None
     config = mosaic_sm90_rows.Config(**config)
-    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
-        patch.setattr(mosaic_sm90_rows, "call", run_blocks)
-        run = jax.jit(lambda x, w: mosaic_sm90_rows.matmul(x, w, spec, config))
-        out = np.asarray(run(x, w))
+    out = np.asarray(jax.jit(lambda x, w: mosaic_sm90_rows.matmul(x, w, spec, config))(x, w))
     want = np.asarray(reference.matmul(x, w, jnp.float32))
     bound = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(w.dequantize()))
     assert (np.abs(out - want) <= 2e-6 * bound + 1e-30).all()
@@ -149,8 +201,9 @@ def lowered(f, *args):
         return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("m", [1, 16, 4096])
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_whole"])
+@pytest.mark.parametrize(
+    ("name", "m"), [("nvfp4", 1), ("nvfp4", 4096), ("mxfp4", 80), ("int4", 16), ("int4_whole", 200)]
+)
 def test_lowers_for_cuda_with_its_gradient(name, m):
     x, w = shapes(name, m, 300, 200)
     call = functools.partial(matmul, implementation="mosaic")
@@ -179,9 +232,10 @@ def test_int8_lowers_for_cuda_with_its_gradient(m):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-@pytest.mark.parametrize("config", [{"cluster": 1}, {"tile_m": 128}])
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
-def test_every_configuration_lowers(name, config):
+@pytest.mark.parametrize(
+    ("name", "config"), [("nvfp4", {"cluster": 1}), ("int4", {"tile_m": 128}), ("mxfp4", {})]
+)
+def test_other_configurations_lower(name, config):
     x, w = shapes(name, 512, 256, 256)
     spec = api._prepare(x, w, None)[2]
     config = mosaic_sm90_tokens.Config(**config)
@@ -189,7 +243,18 @@ def test_every_configuration_lowers(name, config):
     assert "custom_call @mosaic_gpu" in text
 
 
-def test_explain_says_why():
+def test_several_devices_leave_the_product_to_xla(monkeypatch):
+    x, w = shapes("nvfp4", 4, 64, 32)
+    with abstract_gpu():
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        assert explain("matmul", x, w).implementation == "mosaic"
+        monkeypatch.setattr(jax, "device_count", lambda: 2)
+        choice = explain("matmul", x, w)
+        assert choice.implementation == "xla" and "jax.shard_map" in choice.rejected["mosaic"]
+        assert explain("matmul", x, w, implementation="mosaic").implementation == "mosaic"
+
+
+def test_explain_says_why(monkeypatch):
     def reason(x, w, **options):
         with abstract_gpu():
             return explain("matmul", x, w, implementation="mosaic", **options).rejected.get(
@@ -200,11 +265,20 @@ def test_explain_says_why():
     assert reason(x, w) is None
     with abstract_gpu():
         chosen = explain("matmul", x, w, implementation="mosaic")
-        eights = explain("matmul", PER_ROW(jnp.ones((4, 64))), FORMATS["int8"](jnp.ones((64, 32))))
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        w8 = jax.eval_shape(FORMATS["int8"], jax.ShapeDtypeStruct((64, 32), jnp.float32))
+        few, many = (
+            explain(
+                "matmul", jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 64), jnp.float32)), w8
+            )
+            for m in (4, 100)
+        )
     assert chosen.notes == (
         "w4a16: the weights are read packed and widened in registers within the product",
     )
-    assert eights.implementation == "xla" and "w8a8 has not run" in eights.rejected["mosaic"]
+    assert few.implementation == "xla" and "more than 64 rows, got 4" in few.rejected["mosaic"]
+    assert many.implementation == "mosaic"
+    assert many.notes == ("w8a8: the int8 codes are multiplied directly and summed in int32",)
     assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
     assert "takes bfloat16 activations; got float32" in reason(
         *shapes("nvfp4", 4, 64, 32, "float32")

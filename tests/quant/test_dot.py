@@ -223,24 +223,30 @@ def test_native_fp8_equals_emulation():
 
 @pytest.mark.parametrize("name", ["fp8_current", "fp8_delayed"])
 def test_native_fp8_in_bfloat16(name):
-    """Scales of the operands inside the product, the form that XLA hands to cuBLASLt."""
+    """Codes multiplied as they are, the form that cuBLASLt gets; magnitudes come with the codes."""
     recipe = dataclasses.replace(RECIPES[name], execution="native")
     x, w, d = _operands(dtype=jnp.bfloat16)
     history = None if recipe.delayed is None else init_history(recipe).at[:, 0].set(4.0)
 
     def run(recipe):
-        product = dot_general(recipe, amax_history=history)
-        return jax.jit(lambda x, w, d: _outputs(product, x, w, d))
+        def outputs(x, w, d, history):
+            product = lambda x, w, h: dot_general(recipe, amax_history=h)(x, w, PLAIN)  # noqa: E731
+            z, pullback = jax.vjp(product, x, w, history)
+            return z, *pullback(d)
 
-    emulated = dataclasses.replace(recipe, execution="emulate")
-    for got, want in zip(run(recipe)(x, w, d), run(emulated)(x, w, d), strict=True):
-        got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
-        # Scales rounded to bfloat16 move some values to the neighbouring code: up to 0.014.
-        assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
-    text = run(recipe).lower(x, w, d).as_text()
+        return jax.jit(outputs)
+
+    got = run(recipe)(x, w, d, history)
+    want = run(dataclasses.replace(recipe, execution="emulate"))(x, w, d, history)
+    for one, other in zip(got[:3], want[:3], strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        # The product is rounded to 16 bits before it is scaled: measured 0.0035.
+        assert np.linalg.norm(one - other) < 0.005 * np.linalg.norm(other)
+    if history is not None:
+        np.testing.assert_array_equal(got[3], want[3])
+    text = run(recipe).lower(x, w, d, history).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) == 3 and not any("xf32>" in line for line in products)
-    assert text.count("f8E4M3FN>) -> tensor") >= 2 and "f8E5M2" in text
+    assert len(products) == 3 and all("f8E" in line and "xbf16>" in line for line in products)
 
 
 def test_dimension_numbers():

@@ -102,7 +102,12 @@ def _reasons(spec: MatmulSpec, implementation: str | None) -> dict[str, str | No
     names = spec_lib.IMPLEMENTATIONS
     reasons = {name: spec_lib.unsupported_reason(spec, device, name) for name in names}
     if implementation is None:
-        reasons["mosaic"] = reasons["mosaic"] or spec_lib.unmeasured_reason(spec)
+        is_whole = jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().manual_axes
+        reasons["mosaic"] = (
+            reasons["mosaic"]
+            or spec_lib.unmeasured_reason(spec)
+            or (spec_lib.SEVERAL_DEVICES if is_whole else None)
+        )
     return reasons
 
 

@@ -104,6 +104,17 @@ class Plan:
         return band * across + lax.rem(rest, wide), lax.div(rest, wide)
 
 
+def _promoted(total, tile, rows, columns, column_scales: bool):
+    """``total + tile · rows · columns``; register 4j + 2h + c is row h and column 2j + c."""
+    if column_scales:
+        tile = [ptx.fmul(x, rows[i // 2 % 2]) for i, x in enumerate(tile)]
+        factors = [columns[i // 4 * 2 + i % 2] for i in range(len(tile))]
+    else:
+        both = [ptx.fmul(x, columns[0]) for x in rows]
+        factors = [both[i // 2 % 2] for i in range(len(tile))]
+    return [ptx.fma(*x) for x in zip(tile, factors, total, strict=True)]
+
+
 def _kernel(plan: Plan):
     """Builds the kernel's entry function of (a, b, a_scale, b_scale, out)."""
     config, i32 = plan.config, jnp.int32
@@ -163,17 +174,7 @@ def _kernel(plan: Plan):
             return _inline(lambda tile: [_wait(0, tile)], [(tile, _ACC)], [tile_type])[0]
 
         def add(total, tile, rows, columns):
-            """``total + tile · rows · columns``; register 4j + 2h + c is row h, column 2j + c."""
-
-            def body(total, tile, rows, columns):
-                if plan.column_scales:
-                    scaled = [ptx.fmul(x, rows[i // 2 % 2]) for i, x in enumerate(tile)]
-                    factors = [columns[i // 4 * 2 + i % 2] for i in range(len(tile))]
-                else:
-                    both = [ptx.fmul(x, columns[0]) for x in rows]
-                    scaled, factors = tile, [both[i // 2 % 2] for i in range(len(tile))]
-                return [[ptx.fma(*x) for x in zip(scaled, factors, total, strict=True)]]
-
+            body = lambda *given: [_promoted(*given, plan.column_scales)]  # noqa: E731
             layout = _COL if plan.column_scales else _SCALAR
             inputs = [(total, _ACC), (tile, _ACC), (rows, _ROW), (columns, layout)]
             return _inline(body, inputs, [tile_type])[0]

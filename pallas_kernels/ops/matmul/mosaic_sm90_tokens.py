@@ -36,6 +36,7 @@ from jax.experimental.mosaic.gpu import mma_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as ptx
+from pallas_kernels._device import current_device
 from pallas_kernels.formats import QTensor
 from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul import xla
@@ -546,6 +547,17 @@ def _launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
     )(*arrays.values())
 
 
+def heuristic(m: int, n: int) -> Config:
+    """Sizes: the largest tile of x of which three quarters of the multiprocessors get one.
+
+    >>> [heuristic(m, 8192).tile_m for m in (64, 256, 4096)]
+    [64, 128, 256]
+    """
+    wanted = 3 * (current_device().num_sms or 132) // 4
+    fits = [t for t in (256, 128) if pl.cdiv(m, t) * pl.cdiv(n, COLUMNS) >= wanted]
+    return Config(tile_m=fits[0] if fits else 64)
+
+
 def matmul(
     lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec, config: Config | None = None
 ) -> jax.Array:
@@ -579,8 +591,6 @@ def matmul(
     else:
         packed, arrays = codes.prepare(lhs, rhs, spec, (8, FourBit.step, COLUMNS))
         weights, n = FourBit(packed), packed.n
-    if config is None:
-        config = Config(tile_m=next(t for t in (64, 128, 256) if spec.m <= t or t == 256))
-    plan = Plan(weights, spec.m, n, spec.out_dtype, config)
+    plan = Plan(weights, spec.m, n, spec.out_dtype, config or heuristic(spec.m, n))
     out = _launch(plan, arrays)
     return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)

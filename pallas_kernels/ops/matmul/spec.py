@@ -16,7 +16,14 @@ BLOCK_K = 128
 CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
-FEW_ROWS = 64  # up to here the kernel that reads the weights once for every 16 rows
+_INT8_ROWS = 64
+FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
+
+# Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
+SEVERAL_DEVICES = (
+    "XLA splits a product over several devices, the sm90 kernel runs on one: call it in "
+    "jax.shard_map or with implementation='mosaic'"
+)
 
 # Bits of one code by dtype; a packed operand stores uint8 and has 4.
 _BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int8": 8}
@@ -169,8 +176,11 @@ def _fp8_reason(spec: MatmulSpec) -> str | None:
             f"the sm90 kernel takes scales per row of lhs, and per column or {BLOCK_K} columns of "
             f"rhs; got {lhs.n_tiles} for {spec.m} rows and {rhs.n_tiles} for {spec.n} columns"
         )
-    if spec.n % 16:
-        return f"the sm90 kernel takes columns in multiples of 16; got {spec.n}"
+    if spec.n % 64 or spec.m % 8:
+        return (
+            "the sm90 kernel takes rows in multiples of 8 and columns of 64; "
+            f"got {spec.m} and {spec.n}"
+        )
     return None
 
 
@@ -201,11 +211,16 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
-    if spec.scheme == "w4a16":
+    if spec.block_scaled:
+        return (
+            "the sm90 kernel for FP8 blocks has not run on a GPU yet; implementation='mosaic' "
+            "runs it"
+        )
+    if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (
-        f"the sm90 kernel for {spec.scheme} has not run on a GPU yet; implementation='mosaic' "
-        "runs it"
+        f"the sm90 kernel for INT8 was measured for more than {_INT8_ROWS} rows, got {spec.m}; "
+        "implementation='mosaic' runs it"
     )
 
 

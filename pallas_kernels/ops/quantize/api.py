@@ -107,7 +107,7 @@ def quantize_fp8_both(
     scale: jax.Array,
     *,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """FP8 codes of a matrix under a given scale, as it lies and transposed; no gradient.
 
         code = round(x / scale), saturated, ties to even
@@ -123,15 +123,16 @@ def quantize_fp8_both(
         implementation: None, "mosaic" or "xla".
 
     Returns:
-        Codes [rows, columns] and [columns, rows].
+        Codes [rows, columns] and [columns, rows]; and max|x|, a float32 scalar, which costs nothing
+        more here and is what delayed scaling remembers.
 
     Raises:
         ValueError: another format, or ``x`` is not a floating matrix.
         NotImplementedError: the named implementation does not serve this.
 
-    >>> codes, turned = quantize_fp8_both(jnp.ones((2, 3)), "fp8_e4m3", jnp.float32(0.5))
-    >>> codes.tolist(), turned.shape
-    ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], (3, 2))
+    >>> codes, turned, top = quantize_fp8_both(jnp.ones((2, 3)), "fp8_e4m3", jnp.float32(0.5))
+    >>> codes.tolist(), turned.shape, float(top)
+    ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], (3, 2), 1.0)
     """
     if qtype not in ("fp8_e4m3", "fp8_e5m2"):
         raise ValueError(f"qtype must be 'fp8_e4m3' or 'fp8_e5m2', got {qtype!r}")
@@ -143,8 +144,8 @@ def quantize_fp8_both(
     reason = spec_lib.cast_reason(x.shape, str(x.dtype), current_device())
     if implementation == "mosaic" and reason is not None:
         raise NotImplementedError(reason)
-    by_itself = jax.device_count() == 1 and spec_lib.UNMEASURED_CAST is None
-    if implementation == "mosaic" or (implementation is None and reason is None and by_itself):
+    by_itself = implementation is None and reason is None and jax.device_count() == 1
+    if implementation == "mosaic" or by_itself:
         return matrix.cast_fp8(x, scale, get_format(qtype).element)
     return xla.quantize_fp8_both(x, get_format(qtype).element_type, scale)
 

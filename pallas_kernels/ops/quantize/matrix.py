@@ -1,5 +1,7 @@
 """Rounding of a matrix by the Hopper kernel: scales of the tensor, keys and batches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,17 +32,20 @@ def fake_quantize(x: jax.Array, last: Request | None, first: Request | None) -> 
     plan = kernel.Plan(*x.shape, str(x.dtype), spec.format, spec.scale_min)
     factors = jnp.stack([_factors(x, plan, request) for request in (last, first)])
     words = jnp.stack([_words(request) for request in (last, first)])
-    sides = [request and _side(request) for request in (last, first)]
+    sides = {name: r and _side(r) for name, r in (("last", last), ("first", first))}
+    return _round(x, factors, words, plan=plan, **sides)
 
+
+# Compiled functions of their own: a program that rounds many tensors of a shape has each once.
+@functools.partial(jax.jit, static_argnames=("plan", "last", "first"))
+def _round(x, factors, words, *, plan, last, first):
     return _one_by_one(
-        lambda x, factors, words: kernel.round_matrix(x, factors, words, plan, *sides),
-        x,
-        factors,
-        words,
+        lambda *args: kernel.round_matrix(*args, plan, last, first), x, factors, words
     )
 
 
-def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames="element")
+def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, ...]:
     """Codes of a matrix and of its transpose; see ``pallas_kernels.quantize_fp8_both``.
 
     Args:
@@ -49,9 +54,11 @@ def cast_fp8(x: jax.Array, scale: jax.Array, element: str) -> tuple[jax.Array, j
         element: "e4m3" or "e5m2".
 
     Returns:
-        Codes [rows, columns] and [columns, rows].
+        Codes [rows, columns] and [columns, rows], and max|x|, a float32 scalar.
     """
-    return tuple(_one_by_one(lambda x, s: kernel.cast_matrix(x, s, element), x, scale))
+    cast = lambda x, scale: kernel.cast_matrix(x, scale, element)  # noqa: E731
+    codes, turned, tops = _one_by_one(cast, x, scale)
+    return codes, turned, tops.max()
 
 
 def _one_by_one(function, *args):

@@ -163,18 +163,19 @@ def cast_matrix(x, scale, kind: str):
         kind: "e4m3" or "e5m2".
 
     Returns:
-        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even.
-        -0 gives 0.
+        Codes [rows, columns] and [columns, rows]: ``x / scale``, saturated, ties to even; -0 gives
+        0. And float32 maxima of |x| over parts of the matrix, NaN where there is one.
     """
     rows, columns = x.shape
     dtype = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}[kind]
     outs = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, columns), (columns, rows))]
     # A warp takes 128 rows of 32 columns: eight lanes write 128 bytes of a transposed row.
     grid = (pl.cdiv(columns, 32 * WARPS), pl.cdiv(rows, 128), 1)
+    outs.append(jax.ShapeDtypeStruct((grid[1], grid[0], WARPS), jnp.float32))
     whole = rows % 128 == 0 and columns % (32 * WARPS) == 0
 
     def body(refs, axes):
-        x_ref, scale_ref, codes_ref, turned_ref = refs
+        x_ref, scale_ref, codes_ref, turned_ref, top_ref = refs
         scale = _load_f32(scale_ref, 0)
         inverse = _div(ptx.f32(1.0), scale)
         warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
@@ -190,14 +191,17 @@ def cast_matrix(x, scale, kind: str):
         place = lanes._element((rows, columns), (row, column), 1)
         source = ptx.add(place, place)  # two bytes a value
         words = [ptx.load_words(x_ref, source, 4, ok, 2 * r * columns) for r in range(16)]
-        values = []  # [16][8]
+        values, top = [], ptx.f32(0.0)  # [16][8]
         for r, word in enumerate(words):
-            scaled = [
-                _quotient(v, scale, inverse) for v in lanes._floats(word, x.dtype == jnp.bfloat16)
-            ]
+            raw = lanes._floats(word, x.dtype == jnp.bfloat16)
+            top = lanes._abs_max(raw, top)
+            scaled = [_quotient(v, scale, inverse) for v in raw]
             packed = [_fp8x4(scaled[:4], kind), _fp8x4(scaled[4:], kind)]
             ptx.store(codes_ref, place, packed, ok, shift=r * columns)
             values.append(scaled)
+        top = lanes._over_lanes(ptx.fmax, top, (1, 2, 4, 8, 16))
+        part = lanes._element(outs[2].shape, (axes[1], axes[0], warp), 4)
+        ptx.store(top_ref, part, [top], ptx.eq(lane, ptx.i32(0)))
         place = lanes._element((columns, rows), (column, row), 1)
         for c in range(8):
             packed = [_fp8x4([values[4 * i + r][c] for r in range(4)], kind) for i in range(4)]

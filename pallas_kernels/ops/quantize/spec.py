@@ -130,8 +130,6 @@ def unsupported_reason(implementation: str, spec: QuantizeSpec) -> str | None:
     )
 
 
-#: Why the kernel that casts to FP8 is not chosen by itself; None once it is measured.
-UNMEASURED_CAST: str | None = "the FP8 cast has not been measured; ask for implementation='mosaic'"
 _MATRIX_DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -82,7 +82,7 @@ def fake_quantize(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec) -> ja
 @functools.partial(jax.jit, static_argnames="element")
 def quantize_fp8_both(
     x: jax.Array, element: FloatType, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See ``pallas_kernels.quantize_fp8_both``; arguments have been checked.
 
     Args:
@@ -91,13 +91,11 @@ def quantize_fp8_both(
         scale: float32 scalar.
 
     Returns:
-        Codes [rows, columns] and [columns, rows].
+        Codes [rows, columns] and [columns, rows], and max|x|.
     """
-    codes = round_to(true_divide(x.astype(jnp.float32), scale), element).astype(element.dtype)
-    # XLA may take a cast to 8 bits and back for one it can leave out ("excess precision"). It
-    # cannot look through a barrier, and hands the product of what lies behind to cuBLASLt.
-    codes = jax.lax.optimization_barrier(codes)
-    return codes, codes.T
+    wide = x.astype(jnp.float32)
+    codes = round_to(true_divide(wide, scale), element).astype(element.dtype)
+    return codes, codes.T, jnp.max(jnp.abs(wide), initial=0.0)
 
 
 def _encode(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec):

@@ -1,0 +1,289 @@
+"""E5 on a GPU: what evicting saves in time and memory, and what it costs, at the shape of Llama 8B.
+
+``python -m experiments.benchmarks.kv_cache --output runs/e5 --time-budget 150`` writes ``e5.json``
+after every case. Random weights; one layer or a few stand for all 32, which cost the same.
+
+- attend: attention of one token over one layer's context of 124,000 tokens, full, and cut by KVzip
+  to ragged heads in tiles; target .40 times the full time at ratio .3.
+- score: KVzip's passes over a context, beside its prefill; target 1.2 times, and 2 % of memory.
+- compact: R-KV's compaction beside the 128 decode steps that it follows; target 3 %.
+- rows: caches of 32 layers, really allocated beside 16 GB, full and held at a budget.
+
+Cases run in a process of their own, see ``experiments.benchmarks.decode``.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+
+from experiments.benchmarks.attention import machine
+from experiments.benchmarks.gpu_session import Case, results, work
+from experiments.kv_cache import efficiency
+from jaxeff.compress import parse
+from jaxeff.generate import _observe, _prefill
+from jaxeff.kv_cache import DenseCache
+from jaxeff.models import Decoder, ModelConfig
+from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
+from pallas_kernels.ops.decode_attention import scores
+
+KV_HEADS, HEADS, HEAD_DIM = efficiency.KV_HEADS, efficiency.HEADS, efficiency.HEAD_DIM
+
+
+def cases() -> list[Case]:
+    """The judged ones first."""
+    attend = [
+        {"stage": "attend", "store": s, "ratio": r, "layout": "tiled" if r < 1 else "bucketed"}
+        for s, r in (("bfloat16", 1.0), ("bfloat16", 0.3), ("int8", 0.3), ("bfloat16", 0.1))
+    ]
+    score = [{"stage": "score", "tokens": 8192, "kernel": kernel} for kernel in (True, False)]
+    compact = [
+        {"stage": "compact", "batch": b, "budget": 1024, "buffer": 128, "kernel": kernel}
+        for b, kernel in ((8, True), (32, True), (1, True), (8, False), (32, False))
+    ]
+    rows = [{"stage": "rows", "output": 8192, "text": t} for t in ("full", RKV)]
+    return [*attend[:2], *score[:1], *compact[:2], *rows, *attend[2:], *score[1:], *compact[2:]]
+
+
+RKV = "rkv(budget=1024, buffer=128)"
+
+
+def run_attend(case: Case) -> dict[str, float]:
+    """Milliseconds, and bytes that the layer allocates."""
+    call, args = attend_call(case)
+    timing = benchmark(call, *args, repeats=7, warmup=2)
+    size = args[1].allocated_bytes()
+    return {
+        "ms": timing.median * 1e3,
+        "bytes": size,
+        "gbps": gigabytes_per_second(size, timing),
+    }
+
+
+def attend_call(case: Case, tokens: int = efficiency.CONTEXT):
+    """What is timed, and its arguments."""
+    query = jax.random.normal(jax.random.key(0), (1, 1, HEADS, HEAD_DIM)).astype(jnp.bfloat16)
+
+    def fill(key):
+        kv = jax.random.normal(key, (1, tokens, KV_HEADS, HEAD_DIM)).astype(jnp.bfloat16)
+        layer = DenseCache.init(1, 1, tokens, KV_HEADS, HEAD_DIM, dtype=case["store"]).layers[0]
+        return layer.update(kv, kv, positions=jnp.arange(tokens)[None])
+
+    layer = jax.jit(fill)(jax.random.key(1))
+    if case["ratio"] < 1:
+        lengths = efficiency.head_lengths(case["ratio"], tokens)[0]
+        layer = efficiency._cut(layer, lengths, case["layout"])
+    at = jnp.full((1, 1), tokens)
+    return (lambda q, layer: layer.attend(q, positions=at)), (query, layer)
+
+
+def _model(layers: int) -> Decoder:
+    config = ModelConfig.llama(
+        vocab_size=1024,
+        num_layers=layers,
+        embed_dim=HEADS * HEAD_DIM,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        mlp_dim=14336,
+    )
+    return Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+
+def run_score(case: Case) -> dict[str, float]:
+    """Milliseconds a layer of prefill and of a scoring pass, and the memory that each works in.
+
+    A layer is the difference between models of three layers and of one: nothing needs the output
+    of a pass, so its last layer only scores.
+    """
+    times, temp = [], []
+    for layers in (1, 3):
+        prefill, observe, passes = score_calls({**case, "layers": layers})
+        _, cache = jax.jit(prefill[0])(*prefill[1])
+        args = (prefill[1][0], cache, *observe[1])
+        pair = ((prefill[0], prefill[1]), (observe[0], args))
+        times.append([benchmark(f, *a, repeats=3, warmup=1).median * 1e3 for f, a in pair])
+        analysed = [jax.jit(f).lower(*a).compile().memory_analysis() for f, a in pair]
+        temp = [x.temp_size_in_bytes for x in analysed]
+    first, second = (np.subtract(*times[::-1]) / 2).tolist()
+    whole = efficiency.WEIGHT_BYTES + efficiency.dense_bytes(case["tokens"]) + temp[0]
+    return {
+        "prefill_ms": first,
+        "pass_ms": second,
+        "passes": passes,
+        "scoring_over_prefill": passes * second / first,
+        "prefill_temp": temp[0],
+        "pass_temp": temp[1],
+        "extra_memory": max(temp[1] - temp[0], 0) / whole,
+    }
+
+
+def score_calls(case: Case):
+    """Prefill and one pass, each with its arguments, and the number of passes."""
+    tokens, chunk = case["tokens"], 2048
+    method = parse(f"kvzip(ratio=0.3, chunk={chunk})")
+    graphdef, state = nnx.split(_model(case["layers"]))
+    text = np.random.default_rng(0).integers(1024, size=(1, tokens)).astype(np.int32)
+    lengths = np.full(1, tokens, np.int32)
+    passes = method.context_passes(text, lengths, vocab_size=1024)
+    one = passes[len(passes) // 2]
+
+    def prefill(state, text, lengths):
+        return _prefill(graphdef, method, tokens, "bfloat16", None, None, state, text, lengths)
+
+    def observe(state, cache, text, valid, start):
+        return _observe(graphdef, method, state, cache, text, valid, start)
+
+    inputs = (jnp.asarray(one.tokens), jnp.asarray(one.valid), jnp.int32(one.start))
+    first = (prefill, (state, jnp.asarray(text), jnp.asarray(lengths)))
+    return first, (observe, inputs), len(passes)
+
+
+def run_compact(case: Case) -> dict[str, float]:
+    """Milliseconds of a layer's compaction, of its decode step, and their ratio over a buffer."""
+    calls = compact_calls(case)
+    compact, attend, block = (
+        benchmark(f, *args, repeats=5, warmup=1).median * 1e3 for f, args in calls
+    )
+    return {
+        "compact_ms": compact,
+        "attend_ms": attend,
+        "block_ms": block,
+        "share": compact / (case["buffer"] * (attend + block)),
+    }
+
+
+def compact_calls(case: Case):
+    """Compaction, attention, and the layer's products, each with its arguments."""
+    batch, slots = case["batch"], case["budget"] + case["buffer"]
+    method = parse(f"rkv(budget={case['budget']}, buffer={case['buffer']})")
+
+    def fill(key):
+        cache = DenseCache.init(
+            1, batch, slots, KV_HEADS, HEAD_DIM, query_window=method.window, num_heads=HEADS
+        )
+        kv = jax.random.normal(key, (batch, slots, KV_HEADS, HEAD_DIM)).astype(jnp.bfloat16)
+        queries = jnp.tile(kv, (1, 1, HEADS // KV_HEADS, 1))
+        at = jnp.tile(jnp.arange(slots), (batch, 1))
+        layer = cache.layers[0].update(kv, kv, positions=at, queries=queries)
+        return cache.advance([layer], at >= 0), queries[:, -1:]
+
+    cache, query = jax.jit(fill)(jax.random.key(0))
+    at = jnp.full((batch, 1), slots)
+    graphdef, state = nnx.split(_model(1).layers[0])
+    x = jnp.ones((batch, 1, HEADS * HEAD_DIM), jnp.bfloat16)
+    return (
+        (method.compact, (cache,)),
+        (lambda q, layer: layer.attend(q, positions=at), (query, cache.layers[0])),
+        (lambda state, x: nnx.merge(graphdef, state)(x, positions=at), (state, x)),
+    )
+
+
+def run_rows(case: Case) -> dict[str, float]:
+    """The largest batch whose cache of 32 layers fits beside the weights; it is really made."""
+    one = efficiency.generation_bytes(case["text"], 128, case["output"])
+    weights = jnp.zeros(int(efficiency.WEIGHT_BYTES), jnp.int8)
+    fitting, failing = 0, None
+    low, high = 1, int(150e9 // one)
+    while low <= high:
+        batch = (low + high) // 2
+        try:
+            made = jax.block_until_ready(jnp.zeros(one * batch, jnp.int8))
+            del made
+            fitting, low = batch, batch + 1
+        except Exception:  # out of memory, in whichever words
+            failing, high = batch, batch - 1
+    del weights
+    return {"bytes_per_row": one, "rows": fitting, "rows_too_many": failing or 0}
+
+
+def lower(case: Case) -> dict[str, Any]:
+    """Lowers what a case would run, for an abstract H200."""
+    if case["stage"] == "rows":
+        return {"lowered": "no kernel"}
+    if case["stage"] == "attend":
+        calls = [attend_call(case, 2048)]
+    elif case["stage"] == "score":
+        first, second, _ = score_calls({**case, "layers": 1, "tokens": 2048})
+        _, cache = jax.eval_shape(first[0], *first[1])
+        calls = [first, (second[0], (first[1][0], cache, *second[1]))]
+    else:
+        calls = compact_calls({**case, "batch": 1, "budget": 64, "buffer": 64})
+    found = []
+    with abstract_gpu():
+        for call, args in calls:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+            traced = jax.jit(lambda *a, call=call: call(*a)).trace(*shapes)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+            found.append(text.count("custom_call @mosaic_gpu"))
+    return {"kernels": found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time and measure what eviction saves and costs."""
+
+    output: Path = Path("runs/e5")
+    """Folder of the results."""
+    time_budget: float = 150.0
+    """No case is started after so many seconds."""
+    limit: float = 20.0
+    """A process that says nothing for four times as many seconds is ended."""
+    only: str = ""
+    """Cases whose JSON contains this text."""
+    dry_run: bool = False
+    """Lower every kernel instead of running it."""
+    worker: bool = False
+    """Used by the program itself: read cases from standard input, one JSON a line."""
+
+
+def run(case: Case, lowering: bool = False) -> dict[str, Any]:
+    """Runs a case of any stage, and says where."""
+    jax.clear_caches()  # what was compiled with other kernels
+    if case.get("kernel"):  # whether or not it is chosen by default already
+        scores.UNMEASURED_SCORES = scores.UNMEASURED_SIMILAR = None
+    elif "kernel" in case:
+        scores.UNMEASURED_SCORES = scores.UNMEASURED_SIMILAR = "left out for comparison"
+    if lowering:
+        return lower(case)
+    runners = {"attend": run_attend, "score": run_score, "compact": run_compact, "rows": run_rows}
+    return {"machine": machine(), **runners[case["stage"]](case)}
+
+
+def main(options: Options) -> None:
+    """Runs the cases in order, prints and writes after each."""
+    if options.worker:
+        return work(functools.partial(run, lowering=options.dry_run))
+    console = Console()
+    options.output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + options.time_budget
+    chosen = [case for case in cases() if options.only in json.dumps(case)]
+    command = f"python -m experiments.benchmarks.kv_cache --time-budget {options.time_budget:g}"
+    report: dict[str, Any] = {"command": command, "rows": []}
+    for case, answer in results(chosen, options, deadline, "kv_cache"):
+        report |= answer.get("result", {}).pop("machine", {})
+        report["rows"].append({"case": case, **answer, "seconds": round(answer["seconds"], 1)})
+        (options.output / "e5.json").write_text(json.dumps(report, indent=1) + "\n")
+        said = answer.get("failed") or {
+            k: round(v, 4) if isinstance(v, float) else v for k, v in answer["result"].items()
+        }
+        console.print(f"{answer['seconds']:.1f} s {case}: {said}", highlight=False, soft_wrap=True)
+    failures = sum("failed" in row for row in report["rows"])
+    console.print(f"{len(report['rows'])} cases, {failures} failed")
+    if failures:
+        sys.exit(1)
+    return None
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
