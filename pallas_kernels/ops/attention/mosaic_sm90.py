@@ -181,9 +181,6 @@ def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> 
 
 # -- the implementation that the dispatcher calls --------------------------------------------------
 
-# What has not run on a GPU yet: the INT8 gradient must be asked for, lists have XLA's gradient.
-UNMEASURED: frozenset[str] = frozenset({"int8", "lists"})
-
 _MASKS = ("min_diff", "max_diff", "query lengths", "key lengths", "segments", "tiles")
 _REFUSED = {
     "array": "mask arrays; use Mask rules (causal, window, lengths, segment ids)",
@@ -342,8 +339,6 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _has_gradient_kernel(spec: AttentionSpec, mask: Mask | BlockMask) -> bool:
     """Whether the kernels' own backward serves a call; else it is XLA's."""
-    if isinstance(mask, BlockMask) and "lists" in UNMEASURED:
-        return False
     static = not jax.tree.leaves(_token_rule(mask))
     return static and spec.soft_cap is None and spec.head_dim <= max(backward.HEAD_DIMS)
 
