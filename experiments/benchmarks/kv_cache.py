@@ -36,7 +36,6 @@ from jaxeff.kv_cache import DenseCache
 from jaxeff.models import Decoder, ModelConfig
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
-from pallas_kernels.ops.decode_attention import scores
 
 KV_HEADS, HEADS, HEAD_DIM = efficiency.KV_HEADS, efficiency.HEADS, efficiency.HEAD_DIM
 
@@ -47,10 +46,9 @@ def cases() -> list[Case]:
         {"stage": "attend", "store": s, "ratio": r, "layout": "tiled" if r < 1 else "bucketed"}
         for s, r in (("bfloat16", 1.0), ("bfloat16", 0.3), ("int8", 0.3), ("bfloat16", 0.1))
     ]
-    score = [{"stage": "score", "tokens": 8192, "kernel": kernel} for kernel in (True, False)]
+    score = [{"stage": "score", "tokens": tokens} for tokens in (8192, 4096)]
     compact = [
-        {"stage": "compact", "batch": b, "budget": 1024, "buffer": 128, "kernel": kernel}
-        for b, kernel in ((8, True), (32, True), (1, True), (8, False), (32, False))
+        {"stage": "compact", "batch": batch, "budget": 1024, "buffer": 128} for batch in (8, 32, 1)
     ]
     rows = [{"stage": "rows", "output": 8192, "text": t} for t in ("full", RKV)]
     return [*attend[:2], *score[:1], *compact[:2], *rows, *attend[2:], *score[1:], *compact[2:]]
@@ -249,11 +247,6 @@ class Options:
 
 def run(case: Case, lowering: bool = False) -> dict[str, Any]:
     """Runs a case of any stage, and says where."""
-    jax.clear_caches()  # what was compiled with other kernels
-    if case.get("kernel"):  # whether or not it is chosen by default already
-        scores.UNMEASURED_SCORES = scores.UNMEASURED_SIMILAR = None
-    elif "kernel" in case:
-        scores.UNMEASURED_SCORES = scores.UNMEASURED_SIMILAR = "left out for comparison"
     if lowering:
         return lower(case)
     runners = {"attend": run_attend, "score": run_score, "compact": run_compact, "rows": run_rows}

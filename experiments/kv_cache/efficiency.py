@@ -109,12 +109,13 @@ def memory_tables() -> dict[str, Any]:
     rkv, zipped = [], []
     for output in (8192, 16384):
         full = generation_bytes("full", 128, output)
-        for budget in (1024, 1536, 3072):
-            cut = generation_bytes(f"rkv(budget={budget}, buffer=128)", 128, output)
+        for budget, buffer in ((1024, 128), (1536, 128), (1536, 64), (3072, 128)):
+            cut = generation_bytes(f"rkv(budget={budget}, buffer={buffer})", 128, output)
             rkv.append(
                 {
                     "output": output,
                     "budget": budget,
+                    "buffer": buffer,
                     "full_bytes": full,
                     "rkv_bytes": cut,
                     "saved": round(1 - cut / full, 4),

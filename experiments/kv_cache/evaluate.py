@@ -34,16 +34,17 @@ RECALL_METHODS = {
 }
 
 # E3: methods that hold a budget while they decode; eight observation queries, as in the paper.
+# All keep the prompt, which is not part of the budget.
 TRACE_METHODS = {
-    "rkv": "rkv(budget={b}, buffer={buffer}, window={w})",
-    "snapkv": "snapkv(budget={b}, buffer={buffer}, window={w})",
-    "h2o": "h2o(budget={b}, buffer={buffer})",
-    "tova": "tova(budget={b}, buffer={buffer})",
-    "keydiff": "keydiff(budget={b}, buffer={buffer}, window={w})",
-    "expected_attention": "expected_attention(budget={b}, buffer={buffer}, window={w}, "
-    "num_sinks=1)",
-    "streaming_llm": "streaming_llm(budget={b}, buffer={buffer})",
-    "random": "random(budget={b}, buffer={buffer}, window={w})",
+    "rkv": "rkv(budget={b}, buffer={buffer}, num_sinks={s}, window={w})",
+    "snapkv": "snapkv(budget={b}, buffer={buffer}, num_sinks={s}, window={w})",
+    "h2o": "h2o(budget={b}, buffer={buffer}, num_sinks={s})",
+    "tova": "tova(budget={b}, buffer={buffer}, num_sinks={s})",
+    "keydiff": "keydiff(budget={b}, buffer={buffer}, num_sinks={s}, window={w})",
+    "expected_attention": "expected_attention(budget={b}, buffer={buffer}, num_sinks={s}, "
+    "window={w})",
+    "streaming_llm": "streaming_llm(budget={b}, buffer={buffer}, num_sinks={s})",
+    "random": "random(budget={b}, buffer={buffer}, num_sinks={s}, window={w})",
 }
 
 
@@ -188,7 +189,7 @@ def trace_cell(
         task: the task the model was trained on.
         model: the decoder.
         method: a key of ``TRACE_METHODS``, or ``"full"``.
-        fraction: budget over the length of the trace.
+        fraction: budget over the length of the trace; the prompt is kept beside it.
         rows: problems.
         seed: seed of the problems.
         checks: restatements per step.
@@ -205,7 +206,8 @@ def trace_cell(
     budget = max(round(fraction * length), window + 1)
     text = "full"
     if method != "full":
-        text = TRACE_METHODS[method].format(b=budget, buffer=buffer, w=window)
+        kept = prompt.shape[1]
+        text = TRACE_METHODS[method].format(b=kept + budget, buffer=buffer, s=kept, w=window)
         text = text.removesuffix(")") + (f", {options})" if options else ")")
     got = generate(model, prompt, max_new_tokens=length + 8, compression=text, stop_tokens=[DONE])
     tokens = np.asarray(got.tokens)

@@ -32,7 +32,10 @@ def draw(name: str, report: dict[str, Any], path: Path) -> None:
     key, label = AXES[name]
     lines: dict[str, dict[float, list[dict]]] = defaultdict(lambda: defaultdict(list))
     most = max((c.get("checks", 0) for c in report["cells"]), default=0)
+    passing = report.get("passing_seeds")
     for cell in report["cells"]:
+        if passing and cell["seed"] not in passing:
+            continue
         if key in cell and cell.get("checks", 0) == most and not cell.get("options"):
             lines[cell["method"]][cell[key]].append(cell)
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -51,5 +54,6 @@ def draw(name: str, report: dict[str, Any], path: Path) -> None:
     axis.set(
         xlabel=label, ylabel="accuracy", ylim=(-0.02, 1.02), title=f"{name} ({report['preset']})"
     )
-    axis.legend(frameon=False, fontsize=7)
+    if lines:
+        axis.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=110)

@@ -90,14 +90,14 @@ PRESETS: dict[str, dict[str, Any]] = {
             "stages": [
                 Stage(0.5, 256, {"slots": 8}, 0.97),
                 Stage(0.2, 64, {"slots": 24, "groups": 2}, 0.98),
-                Stage(0.3, 16, {"groups": 2}),
+                Stage(0.3, 16, {"groups": 2}, 0.998),
             ],
             "steps": 20_000,
-            "learning_rates": (1e-3, 2e-3, 1.5e-3),
-            "share": 0.25,
+            "learning_rates": (3e-3,),  # at 2e-3 one seed learned too late
+            "share": 0.17,
         },
         "trace": {
-            "task": Trace(starts=8, steps=24, base=16, constants=8, names=48, checks=4),
+            "task": Trace(starts=8, steps=12, base=16, constants=8, names=48, checks=8),
             "sizes": {
                 "num_layers": 4,
                 "embed_dim": 192,
@@ -105,14 +105,14 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "num_kv_heads": 3,
             },
             "stages": [
-                Stage(0.15, 256, {"most": 0, "steps": 6, "drills": 256}, 0.95),
-                Stage(0.2, 256, {"most": 0, "steps": 6, "drills": 64}, 0.99),
-                Stage(0.25, 64, {"most": 0, "drills": 16}, 0.99),
-                Stage(0.4, 12),
+                Stage(0.25, 256, {"most": 0, "steps": 6, "drills": 256}, 0.95),
+                Stage(0.1, 256, {"most": 0, "steps": 6, "drills": 64}, 0.98),
+                Stage(0.15, 64, {"most": 0, "drills": 16}, 0.99),
+                Stage(0.5, 18, {}, 0.9998),
             ],
             "steps": 20_000,
-            "learning_rates": (1e-3, 2e-3, 1.5e-3),  # no seed depends on one choice
-            "share": 0.4,
+            "learning_rates": (3e-3,),  # the best of 1.5e-3, 2e-3 and 3e-3
+            "share": 0.42,
         },
         "dtype": "bfloat16",
         "theta": 10_000.0,
@@ -127,10 +127,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "snap_agnostic",
             "snap_reuse",
             "snap_oracle",
+            "kvzip_pair_int8",
             "streaming_llm",
             "random",
             "h2o_max",
-            "kvzip_pair_int8",
             "kvzip_uniform",
             "expected_attention",
             "keydiff",
@@ -194,7 +194,7 @@ class Session:
         self.pool = ThreadPoolExecutor(self.preset["threads"])
         self.waiting: list[tuple[int, int, Any]] = []  # a heap of (rank, number, cells)
         self.jobs: list[Future] = []
-        self.device = threading.Event()  # set when traces may train: one training at a time
+        self.device = threading.Event()  # set when recall may train: one training at a time
 
     def say(self, text: str) -> None:
         """Print a line with the time."""
@@ -304,7 +304,7 @@ class Session:
             workers=self.preset["workers"],
             dtype=jnp.dtype(self.preset["dtype"]),
             report=lambda text: self.say(f"{kind} {text}"),
-            wait=lambda: kind == "recall" or self.device.wait(),
+            wait=lambda: kind == "trace" or self.device.wait(),
         )
         few = max(len(facts["history"]) // 40, 1)
         return dict(enumerate(models)), facts | {"history": facts["history"][::few]}
@@ -312,15 +312,21 @@ class Session:
     def write(self, name: str, trained: dict[str, Any], **more: Any) -> None:
         """Write the report of an experiment from its cells."""
         cells = [c for n, c in self.cells().items() if n.startswith(f"{name}/")]
-        full = [c["accuracy"] for c in cells if c["method"] == "full" and c.get("checks") != 0]
+        full = {
+            c["seed"]: c["accuracy"]
+            for c in cells
+            if c["method"] == "full" and c.get("checks") != 0 and c.get("kind") != "needle"
+        }
+        passing = [seed for seed, reached in full.items() if reached >= GATE]
         report = {
             "command": self.command,
             "preset": self.options.preset,
             "seeds": list(range(self.options.seeds)),
             "environment": environment(),
-            "full_cache_accuracy": min(full) if full else None,
+            "full_cache_accuracy": full,
             "gate": GATE,
-            "gate_passed": bool(full) and min(full) >= GATE,
+            "gate_passed": bool(full) and len(passing) == len(full),
+            "passing_seeds": passing,
             "training": trained,
             **more,
             "cells": cells,
@@ -351,11 +357,8 @@ def environment() -> dict[str, Any]:
 def run_recall(session: Session, names: tuple[str, ...]) -> Any:
     """E1: accuracy over ratio for every method; E2: one needle, and copying."""
     preset, task = session.preset, session.preset["recall"]["task"]
-    try:
-        models, trained = session.models("recall", "e1/full/1.0")
-    finally:
-        session.device.set()
-    rank = itertools.count()
+    models, trained = session.models("recall", "e1/full/1.0")
+    rank = itertools.count(6)  # after the first of E3
 
     def evaluator(function, *arguments, **more):
         def run(model, seed):
@@ -400,7 +403,10 @@ def run_trace(session: Session, names: tuple[str, ...]) -> Any:
     preset, task = session.preset, session.preset["trace"]["task"]
     longer = min(round(1.6 * task.steps), task.names - task.starts)
     first = f"e3/full/1.0/checks{task.checks}/"
-    models, trained = session.models("trace", first)
+    try:
+        models, trained = session.models("trace", first)
+    finally:
+        session.device.set()
 
     def cell(name, method, fraction, checks, options):
         def run(model, seed):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 PAD, BOS, SYS, KEY, VAL, END, ASK, ANS, REPEAT = range(9)
-STEP, AGAIN, OK, LINE, QUERY, TRACE, CHECKS, DONE = range(9, 17)
+STEP, AGAIN, OK, QUERY, TRACE, CHECKS, DONE = range(9, 16)
 SPECIAL = 20  # symbols start here
 ANSWER_WEIGHT = 2.0  # of answers over repeated tokens, in training
 LOOKUP_WEIGHT = 8.0  # of trace tokens that no copying predicts, in training
@@ -158,14 +158,16 @@ class Recall:
 class Trace:
     """A program run step by step, every step restated a few times (E3, E4).
 
-    The prompt lists start values ``VAL x d``, the program ``LINE y' c x'`` (``x = y + c mod base``,
-    a fresh ``x`` each), ``CHECKS n``, ``QUERY x'``, ``TRACE``. Program and question name variables
-    in an alphabet of their own (``x'`` is ``x``), so that whatever follows an ``x`` is its value:
-    with one alphabet the value was not learned. The trace has ``STEP y v c x d`` per
-    line (``y`` is ``v``, plus ``c``, so ``x`` is ``d``), then ``n`` restatements
-    ``m AGAIN y v c x d OK`` (``m`` counts down, so that greedy decoding knows when to stop) and,
-    with them, a filler phrase of four tokens. It ends with ``ANS x d DONE`` for a variable written
-    in the first half.
+    The prompt lists start values ``VAL x d``, the program ``k y' c x'`` (line ``k``: ``x = y + c``
+    modulo ``base``, a fresh ``x`` each), ``CHECKS n``, ``QUERY x'``, ``TRACE``. Program and
+    question name variables in an alphabet of their own (``x'`` is ``x``), so that whatever follows
+    an ``x`` is its value. Lines are numbered: without numbers a model counts the steps that it can
+    see, which no cache that forgets some survives.
+
+    The trace has ``k y v c x d`` per line (``y`` is ``v``, plus ``c``, so ``x`` is ``d``), then
+    ``n`` restatements ``m AGAIN y v c x d OK`` (``m`` counts down, so that greedy decoding knows
+    when to stop) and, with them, a filler phrase of four tokens. It ends with ``ANS x d DONE`` for
+    a variable written in the first half.
 
     Args:
         starts: variables with a start value.
@@ -185,8 +187,8 @@ class Trace:
 
     @property
     def vocab_size(self) -> int:
-        """Special ids, counters, variables, values, constants, filler words, variables again."""
-        return self._line_name + self.names
+        """Special ids, counters, variables, values, constants, filler words, variables, lines."""
+        return self._line + self.names
 
     @property
     def _counter(self) -> int:
@@ -211,6 +213,10 @@ class Trace:
     @property
     def _line_name(self) -> int:
         return self._filler + 4
+
+    @property
+    def _line(self) -> int:
+        return self._line_name + self.names
 
     def step_length(self, checks: int) -> int:
         """Tokens of one step of the trace."""
@@ -257,10 +263,12 @@ class Trace:
         def flat(*parts):
             return np.concatenate([np.reshape(p, (batch, -1)) for p in parts], axis=1)
 
-        begin = self._name + names[:, : self.starts]
-        starts = np.stack([VAL * np.ones_like(begin), begin, d[:, : self.starts]], -1)
+        known = self._name + names[:, : self.starts]
+        starts = np.stack([VAL * np.ones_like(known), known, d[:, : self.starts]], -1)
         prime = self._line_name - self._name
-        lines = np.stack([LINE * ones[..., 0], y + prime, c, x + prime], axis=-1)
+        begin = rng.integers(self.names - steps + 1, size=(batch, 1, 1))  # lines count on from here
+        number = self._line + begin + np.arange(steps)[:, None]
+        lines = np.stack([number[..., 0], y + prime, c, x + prime], axis=-1)
         asked = rng.integers(max(steps // 2, 1), size=batch)
         wanted = x[row, asked]
         tail = np.stack(
@@ -274,7 +282,7 @@ class Trace:
         prompt = flat(np.full((batch, 1), BOS), starts, lines, tail)
         before = self._value + np.take_along_axis(values, source, axis=1)
         said = np.stack([y, before, c, x, d[:, self.starts :]], axis=-1)
-        parts = [STEP * ones, said]
+        parts = [number, said]
         for left in range(checks, 0, -1):
             parts += [(self._counter + left) * ones, AGAIN * ones, said, OK * ones]
         if checks:

@@ -34,7 +34,8 @@ class Stage:
         share: of the steps and of the seconds; those of all stages sum to 1.
         batch: texts per step and seed.
         options: further arguments of ``task.batch``.
-        target: the stage ends when every seed gets this share of the hardest tokens right.
+        target: the stage ends when every seed gets this share of the counted tokens right, and of
+            the hardest ones.
     """
 
     share: float
@@ -229,7 +230,7 @@ def _run_stages(
                     f"{np.round(loss, 3)}, accuracy {np.round(accuracy, 4)}, hardest tokens "
                     f"{np.round(hard, 4)}"
                 )
-            if hard.min() >= stage.target:
+            if min(accuracy.min(), hard.min()) >= stage.target:
                 facts["stopped_by"] = "target"
                 break
             if spent >= seconds * limit:

@@ -179,11 +179,11 @@ def select(
     if count is not None:
         values = jnp.where(jnp.arange(budget) < count[..., None], values, -jnp.inf)
     if slot_order == "time":
-        key = indices
-    else:
-        key = jnp.where(values == jnp.inf, budget + indices, jnp.arange(budget))
-        if frozen is not None:
-            key = jnp.where(indices < frozen[..., None], indices - slots, key)
+        kept = jnp.sort(jnp.where(values > -jnp.inf, indices, slots), axis=-1)
+        return jnp.where(kept < slots, kept, -1).astype(jnp.int32)
+    key = jnp.where(values == jnp.inf, budget + indices, jnp.arange(budget))
+    if frozen is not None:
+        key = jnp.where(indices < frozen[..., None], indices - slots, key)
     key = jnp.where(values > -jnp.inf, key, budget + slots)
     order = jnp.argsort(key, axis=-1)
     kept = jnp.where(values > -jnp.inf, indices, -1)

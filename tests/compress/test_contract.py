@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxeff.compress import COMPRESSORS, parse
 from jaxeff.compress.scorer import Budgeted, evictable_layers
-from jaxeff.generate import _prepare
+from jaxeff.generate import _prepare, generate
 from jaxeff.kv_cache import STORES, DenseCache, TiledLayer, check_invariants
 from jaxeff.models import Decoder, ModelConfig
 
@@ -214,12 +214,32 @@ DECODERS = [name for name in METHODS if name not in ("full", "quantized")]
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_row_alone_keeps_what_it_keeps_in_a_batch(name):
+def test_a_row_keeps_what_it_keeps_in_other_company(name):
+    """The shapes are those of the oracle's test, and so are the programs."""
     _, batch = _compressed(METHODS[name], STORE_OF[name])
-    _, alone = _compressed(METHODS[name], STORE_OF[name], (1,))
-    for a, b in zip(batch.layers, alone.layers, strict=True):
-        wide, single = (_visible(x, 40) for x in (a, b))
-        np.testing.assert_array_equal(wide[1], single[0])
+    _, other = _compressed(METHODS[name], STORE_OF[name], (0, 1, 0))
+    for a, b in zip(batch.layers, other.layers, strict=True):
+        np.testing.assert_array_equal(_visible(a, 40)[:2], _visible(b, 40)[:2])
+
+
+ALONE = ("rkv",)  # the others, as slow tests
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ALONE else pytest.mark.slow) for n in DECODERS]
+)
+def test_eight_rows_equal_eight_single_runs(name):
+    """Prompts of unequal length, decoded through a compaction; the tokens and what is kept."""
+    rng = np.random.default_rng(2)
+    lengths = np.array([40, 23, 31, 40, 7, 36, 24, 30])
+    prompts = np.where(np.arange(40) < lengths[:, None], rng.integers(12, size=(8, 40)), 0)
+    options = {"max_new_tokens": 14, "compression": METHODS[name], "cache_dtype": STORE_OF[name]}
+    batch = generate(_model(), prompts, lengths=lengths, **options)
+    for row in (0, 1, 4, 6) if name in ALONE else range(8):
+        alone = generate(_model(), prompts[[row]], lengths=lengths[[row]], **options)
+        np.testing.assert_array_equal(alone.tokens[0], batch.tokens[row])
+        for a, b in zip(batch.cache.layers, alone.cache.layers, strict=True):
+            np.testing.assert_array_equal(_visible(a, 60)[row], _visible(b, 60)[0])
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("kvzip", "per_layer")])

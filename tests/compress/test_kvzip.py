@@ -14,12 +14,15 @@ from jaxeff.compress import KVzip
 from jaxeff.compress.kvzip import (
     REPEAT_FIRST,
     REPEAT_LATER,
+    _max_by_sums,
+    _max_over_rows,
     keep_mask,
     reconstruction_scores,
 )
 from jaxeff.kv_cache import DenseCache, check_invariants
 from jaxeff.models import Decoder, ModelConfig
 from jaxeff.nn import Attention
+from pallas_kernels._interpret import abstract_gpu
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "kvzip"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -317,6 +320,33 @@ def test_scoring_memory_is_one_query_block():
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     text = jax.jit(lambda *a: reconstruction_scores(*a, query_block=64)).lower(*args).as_text()
     assert "512x1152" not in text and "64x1152" in text
+
+
+def test_weights_from_sums_are_those_of_a_softmax():
+    """What the kernels compute: heads of unequal length, rows that end early, hidden slots."""
+    b, s, a, n, k, h = 2, 20, 6, 4, 2, 8
+    rng = np.random.default_rng(7)
+    q, keys, own = (
+        jnp.asarray(rng.normal(size=x), jnp.float32)
+        for x in ((b, a, n, h), (b, s, k, h), (b, a, k, h))
+    )
+    live = np.arange(s) < np.array([[20, 11], [3, 0]])[..., None]
+    live[:, :, 1] = False
+    valid = np.arange(a) < np.array([[6], [4]])
+    norms = jnp.asarray(rng.uniform(0.5, 2, size=(b, a)), jnp.float32)
+    got = _max_by_sums(q, keys, own, live, valid, norms, 0.4, "xla")
+    want = _max_over_rows(q, keys, own, live, valid, None, norms, True, 0.4, 128)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_take_scores_on_a_gpu():
+    """Scoring a chunk of a bf16 cache is two kernels: a log-sum-exp, and the largest weights."""
+    shapes = [(1, 256, 4, 64), (1, 512, 2, 64), (1, 256, 2, 64)]
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    with abstract_gpu():
+        traced = jax.jit(lambda *x: reconstruction_scores(*x, start=128, chunk=256)).trace(*args)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 def test_a_pass_leaves_the_cache_alone_and_equals_attention():

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxeff.kv_cache import DenseCache, DenseLayer, check_invariants, tree_bytes
+from jaxeff.kv_cache.flight import read_in_order, was_read
+from pallas_kernels import dot_product_attention
 
 KV_HEADS, HEAD_DIM, CAPACITY = 2, 4, 8
 
@@ -185,3 +187,28 @@ def test_update_compiles_once_and_equals_eager():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_reading_in_order_is_attention_with_a_mask(window):
+    """Two parts, the second on top of the first; one row ends early, and its padding is ignored."""
+    rng = np.random.default_rng(5)
+    cache = DenseCache.init(1, 2, 12, 2, 8, dtype=jnp.float32)
+    plain, view = cache, read_in_order(cache)
+    lengths = np.array([10, 7])
+    for start, stop in ((0, 6), (6, 10)):
+        q, k, v = (
+            jnp.asarray(rng.normal(size=(2, stop - start, heads, 8)), jnp.float32)
+            for heads in (4, 2, 2)
+        )
+        at = jnp.tile(jnp.arange(start, stop), (2, 1))
+        valid = at < lengths[:, None]
+        layers = [x.layers[0].update(k, v, positions=at, valid=valid) for x in (plain, view)]
+        keys, values = layers[0].read()
+        mask = jnp.repeat(layers[0].mask(at, window), 2, axis=1)
+        want = dot_product_attention(q, keys, values, mask=mask)
+        got = layers[1].attend(q, positions=at, window=window)
+        real = np.asarray(valid)
+        np.testing.assert_allclose(got[real], want[real], rtol=1e-5, atol=1e-6)
+        plain, view = (x.advance([y], valid) for x, y in zip((plain, view), layers, strict=True))
+    jax.tree.map(np.testing.assert_array_equal, plain, was_read(view))

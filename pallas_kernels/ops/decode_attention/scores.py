@@ -18,15 +18,6 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention.reference import plain
 from pallas_kernels.ops.decode_attention.spec import device_reason
 
-# Why ``implementation=None`` passes over the Hopper kernels of `max_attention_weights` and of
-# `last_similar_keys`.
-UNMEASURED_SCORES: str | None = (
-    "the sm90 score kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
-)
-UNMEASURED_SIMILAR: str | None = (
-    "the sm90 similarity kernel has not been measured on a GPU yet; implementation='mosaic' runs it"
-)
-
 
 def max_attention_weights(
     query: jax.Array,
@@ -75,7 +66,7 @@ def max_attention_weights(
     scale = head_dim**-0.5 if scale is None else scale
     real = jnp.ones((batch, rows), bool) if query_valid is None else query_valid
     live = _live(length, batch, heads, slots)
-    reasons = _score_reasons(query, key, implementation)
+    reasons = _score_reasons(query, key)
     if resolve("max_attention_weights", implementation, reasons) == "mosaic":
         from pallas_kernels.ops.decode_attention import mosaic_sm90_scores
 
@@ -206,7 +197,7 @@ def last_similar_keys(
         raise ValueError(f"beta={beta}; expected 1 or more slots")
     batch, heads, slots, head_dim = key.shape
     live = jnp.ones((batch, heads, slots), bool) if live is None else live
-    reasons = {"mosaic": _similar_reason(key, beta, implementation), "xla": None}
+    reasons = {"mosaic": _similar_reason(key, beta), "xla": None}
     if resolve("last_similar_keys", implementation, reasons) == "mosaic":
         from pallas_kernels.ops.decode_attention import mosaic_sm90_scores
 
@@ -245,27 +236,26 @@ def last_similar_keys(
     )
 
 
-def _score_reasons(query, key, implementation: str | None) -> dict[str, str | None]:
-    """Why the Hopper kernel of `max_attention_weights` does not take the call, or None."""
+def _score_reasons(query, key) -> dict[str, str | None]:
+    """By implementation: why it does not take the call, or None."""
     reason = device_reason(current_device())
     if reason is None:
         from pallas_kernels.ops.decode_attention import mosaic_sm90_scores  # needs Mosaic
 
         reason = mosaic_sm90_scores.unsupported_reason(query, key)
-    reason = reason or (UNMEASURED_SCORES if implementation is None else None)
     return {"mosaic": reason, "xla": None}
 
 
-def _similar_reason(key, beta: int, implementation: str | None) -> str | None:
-    """The same for `last_similar_keys`."""
+def _similar_reason(key, beta: int) -> str | None:
+    """Why the Hopper kernel of `last_similar_keys` does not take the call, or None."""
     reason = device_reason(current_device())
     if reason is None:
         from pallas_kernels.ops.decode_attention import mosaic_sm90_scores  # needs Mosaic
 
         reason = mosaic_sm90_scores.unsupported_similar_reason(key)
-    if beta > 1:
-        reason = reason or f"the sm90 similarity kernel finds one slot per key; got beta={beta}"
-    return reason or (UNMEASURED_SIMILAR if implementation is None else None)
+    if reason is None and beta > 1:
+        reason = f"the sm90 similarity kernel finds one slot per key; got beta={beta}"
+    return reason
 
 
 def explain_scores(query, key, *args, implementation: str | None = None, **kwargs) -> Explanation:
@@ -282,7 +272,7 @@ def explain_scores(query, key, *args, implementation: str | None = None, **kwarg
       An `Explanation`.
     """
     del args, kwargs
-    reasons = _score_reasons(query, key, implementation)
+    reasons = _score_reasons(query, key)
     return choose("max_attention_weights", implementation, reasons)
 
 
