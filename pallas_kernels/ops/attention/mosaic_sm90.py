@@ -373,7 +373,8 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
     run, sums = backward.gradient, (lse, delta)
     if _is_int8(spec):
         options["smooth_k"] = spec.quant.smooth_k
-        options["scale_block"] = _scale_block(blocks, _config_of(spec, mask, config))
+        forward_config = _config_of(spec, mask, config) if blocks is None else None
+        options["scale_block"] = _scale_block(blocks, forward_config)
         run, sums = backward_int8.gradient, (lse, delta, rest)
     sums = [x.swapaxes(1, 2) for x in sums]
     grads = partitioned_gradient(functools.partial(run, **options), spec, blocks)(*arrays, *sums)
@@ -429,8 +430,8 @@ def _config_of(spec: AttentionSpec, mask: Mask | BlockMask, config: Config | int
     return dataclasses.replace(config, num_sms=current_device().num_sms or config.num_sms)
 
 
-def _scale_block(blocks: BlockMask | None, config: Config) -> int:
-    """Keys that share a set of scales in the forward."""
+def _scale_block(blocks: BlockMask | None, config: Config | None) -> int:
+    """Keys that share a set of scales in the forward; without a block mask ``config`` says."""
     return config.block_kv if blocks is None else blocks.block_kv
 
 
