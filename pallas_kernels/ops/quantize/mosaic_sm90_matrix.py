@@ -20,8 +20,8 @@ the sixteen values differ by more than 2^12 in magnitude.
 
 `cast_matrix` does for FP8 with one scale what an 8-bit product needs: codes in both orders.
 
-Measured on an H100 (16384 x 8192, bfloat16): stochastic rounding along rows at 90 % of the bandwidth
-of a copy, along columns at 74 %, both at 60 %, as long as one after the other.
+Measured on an H100 (16384 x 8192, bfloat16): stochastic rounding along rows at 90 % of the
+bandwidth of a copy, along columns at 74 %, both at 60 %, as long as one after the other.
 """
 
 from __future__ import annotations
