@@ -46,18 +46,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "trace": {
             "task": Trace(starts=3, steps=5, checks=2),
-            "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2},
+            "sizes": {"num_layers": 2, "embed_dim": 64, "num_heads": 2, "num_kv_heads": 2},
             "stages": [
                 Stage(0.3, 64, {"most": 0, "drills": 64}, 0.95),
                 Stage(0.3, 32, {"most": 0, "drills": 8}, 0.99),
                 Stage(0.4, 32),
             ],
             "steps": 3000,
-            "learning_rates": (3e-3,),
+            "learning_rates": (2e-3,),
             "share": 0.6,
         },
         "dtype": "float32",
-        "theta": 1000.0,  # contexts here have a few hundred tokens
+        "theta": 10_000.0,
         "workers": 0,
         "threads": 1,
         "rows": {"recall": 192, "trace": 192},

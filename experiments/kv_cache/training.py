@@ -137,8 +137,8 @@ def train(
 
     The learning rate rises over ``WARMUP`` steps and falls over the last ``DECAY`` of the training,
     which is measured in steps or in seconds, whichever is further. The weights are written to
-    ``folder`` in half precision, rounding included in what is returned; a training that was
-    stopped before its target goes on from them, with fresh moments.
+    ``folder`` in half precision, rounding included in what is returned; another call goes on from
+    them, with fresh moments, until ``steps``.
 
     Args:
         task: has ``vocab_size`` and ``batch(rng, size, **options) -> (tokens, weights)``.
@@ -166,8 +166,8 @@ def train(
     path = folder / "weights.npz"
     if path.exists():
         state, facts = _load(path, state), json.loads((folder / "training.json").read_text())
-    began_at, finished = facts["steps"], facts["stopped_by"] == "target"
-    if not (finished or facts["steps"] >= steps or seconds <= 1):
+    began_at = facts["steps"]
+    if began_at < steps and seconds > 1:
         carry = (state, jax.vmap(optimizer.init)(state))
         rates = jnp.asarray(learning_rates, jnp.float32)
         items = [
