@@ -42,7 +42,7 @@ class Shape:
 
 
 def shapes(preset: str) -> list[Shape]:
-    """The shapes of the issue's tables (``gpu``), or small ones that show the program works."""
+    """The shapes of the published tables (``gpu``), or small ones that show the program works."""
     if preset == "cpu":
         return [Shape("tiny", 1, 256, 4, 2, 64, causal) for causal in (False, True)]
     lengths = (1024, 2048, 4096, 8192, 16384, 32768)
