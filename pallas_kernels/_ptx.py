@@ -200,11 +200,6 @@ def to_float(a):
     return arith.sitofp(ir.F32Type.get(), a)
 
 
-def as_float(a):
-    """The number whose bits an i32 holds."""
-    return arith.bitcast(ir.F32Type.get(), a)
-
-
 def widen(a):
     """i64 of a signed i32."""
     return arith.extsi(ir.IntegerType.get_signless(64), a)

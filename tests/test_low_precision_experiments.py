@@ -1,13 +1,24 @@
 """The low-precision experiments: closed forms of the quadratic, tables, and a run that goes on."""
 
 import dataclasses
+import itertools
 import json
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments.low_precision import arms, quadratic, report, run, speed, training
+from experiments.low_precision import (
+    arms,
+    quadratic,
+    report,
+    run,
+    side_by_side,
+    speed,
+    training,
+)
 from jaxeff.quant import OperandQuant, apply_recipe
 
 
@@ -34,6 +45,9 @@ def test_arms_are_what_their_names_say():
     assert len(formats) == 15 and formats["b16_e4m3"].fwd_x.format == "nvfp4"
     assert all(arm.recipe.bwd_w != OperandQuant() for arm in arms.format_arms("gpu"))
     assert set(arms.qaf_arms("gpu")) == {"normal", "forced"}
+    branches = {arm.name: arm.recipe for arm in arms.branch_arms("forced")}
+    assert branches["both"].is_identity and branches["stay"].stochastic_points
+    assert branches["backward"].fwd_x == branches["stay"].fwd_x
 
 
 def test_tables():
@@ -102,6 +116,41 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert known["arm"] == "backward"
     with pytest.raises(ValueError, match="holds runs of other sizes"):
         training.Runs(tmp_path / "b", dataclasses.replace(tiny, steps=9)).get("qaf", arm, 0)
+
+
+def test_side_by_side_steps_all_arms_until_the_time_is_over(tmp_path, monkeypatch):
+    """Same batches and rates for all, also when compiling took all the time; gaps pair by step."""
+    clock = itertools.count()  # a hundredth of a second passes whenever somebody asks
+    time = types.SimpleNamespace(monotonic=lambda: next(clock) / 100)
+    monkeypatch.setattr(side_by_side, "time", time)
+    monkeypatch.setattr(side_by_side, "LEAST", 1.0)
+    preset = dataclasses.replace(
+        training.PRESETS["cpu"], seq_len=16, batch=2, max_bytes=300_000, validation_bytes=512
+    )
+    said, seen = [], []
+
+    def program(shift):
+        def step(state, tokens, rate):
+            seen.append((shift, int(tokens.sum()), float(rate)))
+            return state, jnp.float32(1 + shift)
+
+        return step
+
+    session = side_by_side.Session(preset, 0.0, tmp_path / "runs.json", said.append)
+    runs = [
+        side_by_side.Run(arm, 0, program(shift), ())
+        for shift, arm in enumerate([arms.BASELINE, training.Arm("rtn", arms.SPLIT)])
+    ]
+    count = session.advance(runs, session.deadline, peak=1.0, warmup_steps=3, first_step=5) - 5
+    assert count > 16 and len(seen) == 2 * count and runs[0].curve[0][0] == 5
+    for (_, tokens, rate), (_, other_tokens, other_rate) in zip(seen[::2], seen[1::2], strict=True):
+        assert tokens == other_tokens and rate == other_rate <= 1
+    assert seen[0][2] < 0.4 and seen[-1][2] < 0.3  # warms up, and ends low
+    session.evaluate(runs)
+    records = session.save(runs)
+    assert [records[name][0]["validation"] for name in ("bf16", "rtn")] == [1.0, 2.0]
+    assert report.late_gaps(records)["rtn"] == {"gap": 1.0, "standard_error": 0.0}
+    assert json.loads((tmp_path / "runs.json").read_text())["records"].keys() == records.keys()
 
 
 def test_speed_refuses_a_cpu(tmp_path):

@@ -39,7 +39,7 @@ from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
 from pallas_kernels import BlockMask, Mask, benchmarking, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import mosaic_sm90, reference, sparge
+from pallas_kernels.ops.attention import reference, sparge
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 LOCK = "BLOCK_SPARSE_LOCK"  # names a file that who measures holds
@@ -413,8 +413,6 @@ def lower_case(case: Case) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
-        # What `explain` would not choose by itself is what this program measures.
-        mosaic_sm90.UNMEASURED = frozenset()
         if LOCK in os.environ:
             benchmarking._device_seconds = alone(benchmarking._device_seconds)
         return work(lower_case if options.dry_run else partial(run_case, options))

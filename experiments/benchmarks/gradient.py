@@ -56,11 +56,9 @@ def fast_cases() -> list[Case]:
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
-    none = [0, 0]
     sizes = (
-        ["kv", "Int8", {}, [128, 1]], ["kv", "HalfSums", {}, none], ["q", "Int8", {}, [64, 2]],
-        ["kv", "Int8", {}, [32, 2]], ["q", "Half", {}, none], ["kv", "Half", {}, none],
-        ["q", "Int8", {}, [128, 1]], ["operands", "", {}, []],
+        ["kv", "Int8", [32, 2]], ["q", "Int8", [64, 2]], ["q", "Half", []], ["kv", "Half", []],
+        ["operands", "Int8", []], ["kv", "Int8", [128, 1]],
     )  # fmt: skip
     found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
     long = {**base, "shape": [1, 16384, 32, 128]}
@@ -191,12 +189,12 @@ def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
 
 
 def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """One kernel of a backward with given sizes, on random operands; or making these."""
+    """One kernel of a backward on random operands, or making these."""
     from pallas_kernels.ops.attention import mosaic_sm90_backward as half
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    side, kind, changes, part = case["pieces"]
+    side, kind, part = case["pieces"]
     batch, length, heads, head_dim = shape = tuple(case["shape"])
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
@@ -206,10 +204,11 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
         timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
         return [{"name": "operands", "milliseconds": timing.median * 1e3}]
     of_kind = int8 if kind != "Half" else half
-    config = dataclasses.replace(of_kind.CONFIGS[side], **changes)
-    int8.CONFIGS, int8.PARTS = int8.CONFIGS | {side: config}, int8.PARTS | {side: tuple(part)}
+    config = of_kind.CONFIGS[side]
     plan = half.plan_of(side, Variant("int8", "half"), shape, shape, None, None, config)
     steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5)
+    if part:
+        steps.part, steps.depth = part
     if kind == "Half":
         own = {"q": q, "k": k, "v": v, "d_out": d_out}
         own |= {name: jnp.pad(zeros, ((0, 0), (0, 0), (0, 384))) for name in ("lse", "delta")}

@@ -38,6 +38,7 @@ from jaxeff.data import batches
 from jaxeff.quant import fold_step
 
 EVALUATION_SHARE = 0.05  # of the budget, kept for the final losses
+LEAST = 5.0  # seconds of a phase
 TIMED_EVERY = 50  # steps between those whose arms are timed one by one
 NOISE_POINTS = 16  # measurements of the gradient's noise in a run
 Say = Callable[[str], None]
@@ -153,7 +154,7 @@ class Session:
             The number of the step after the last one.
         """
         began, said, measured = time.monotonic(), 0.0, 0
-        until = max(until, began + 5)  # compiling may have taken all the time there was
+        until = max(until, began + LEAST)  # compiling may have taken all the time there was
         for count in itertools.count():
             progress = (time.monotonic() - began) / (until - began)
             if progress >= 1 and count > 0:

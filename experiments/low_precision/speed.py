@@ -10,13 +10,14 @@ Sections, each of which writes ``speed_<section>.json`` after every row:
 * ``sweep``: the linear layer over sizes, for the break-even.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ import optax
 from experiments.low_precision.training import environment
 from jaxeff.nn.rope import RopeConfig, apply_rope
 from jaxeff.quant import RECIPES, Recipe, advance_history, dot_general, init_history
-from pallas_kernels import fake_quantize, quantize_fp8_both
+from pallas_kernels import QTensor, fake_quantize, matmul, quantize_fp8_both
 from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
 from pallas_kernels.formats import TE_SIGNS, get_format, rht
 from pallas_kernels.formats.block_format import tensor_encode_scale
 from pallas_kernels.formats.counter_random import counter_key
+from pallas_kernels.ops.quantize import spec as spec_lib
 
 PLAIN = (((1,), (0,)), ((), ()))
 SECTIONS = ("cast", "quantize", "linear", "gemm", "step", "sweep")
@@ -73,6 +75,14 @@ class Report:
         content = {"environment": environment(), "rows": self.rows}
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
+    def compiled(self, name: str, function: Any, *args) -> Any:
+        """A compiled program. One at a time, and said before and after: compilers may hang."""
+        began = time.monotonic()
+        self.say(f"compiling {name}")
+        program = function.lower(*args).compile()
+        self.say(f"compiled {name} in {time.monotonic() - began:.1f} s")
+        return program
+
     @property
     def is_late(self) -> bool:
         """Whether no further measurement should begin."""
@@ -89,26 +99,43 @@ def layer_step(recipe: Recipe) -> Callable:
         recipe: of the layer.
 
     Returns:
-        ``f(x [t, k], w [k, n], d [t, n]) -> (z, gradient of x, gradient of w)``, compiled.
+        ``f(x [t, k], w [k, n], d [t, n], history) -> (z, gradients of x, w and history)``, to be
+        compiled; the history is None but for delayed scaling.
     """
 
     @jax.jit
-    def step(x, w, d):
+    def step(x, w, d, history):
         key = jax.random.key(0) if recipe.needs_key else None
-        history = None
-        if recipe.delayed is not None:
-            history = init_history(recipe).at[:, 0].set(4.0)
-        product = dot_general(recipe, key, amax_history=history)
-        z, pullback = jax.vjp(lambda x, w: product(x, w, PLAIN), x, w)
+
+        def product(x, w, history):
+            return dot_general(recipe, key, amax_history=history)(x, w, PLAIN)
+
+        z, pullback = jax.vjp(product, x, w, history)
         return z, *pullback(d)
 
     return step
 
 
+@contextlib.contextmanager
+def cast_by_kernel(wanted: bool = True) -> Iterator[None]:
+    """Programs traced inside cast to FP8 by the kernel, or by XLA."""
+    reason = spec_lib.UNMEASURED_CAST
+    spec_lib.UNMEASURED_CAST = None if wanted else "not in this program"
+    try:
+        yield
+    finally:
+        spec_lib.UNMEASURED_CAST = reason
+
+
+def history_of(recipe: Recipe) -> jax.Array | None:
+    """What delayed scaling remembers: an argument, so that no scale is a constant."""
+    return None if recipe.delayed is None else init_history(recipe).at[:, 0].set(4.0)
+
+
 def measure_linear(
     shapes: Iterable[tuple[int, int, int]], names: Iterable[str], report: Report, repeats: int = 6
 ) -> None:
-    """Adds a row for each shape and name; all programs of a shape are compiled at once.
+    """Adds a row for each shape and name.
 
     A row has milliseconds, TFLOP/s over the three products, the ratio to bf16, and how many 8-bit
     cuBLASLt calls the compiled program holds.
@@ -118,11 +145,6 @@ def measure_linear(
             return
         t, k, n = shape
         types = [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((t, k), (k, n), (t, n))]
-        with ThreadPoolExecutor(8) as pool:
-            programs = {
-                name: pool.submit(layer_step(recipes()[name]).lower(*types).compile)
-                for name in names
-            }
         # Drawn in float32 and cast: bfloat16 normals have few values.
         keys = jax.random.split(jax.random.key(0), 3)
         scales = (1.0, k**-0.5, 1e-3)
@@ -131,10 +153,15 @@ def measure_linear(
             for key, kind, scale in zip(keys, types, scales, strict=True)
         ]
         plain, exact = None, None
-        for name, program in programs.items():
-            compiled = program.result()
-            outs = compiled(*operands)
-            timing = benchmark(compiled, *operands, repeats=repeats)
+        for name in names:
+            if report.is_late:
+                return
+            recipe = recipes()[name.split(",")[0]]
+            given = (*operands, history_of(recipe))
+            with cast_by_kernel("kernel" in name):
+                compiled = report.compiled(name, layer_step(recipe), *given)
+            outs = compiled(*given)[:3]
+            timing = benchmark(compiled, *given, repeats=repeats)
             if name == "bf16":
                 plain, exact = timing.median, outs
             row = {"tokens": t, "inputs": k, "outputs": n, "recipe": name}
@@ -330,6 +357,10 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
         scales = [jnp.exp(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate(sizes)]
         return codes(2, (m, k)), codes(3, (n, k)), *scales
 
+    def exact_one(a, b):
+        wide = [x.astype(jnp.float32) for x in (a, b)]
+        return 0.25 * jnp.matmul(*wide, precision="highest")
+
     def exact(a, b, a_scale, b_scale):
         k = a.shape[1]
         b_scale = jnp.repeat(b_scale, b.shape[0] // b_scale.shape[1], 1)
@@ -339,6 +370,17 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
         ]
         return jnp.matmul(wide[0], wide[1].T, precision="highest")
 
+    def one_scale(a, b):
+        scale = jnp.full((1, 1), 0.5)
+        a, b = (QTensor(x, scale, qtype="fp8_e4m3") for x in (a, b))
+        return matmul(a, b, preferred_element_type=jnp.bfloat16, implementation="mosaic")
+
+    a, b = codes(2, (200, 1280)), codes(3, (1280, 192))
+    row = {
+        "check": "one scale",
+        "error": float(_relative(jax.jit(one_scale)(a, b), exact_one(a, b))),
+    }
+    report.add(row)
     for m, n, k, squares in (
         (200, 384, 256, True),
         (200, 192, 1280, False),
@@ -359,6 +401,7 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
     programs = {
         "squares": (block_scaled, given(side, side, side, True)),
         "one scale, XLA": (plain, (a, b)),
+        "one scale, kernel": (one_scale, (a, b.T)),
         "columns": (block_scaled, given(side, side, side, False)),
         "bf16": (plain, wide),
         "squares, no cluster": (
@@ -368,7 +411,7 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
     for name, (function, operands) in programs.items():
         if report.is_late:
             return
-        compiled = jax.jit(function).lower(*operands).compile()
+        compiled = report.compiled(name, jax.jit(function), *operands)
         timing = benchmark(compiled, *operands, repeats=6)
         report.add({"what": name} | _numbers(timing, flops, None, compiled))
 
@@ -426,9 +469,9 @@ def init_parameters(sizes: Sizes) -> dict[str, jax.Array]:
 
 def init_histories(sizes: Sizes, recipe: Recipe) -> dict[str, jax.Array]:
     """What delayed scaling remembers of every product; empty for other recipes."""
-    if recipe.delayed is None:
+    one = history_of(recipe)
+    if one is None:
         return {}
-    one = init_history(recipe).at[:, 0].set(4.0)
     return {name: jnp.broadcast_to(one, (sizes.layers, *one.shape)) for name in sizes.kernels()}
 
 
@@ -497,18 +540,16 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
     initial = jax.jit(lambda: (p := init_parameters(sizes), OPTIMIZER.init(p)))
     types = jax.eval_shape(initial)
     names = ("bf16", "fp8_delayed", "fp4_all_the_way", "fp8_current")
-    with ThreadPoolExecutor(8) as pool:
-        programs = {}
-        for name in names:
-            recipe = recipes()[name]
-            state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
-            lowered = train_step.lower(state, tokens, jnp.int32(0), recipe, sizes)
-            programs[name] = pool.submit(lowered.compile)
     plain = None
-    for name, program in programs.items():
+    for name in names:
         if report.is_late:
             return
-        compiled, state = program.result(), (*initial(), init_histories(sizes, recipes()[name]))
+        recipe = recipes()[name]
+        state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
+        given = (tokens, jnp.int32(0), recipe, sizes)
+        with cast_by_kernel():
+            compiled = report.compiled(name, train_step, state, *given)
+        state = (*initial(), init_histories(sizes, recipe))
         times = []
         for step in range(repeats + 2):
             began = time.perf_counter()
@@ -530,8 +571,9 @@ def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> N
 
 def run_section(section: str, report: Report) -> None:
     """Runs one of ``SECTIONS``."""
+    kernels = ("fp8_delayed, cast by the kernel", "fp8_current, cast by the kernel")
     if section == "linear":
-        measure_linear(FIRST, ("bf16", "fp8_delayed", "fp8_current"), report)
+        measure_linear(FIRST, ("bf16", "fp8_current", *kernels, "fp4_all_the_way"), report)
     elif section == "cast":
         measure_cast(report)
     elif section == "gemm":
@@ -541,4 +583,4 @@ def run_section(section: str, report: Report) -> None:
     elif section == "step":
         measure_steps(report)
     else:
-        measure_linear(SWEEP, ("bf16", "fp8_current", "fp8_delayed"), report, repeats=5)
+        measure_linear(SWEEP, ("bf16", *kernels), report, repeats=5)

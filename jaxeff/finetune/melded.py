@@ -102,7 +102,9 @@ def melded_dot(x: jax.Array, probe: jax.Array | None, melded: Melded) -> jax.Arr
 
     since with :math:`y = x (W + B A)^T` the derivative is :math:`\partial L / \partial B =
     \bar y^T (x A^T)`. ``x`` and ``O_A`` are quantised to E4M3 and :math:`\bar y` to E5M2, each with
-    one current scale. Kept for the backward pass: the codes and ``O_A`` ``[t, r]``, not ``x``.
+    one current scale; in bfloat16 :math:`\bar B` is the product of the two as they are, which is
+    more exact than the paper's and faster. Kept for the backward pass: the codes and ``O_A``
+    ``[t, r]``, not ``x``.
 
     Args:
       x: floating ``[t, k]``.
@@ -144,6 +146,10 @@ def _backward(residuals, d):
     dx = _dot8(dq.qvalue, melded.codes[:n], (1, 0), d.dtype) * (dq.scale * melded.scale)
     if has_probe is None:
         return dx.astype(d.dtype), None, None
+    if d.dtype == jnp.bfloat16:
+        # Few columns: 8-bit products would save nothing, and both operands would be transposed,
+        # which took a seventh of a training step on an H100.
+        return dx.astype(d.dtype), _dot(d, o_a, (0, 0), jnp.float32), None
     oq = quantize(o_a, "fp8_e4m3", axis=None)
     db = _dot8(dq.qvalue, oq.qvalue, (0, 0)) * (dq.scale * oq.scale)  # [n, r]
     return dx.astype(d.dtype), db, None
@@ -155,5 +161,8 @@ melded_dot.defvjp(_forward, _backward)
 def _dot8(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     """Sums of products of codes; written in 16 bits where the result will be, half the bytes."""
     # Sums of up to 448 · 57344 · k would leave float16; bfloat16 has the range of float32.
-    total = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=total)
+    return _dot(a, b, axes, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype) -> jax.Array:
+    return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)

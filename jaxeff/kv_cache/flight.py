@@ -77,6 +77,14 @@ class OrderedLayer:
             local_window_size=None if window is None else (window - 1, 0),
         )
 
+    def read(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """As :meth:`DenseLayer.read`, for an attention function that takes arrays."""
+        return self.inner.read(dtype)
+
+    def mask(self, positions: jax.Array, window: int | None = None) -> jax.Array:
+        """As :meth:`DenseLayer.mask`."""
+        return self.inner.mask(positions, window)
+
 
 def read_in_order(cache: KVCache) -> KVCache:
     """Return a view of a cache for reading texts padded on the right, with counted positions.

@@ -26,7 +26,6 @@ INSTRUCTIONS = {
     "fsub": ("sub.f32", "f"), "fmul": ("mul.f32", "f"), "fdiv": ("div.rn.f32", "f"),
     "fmax": ("max.NaN.f32", "f"), "fabs": ("abs.f32", "f"), "feq": ("setp.eq.f32", "p"),
     "to_float": ("cvt.rn.f32.s32", "f"), "widen": ("cvt.s64.s32", "l"),
-    "as_float": ("mov.b32", "f"),
 }  # fmt: skip
 
 

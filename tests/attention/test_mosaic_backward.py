@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sm90 backward kernels: they lower for CUDA, and their control flow under the interpreter."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from pallas_kernels._interpret import abstract_gpu, gpu_interpret_mode
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference, xla
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
-from pallas_kernels.ops.attention.spec import AttentionSpec
+from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
 
 
 def exact(arrays, mask, scale):
@@ -73,16 +75,14 @@ def kept_tiles(t, s, heads, block_q, block_kv, mask=None):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="as in test_mosaic_control")
-@pytest.mark.parametrize(("block", "rule"), [((64, 64), Mask.causal(20)), ((128, 256), None)])
-def test_control_flow_over_lists(plain_products, block, rule):
+def test_control_flow_over_lists(plain_products):
     """Lists of both warpgroups, in quarters of the kernels' tiles; two query heads for a key."""
     shape = (1, 200, 300, 2, 1, 64)
     arrays, scale = inputs(*shape), 0.125
-    blocks = kept_tiles(*shape[1:4], *block, rule)
+    blocks = kept_tiles(*shape[1:4], 64, 64, Mask.causal(20))
     want, lse, delta = exact(arrays, blocks.as_mask(), scale)
-    bounds = {} if rule is None else {"max_diff": 20}
     with gpu_interpret_mode(detect_races=True):
-        run = jax.jit(lambda *x: backward.gradient(*x, scale=scale, blocks=blocks, **bounds))
+        run = jax.jit(lambda *x: backward.gradient(*x, scale=scale, blocks=blocks, max_diff=20))
         got = run(*arrays, lse, delta)
     for x, y in zip(got, want, strict=True):
         assert x.shape == y.shape
@@ -105,12 +105,17 @@ def plain_gradient(q, k, v, d_out, lse, delta, *, scale, min_diff, max_diff, blo
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("listed", [False, True], ids=["bounds", "lists, int8"])
 def test_gradient_around_the_kernels(monkeypatch, listed):
     """Against XLA's gradient, with sinks and a padded head size; split over devices; under vmap."""
+
+    def plain_int8(q, k, v, d_out, lse, delta, rest, *, smooth_k, scale_block, **rules):
+        assert smooth_k and scale_block == 8 and rest.shape == delta.shape
+        return plain_gradient(q, k, v, d_out, lse, delta, **rules)
+
+    monkeypatch.setattr(mosaic_sm90.backward_int8, "gradient", plain_int8)
     monkeypatch.setattr(backward, "gradient", plain_gradient)
     monkeypatch.setattr(backward, "HEAD_DIMS", (16, 128))
-    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset())
     (b, t, s, n, k, h), rule = (4, 20, 24, 4, 2, 8), Mask.causal(-3)
     mask = kept_tiles(t, s, n, 8, 8, rule) if listed else rule
     dense = mask.as_mask() if listed else mask
@@ -120,6 +125,8 @@ def test_gradient_around_the_kernels(monkeypatch, listed):
     out, lse = xla.attention(q, key, v, None, sinks, dense, spec)
     saved, cotangents = (q, key, v, None, sinks, dense, out, lse), (d_out, jnp.sin(out[..., 0]))
     want = jax.tree.leaves(xla._flash_bwd(spec, 8, saved, cotangents))
+    if listed:
+        spec = dataclasses.replace(spec, quant=QUANTS["sage_bwd"])
     saved = (q, key, v, None, sinks, mask, out, lse)
     assert mosaic_sm90._has_gradient_kernel(spec, mask)
     assert not mosaic_sm90._has_gradient_kernel(spec, Mask.causal(jnp.array([1])))

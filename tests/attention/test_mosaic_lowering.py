@@ -167,17 +167,18 @@ def test_deterministic_is_demanded(monkeypatch):
         explain("attention", x, x, x, deterministic=1)
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_int8_gradient_on_request(monkeypatch, listed):
+def test_int8_gradient():
     """SageBwd: its kernels where they serve, XLA's INT8 gradient for rules that are arrays."""
-    monkeypatch.setattr(mosaic_sm90, "UNMEASURED", frozenset({"int8"}))
     x = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16)
-    mask = _blocks(2, 256, 256, 64, 128, Mask.causal()) if listed else Mask.causal()
+    y = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+    mask = _blocks(2, 256, 256, 64, 128, Mask.causal())
     with abstract_gpu():
         found = explain("attention", x, x, x, quant="sage_bwd")
-        chosen = explain("attention", x, x, x, quant="sage_bwd", implementation="mosaic").notes
-    assert found.implementation == "xla" and "have not run on a GPU" in found.rejected["mosaic"]
-    assert "SageBwd" in chosen[1] and "16 bits, finer than the INT8" in chosen[3]
+        small = explain("attention", *[y] * 3, quant="sage_bwd")
+        asked = explain("attention", *[y] * 3, quant="sage_bwd", implementation="mosaic")
+    assert found.implementation == asked.implementation == "mosaic"
+    assert "SageBwd" in found.notes[1] and "16 bits, finer than the INT8" in found.notes[4]
+    assert small.implementation == "xla" and "above 64 and bfloat16" in small.rejected["mosaic"]
 
     def loss(x, lengths=None):
         out = dot_product_attention(

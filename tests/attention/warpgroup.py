@@ -94,7 +94,6 @@ ARITHMETIC = {
     "fabs": np.abs,
     "feq": np.equal,
     "to_float": lambda a: a.astype(np.float32),
-    "as_float": lambda a: a.astype(np.int32).view(np.float32),
     "widen": lambda a: a.astype(np.int64),
     "flag": lambda a: a.astype(np.int32),
     "shuffle_xor": lambda a, distance: a[LANES ^ distance],

@@ -75,6 +75,25 @@ def test_product_and_gradients_equal_the_formulas_on_the_same_codes():
     assert float(jnp.linalg.norm(db - true) / jnp.linalg.norm(true)) < 0.1  # measured: .06
 
 
+def test_bfloat16_products_are_written_in_16_bits():
+    x, melded = jax.random.normal(KEY, (32, 16)).astype(jnp.bfloat16), meld_weight(W, 4)
+    probe = jnp.zeros((24, 4))
+
+    def loss(x, probe):
+        return jnp.sum(melded_dot(x, probe, melded).astype(jnp.float32) ** 2)
+
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(x, probe))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert sorted(":bf16[" in line for line in products) == [False, True, True]  # dB in float32
+    want = melded_dot(x.astype(jnp.float32), probe, melded)
+    error = jnp.abs(melded_dot(x, probe, melded) - want).max() / jnp.abs(want).max()
+    assert error < 2.0**-7  # two roundings to bfloat16
+    grads, wide = (jax.grad(loss, (0, 1))(y, probe) for y in (x, x.astype(jnp.float32)))
+    for got, exact in zip(grads, wide, strict=True):  # E5M2 of slightly different outputs
+        got, exact = (np.asarray(g, np.float32) for g in (got, exact))
+        assert np.abs(got - exact).max() < 0.1 * np.abs(exact).max()
+
+
 def test_product_without_a_probe_under_jit_and_vmap():
     melded, x = meld_weight(W, 4), jnp.ones((3, 2, 16))
     one = jax.jit(jax.grad(lambda x: melded_dot(x, None, melded).sum()))(x[0])

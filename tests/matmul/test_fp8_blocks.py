@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sm90 product of fp8 codes with a scale per 128 of k, without a GPU and with one."""
+"""The sm90 products of fp8 codes with a scale per 128 of k, and with one scale."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import warpgroup
 from pallas_kernels import explain, matmul, quantize
 from pallas_kernels._device import Device
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.ops.matmul import api, mosaic_sm90_fp8
+from pallas_kernels.ops.matmul import api, mosaic_sm90_fp8, mosaic_sm90_tokens
 from pallas_kernels.ops.matmul import spec as spec_lib
 
 GPU = Device("gpu", "NVIDIA H200", (9, 0))
@@ -56,8 +56,8 @@ def test_lowers_for_cuda(m, n, k, squares):
 
 
 def test_every_block_of_a_band_gets_its_own_tile():
-    config = mosaic_sm90_fp8.Config(across=3)
-    plan = mosaic_sm90_fp8.Plan(2000, 400, 128, ("e4m3", "e4m3"), True, "bfloat16", config)
+    config = mosaic_sm90_fp8.Config(across=2)
+    plan = mosaic_sm90_fp8.Plan(700, 200, 128, ("e4m3", "e4m3"), True, "bfloat16", config)
     count = plan.row_clusters * plan.column_tiles
     tiles = {tuple(map(int, plan.tile_of(jnp.int32(block)))) for block in range(count)}
     assert tiles == {(r, c) for r in range(plan.row_clusters) for c in range(plan.column_tiles)}
@@ -88,3 +88,42 @@ def test_on_a_gpu(m, n, k, squares):
     want = matmul(lhs, rhs, implementation="reference")
     # 14 bits of 128 products: a few parts in ten thousand.
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 1e-3
+
+
+def one_scale(m, n, k, gradient):
+    """Codes with a scale per row and column; e5m2 rows where they are a gradient."""
+    keys = jax.random.split(jax.random.key(m + n + k))
+    x, w = (jax.random.normal(key, size) for key, size in zip(keys, ((m, k), (k, n)), strict=True))
+    lhs = quantize(x, "fp8_e5m2" if gradient else "fp8_e4m3", axis=-1, tile=None)
+    return lhs, quantize(w, "fp8_e4m3", axis=0, tile=None)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_one_scale_lowers_and_scales_float_sums(gradient):
+    lhs, rhs = one_scale(200, 300, 260, gradient)
+    with abstract_gpu():
+        call = jax.jit(lambda a, b: matmul(a, b, implementation="mosaic"))
+        text = call.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+        assert "has not run on a GPU yet" in str(explain("matmul", lhs, rhs))
+    kernel = mosaic_sm90_tokens.Fp8(384, 200, ("e4m3", "e5m2"))
+    assert kernel.kind == "f32.e4m3.e5m2"
+    rng = np.random.default_rng(0)
+    sums, rows, columns = rng.normal(size=128), rng.normal(size=200), rng.normal(size=384)
+    sums, rows, columns = (x.astype(np.float32) for x in (sums, rows, columns))
+    with warpgroup.installed():
+        row, column = np.arange(128, dtype=np.int32) + 90, np.arange(0, 256, 2, dtype=np.int32)
+        pair = kernel.scaled([sums, 2 * sums], row, column, rows, columns)
+    factor = rows[np.minimum(row, 199)]
+    np.testing.assert_allclose(pair[0], sums * factor * columns[column], rtol=1e-6)
+    np.testing.assert_allclose(pair[1], 2 * sums * factor * columns[column + 1], rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", [False, True])
+def test_one_scale_on_a_gpu(gradient):
+    lhs, rhs = one_scale(200, 304, 4096, gradient)
+    got = jax.jit(lambda a, b: matmul(a, b, implementation="mosaic"))(lhs, rhs)
+    want = matmul(lhs, rhs, implementation="reference")
+    # 14 bits of the running sum.
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 3e-3

@@ -3,8 +3,6 @@
 
 import dataclasses
 import functools
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +54,7 @@ def activations(m, k):
 
 
 def run_blocks(body, outs, grid, args, shared=0):
-    """The launch without clusters: every block in turn."""
+    """The kernel's launch: every block in turn."""
 
     def run(*arrays):
         refs = dict(zip(args, map(np.asarray, arrays), strict=True))
@@ -69,55 +67,10 @@ def run_blocks(body, outs, grid, args, shared=0):
     return jax.pure_callback(run, outs, *args.values())
 
 
-HERE = threading.local()  # the block that a Python thread runs: its rank, its cluster's memory
-
-
-def shared_of(ref, offset, rank):
-    array = ref if rank is None else HERE.peers[rank]
-    return list(array[offset[:, None] // 4 + np.arange(4)].T)
-
-
-def run_clusters(plan, arrays):
-    """The launch with clusters: their blocks are Python threads, and meet at the barrier."""
-
-    def block(refs, axes, peers, barrier):
-        HERE.rank, HERE.peers, HERE.barrier = int(axes[1][0]), peers, barrier
-        mosaic_sm90_rows._body(plan, refs | {"shared": peers[HERE.rank]}, axes)
-
-    def run(*given):
-        refs = dict(zip(arrays, map(np.asarray, given), strict=True))
-        refs["out"] = np.zeros((plan.m, plan.weights.n), plan.out_dtype)
-        for column, row in np.ndindex(-(-plan.weights.n // 128), plan.row_blocks):
-            peers = [np.full(plan.shared_floats, np.nan, np.float32) for _ in range(plan.splits)]
-            barrier = threading.Barrier(plan.splits)
-            with ThreadPoolExecutor(plan.splits) as pool:
-                jobs = [
-                    pool.submit(
-                        block, refs, [np.full(128, i, np.int32) for i in (column, split, row)],
-                        peers, barrier,
-                    )
-                    for split in range(plan.splits)
-                ]  # fmt: skip
-            for job in jobs:
-                job.result()
-        return refs["out"]
-
-    out = jax.ShapeDtypeStruct((plan.m, plan.weights.n), plan.out_dtype)
-    return jax.pure_callback(run, out, *arrays.values())
-
-
 @pytest.fixture
-def on_threads(monkeypatch):
+def on_numpy(monkeypatch):
     """The kernel for few rows runs on NumPy."""
-    rank = lambda: np.full(128, HERE.rank, np.int32)  # noqa: E731
-    for name, function in {
-        "call": run_blocks,
-        "launch": run_clusters,
-        "shared_of": shared_of,
-        "cluster_barrier": lambda: HERE.barrier.wait(60),
-        "cluster_rank": rank,
-    }.items():
-        monkeypatch.setattr(mosaic_sm90_rows, name, function)
+    monkeypatch.setattr(mosaic_sm90_rows, "call", run_blocks)
     with warpgroup.installed(), abstract_gpu():
         yield
 
@@ -128,15 +81,15 @@ def on_threads(monkeypatch):
         ("nvfp4", 1, 512, 128, "normal", {}),
         ("nvfp4", 5, 130, 40, "groups", {}),
         ("nvfp4", 9, 300, 144, "normal", {"own": 8}),
-        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9, "cluster": False}),
+        ("nvfp4_one_level", 17, 96, 144, "normal", {"blocks": 9}),
         ("mxfp4", 8, 600, 16, "groups", {"units": 2, "blocks": 3}),
         ("mxfp4", 2, 2, 1, "normal", {}),
         ("int4", 16, 300, 128, "groups", {"own": 8, "units": 8}),
-        ("int4_32", 3, 64, 8, "normal", {"cluster": False}),
+        ("int4_32", 3, 64, 8, "normal", {}),
         ("int4_whole", 4, 50, 130, "normal", {}),
     ],
 )
-def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_threads):
+def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_numpy):
     w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
     spec = api._prepare(x, w, jnp.float32)[2]
     assert spec_lib.unsupported_reason(spec, GPU, "mosaic") is None

@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxeff.kv_cache import DenseCache
 from jaxeff.models import Decoder, ModelConfig
+from jaxeff.models import decoder as decoder_module
 from jaxeff.nn import RopeConfig
 
 SMALL = {"vocab_size": 32, "num_layers": 2, "embed_dim": 16, "num_heads": 4, "num_kv_heads": 2}
@@ -196,3 +197,15 @@ def test_config_round_trip_through_plain_data():
     assert hash(config) == hash(ModelConfig.from_dict(config.to_dict()))
     with pytest.raises(ValueError, match=r"model config lacks the fields embed_dim, head_dim$"):
         ModelConfig.from_dict({k: v for k, v in SMALL.items() if k != "embed_dim"} | {"mlp_dim": 8})
+
+
+@pytest.mark.parametrize("count", [64, 2048])
+def test_gradient_of_the_embedding_is_summed_in_float32(count):
+    """Ten thousand tokens of one id in bfloat16, where a sum of ones would stop at 256."""
+    embed = decoder_module._Embedding(count, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tokens = jnp.full((2, 5000), 3)
+    graph, params = nnx.split(embed)
+    loss = lambda params: nnx.merge(graph, params)(tokens).astype(jnp.float32).sum()  # noqa: E731
+    gradient = jax.grad(loss)(params).embedding[...]
+    assert gradient.dtype == jnp.float32
+    assert gradient[3].tolist() == [10_000.0] * 4 and float(gradient.sum()) == 40_000.0

@@ -181,9 +181,6 @@ def _plan(operands, config, variant, mask: Mask, q_len, kv_len, blocks=None) -> 
 
 # -- the implementation that the dispatcher calls --------------------------------------------------
 
-# What has not run on a GPU yet: the INT8 gradient must be asked for, lists have XLA's gradient.
-UNMEASURED: frozenset[str] = frozenset({"int8", "lists"})
-
 _MASKS = ("min_diff", "max_diff", "query lengths", "key lengths", "segments", "tiles")
 _REFUSED = {
     "array": "mask arrays; use Mask rules (causal, window, lengths, segment ids)",
@@ -342,8 +339,6 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _has_gradient_kernel(spec: AttentionSpec, mask: Mask | BlockMask) -> bool:
     """Whether the kernels' own backward serves a call; else it is XLA's."""
-    if isinstance(mask, BlockMask) and "lists" in UNMEASURED:
-        return False
     static = not jax.tree.leaves(_token_rule(mask))
     return static and spec.soft_cap is None and spec.head_dim <= max(backward.HEAD_DIMS)
 
@@ -378,7 +373,8 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
     run, sums = backward.gradient, (lse, delta)
     if _is_int8(spec):
         options["smooth_k"] = spec.quant.smooth_k
-        options["scale_block"] = _scale_block(blocks, _config_of(spec, mask, config))
+        forward_config = _config_of(spec, mask, config) if blocks is None else None
+        options["scale_block"] = _scale_block(blocks, forward_config)
         run, sums = backward_int8.gradient, (lse, delta, rest)
     sums = [x.swapaxes(1, 2) for x in sums]
     grads = partitioned_gradient(functools.partial(run, **options), spec, blocks)(*arrays, *sums)
@@ -434,8 +430,8 @@ def _config_of(spec: AttentionSpec, mask: Mask | BlockMask, config: Config | int
     return dataclasses.replace(config, num_sms=current_device().num_sms or config.num_sms)
 
 
-def _scale_block(blocks: BlockMask | None, config: Config) -> int:
-    """Keys that share a set of scales in the forward."""
+def _scale_block(blocks: BlockMask | None, config: Config | None) -> int:
+    """Keys that share a set of scales in the forward; without a block mask ``config`` says."""
     return config.block_kv if blocks is None else blocks.block_kv
 
 

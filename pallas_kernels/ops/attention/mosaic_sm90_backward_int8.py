@@ -15,6 +15,12 @@ scales are finer than the paper's one per tile, since a warpgroup finds the maxi
 talking to the others. Tokens are permuted within 16 as in the forward kernel, so that registers of
 P and dS are operands as they stand.
 
+On an H100 this is not faster than 16 bits: 1.98 and 3.95 ms at B 4, T = S = 4096, N 32, H 128, and
+.65 for the operands, against 5.2 in all. Measured and left out: an integer addition in place of
+the conversion of sums (2.16 and 4.2 ms); three warpgroups for the queries with tiles of 64 keys
+(2.32); for the keys a whole product in flight at a time (3.82), and dK and dV in 16 bits after
+INT8 scores (3.05, against 3.3 with 16-bit scores).
+
 References: SageAttention3 (arXiv 2505.11594), algorithm 3; SageBwd (arXiv 2603.02170), sections 4
 and 6: rows of dS sum to zero, so that the mean key drops out of dQ.
 """
@@ -29,14 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.masks import BlockMask
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
-from pallas_kernels.ops.attention.mosaic_sm90_backward import (
-    PAD,
-    Half,
-    add_half,
-    launch,
-    plan_of,
-    whole,
-)
+from pallas_kernels.ops.attention.mosaic_sm90_backward import PAD, launch, plan_of, whole
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _ACC,
     _COL,
@@ -64,17 +63,13 @@ CONFIGS = {
     "q": Config(block_kv=128, num_stages=2, qk_split=1),
     "kv": Config(block_kv=64, num_stages=4, qk_split=1, registers=240, memory_registers=24),
 }
-# Columns of a fresh tile of sums, and such tiles in flight; ptxas tells what fits the registers.
-PARTS = {"q": (64, 2), "kv": (128, 1)}
+# Columns of a fresh tile of sums, and such tiles in flight. The kernel of keys holds two sums.
+PARTS = {"q": (64, 2), "kv": (32, 2)}
 K_BLOCK = 128  # keys that share scales at least
 LINE = 32  # numbers in which the scales of a tile are copied, most of them unused
 CHANNELS = 32  # that share a scale
 TINY = 1e-30  # smallest maximum of a row: a row of zeros gets zero codes
-# Added to a small number, it leaves its nearest integer in the lowest bits; an integer below 2^22
-# added to its bits is a number that much larger. The instruction that converts integers runs as
-# slowly as exp2, and was what the kernels waited for.
-MAGIC = 1.5 * 2**23
-MAGIC_BITS = 0x4B400000
+MAGIC = 1.5 * 2**23  # added to a small number, it leaves its nearest integer in the lowest bits
 
 
 def gradient(
@@ -155,8 +150,7 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
     minus_lse = jnp.pad(minus_lse, pad, constant_values=-jnp.inf)
     q_scale = jnp.pad(q_scale[:, :, :q_len], pad) * (scale * LOG2E)
     k_rows = jnp.tile(k_scale, scale_block // 8).reshape(*k_scale.shape[:2], -1)
-    arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "q": whole(query)}
-    arrays["k_rows"] = k_rows
+    arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out), "k_rows": k_rows}
     arrays |= {"minus_lse": minus_lse, "q_scale": q_scale, "minus_delta": jnp.pad(-delta, pad)}
     arrays["lse_scale"] = jnp.stack([minus_lse, q_scale], -1).reshape(*q_scale.shape[:2], -1)
     streamed = {side: config.block_kv for side, config in CONFIGS.items()}
@@ -193,21 +187,13 @@ def probabilities(scores, scale, shift, masked: bool):
     Returns:
         float32 registers of the tile.
     """
-    out, shifts = [], {}
+    out = []
     for i, score in enumerate(scores):
-        factor, add = scale(i), shift(i)
-        if (id(factor), id(add)) not in shifts:
-            shifts[id(factor), id(add)] = ptx.fma(factor, ptx.f32(-MAGIC), add), factor, add
-        p = ptx.exp2(ptx.fma(_shifted(score), factor, shifts[id(factor), id(add)][0]))
+        p = ptx.exp2(ptx.fma(ptx.to_float(score), scale(i), shift(i)))
         if masked:
             p = ptx.select(ptx.eq(score, ptx.i32(tile_math.INT_MIN)), ptx.f32(0.0), p)
         out.append(p)
     return out
-
-
-def _shifted(integer):
-    """`MAGIC` more than an integer whose size is below 2^22, as float32."""
-    return ptx.as_float(ptx.add(integer, ptx.i32(MAGIC_BITS)))
 
 
 def encode(values):
@@ -255,9 +241,8 @@ def add_part(sums, tile, row_scale, channel_scale):
         float32 registers.
     """
     scale = [[ptx.fmul(r, c) for c in channel_scale] for r in row_scale]
-    magic = ptx.f32(MAGIC)
     return [
-        ptx.fma(ptx.fsub(_shifted(x), magic), scale[(i // 2) % 2][i // 4 * 8 // CHANNELS], total)
+        ptx.fma(ptx.to_float(x), scale[(i // 2) % 2][i // 4 * 8 // CHANNELS], total)
         for i, (total, x) in enumerate(zip(sums, tile, strict=True))
     ]
 
@@ -376,23 +361,6 @@ class Int8:
             where: as in `tile`.
         """
 
-        def body(p, d_s):
-            found = [] if self.side == "q" else [*encode(p())]
-            found = [*encode(d_s()), *found]
-            return [_opaque(x) if i % 2 == 0 else x for i, x in enumerate(found)]
-
-        outs = [self.code_type, self.row_type] * self.count
-        return self.softmax(body, outs, scores, d_p, fixed, numbers, where)
-
-    def softmax(self, make, outs, scores, d_p, fixed, numbers, where):
-        """What is made of P and dS.
-
-        Args:
-            make: from a function that gives the registers of P and then one of dS, which waits for
-                ``dO V^T``, to registers of each output.
-            outs: types of the outputs.
-            scores: as in `encode`, and so are the others.
-        """
         position = self._position(where)
         inputs = [(scores, _ACC), (d_p, _ACC), *((x, _ROW) for x in fixed)]
         inputs += [(x, ()) for x in numbers] + [(x, _SCALAR) for x in position.values()]
@@ -407,14 +375,13 @@ class Int8:
             numbers_of = _rows_are_queries if self.side == "q" else _rows_are_keys
             scale, shift, delta = numbers_of(fixed, numbers)
             p = probabilities(scores, scale, shift, bool(position))
+            of_p = [] if self.side == "q" else [*encode(p)]
+            waited = enumerate(zip(p, _wait(0, d_p), strict=True))
+            d_s = [ptx.fmul(x, ptx.fadd(y, delta(i))) for i, (x, y) in waited]
+            found = [*encode(d_s), *of_p]
+            return [_opaque(x) if i % 2 == 0 else x for i, x in enumerate(found)]
 
-            def d_s():
-                waited = enumerate(zip(p, _wait(0, d_p), strict=True))
-                return [ptx.fmul(x, ptx.fadd(y, delta(i))) for i, (x, y) in waited]
-
-            return make(lambda: p, d_s)
-
-        return _inline(body, inputs, outs)
+        return _inline(body, inputs, [self.code_type, self.row_type] * self.count)
 
     def _position(self, where) -> dict:
         """Fields of `Position`, in order; none without a mask."""
@@ -501,41 +468,6 @@ class Int8:
 
         stored = _shape((ROWS, self.plan.head_dim), jnp.float32, plgpu.Layout.WGMMA)
         return _inline(body, [*((x, _ACC) for x in sums), *extra], [stored] * len(sums))
-
-
-class HalfSums(Int8):
-    """INT8 scores, but dK and dV in 16 bits, which add up in the tensor core's own registers."""
-
-    auto_barriers = True
-
-    def __init__(self, side: str, plan: Plan, scale: float):
-        super().__init__(side, plan, scale)
-        self.ring = (self.ring[0], ("q",))
-        self.names = (*self.own, *self.ring[0], "q", "k_rows")
-        self.half_steps = Half(side, plan, scale)
-        self.half_type = _shape((ROWS, plan.config.block_kv), jnp.float32, plgpu.Layout.WGMMA)
-
-    def start(self):
-        """As `Half.start`."""
-        return self.half_steps.start()
-
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
-        """As `Half.tile`."""
-        del load
-        (first8, first16, *numbers), (query,) = ring
-        wait(0)
-        scores, d_p = self.issue(own, (first8, first16))
-        make = lambda p, d_s: [p(), d_s()]  # noqa: E731
-        p, d_s = self.softmax(make, [self.half_type] * 2, scores, d_p, fixed, numbers, where)
-        wait(1)
-        sums = add_half(sums, ((d_s, query), (p, first16)))
-        release(0)
-        release(1)
-        return sums
-
-    def finish(self, sums, load, mean):
-        """As `Half.finish`."""
-        return self.half_steps.finish(sums, load, mean)
 
 
 def _rows_are_queries(fixed, numbers):

@@ -324,11 +324,14 @@ def unmeasured_reason(spec: AttentionSpec) -> str | None:
     >>> unmeasured_reason(AttentionSpec(1, 8, 8, 2, 2, 16, "bfloat16", 0.25)) is None
     True
     """
-    from pallas_kernels.ops.attention import mosaic_sm90
-
-    if spec.quant is None or spec.quant.backward != "int8" or "int8" not in mosaic_sm90.UNMEASURED:
+    if spec.quant is None or spec.quant.backward != "int8":
         return None
-    return "the INT8 gradient kernels have not run on a GPU; ask for implementation='mosaic'"
+    if spec.head_dim > 64 and spec.dtype == "bfloat16":
+        return None
+    return (
+        "the INT8 gradient kernels have run on a GPU with head sizes above 64 and bfloat16 only; "
+        "ask for implementation='mosaic'"
+    )
 
 
 def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
@@ -348,19 +351,16 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
                 "scales are at least as fine as the variant asks: Q per row, K eight per tile of "
                 "keys (by key index modulo 8), V per channel"
             )
-        if spec.quant is None or spec.quant.backward != "int8":
-            said.append(_gradient_note(spec))
-        else:
-            said.append(
-                "the gradient is that of SageBwd in part: Q K^T and dQ are INT8 products, while dK "
-                "and dV are in 16 bits like dO V^T, finer than the variant and faster on sm90"
-            )
+        said.append(_gradient_note(spec))
+        if spec.quant is not None and spec.quant.backward == "int8":
             said.append(
                 "the gradient's kernels take head sizes up to 128 and rules without arrays; "
                 "everything else has that of 'xla'"
             )
+            said.append("P and dS have a scale per row and tile there, not one per tile")
             if spec.quant.pv == "int8":
                 said.append("P V is in 16 bits, finer than the INT8 of the variant")
+            said.append("on an H100 forward and backward take longer than in 16 bits")
     elif spec.quant is not None:
         said.append(
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels import _device, _dispatch
 from pallas_kernels.formats import QTensor, get_format
-from pallas_kernels.ops.matmul import mosaic_sm90, mosaic_sm90_fp8, reference, xla
+from pallas_kernels.ops.matmul import mosaic_sm90, reference, xla
 from pallas_kernels.ops.matmul import spec as spec_lib
 from pallas_kernels.ops.matmul.spec import MatmulSpec, OperandSpec
 
@@ -64,8 +64,6 @@ def matmul(
 def _run(lhs, rhs, *, spec, name):
     if name == "reference":
         return reference.matmul(lhs, rhs, spec.out_dtype)
-    if name == "mosaic" and spec.block_scaled:
-        return mosaic_sm90_fp8.matmul(lhs, rhs, spec)
     if name == "mosaic":
         return mosaic_sm90.matmul(lhs, rhs, spec)
     return xla.matmul(lhs, rhs, spec)

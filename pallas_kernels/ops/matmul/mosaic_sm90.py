@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels.formats import QTensor
+from pallas_kernels.ops.matmul import mosaic_sm90_fp8 as blocks
 from pallas_kernels.ops.matmul import mosaic_sm90_rows as rows
 from pallas_kernels.ops.matmul import mosaic_sm90_tokens as tokens
 from pallas_kernels.ops.matmul import xla
@@ -18,13 +19,13 @@ from pallas_kernels.ops.matmul.spec import FEW_ROWS, MatmulSpec
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Array:
-    """Multiplies bfloat16 activations with packed 4-bit weights, or INT8 with INT8.
+    """Multiplies bfloat16 activations with packed 4-bit weights, INT8 with INT8, or FP8 blocks.
 
     The derivative is that of `xla.matmul`.
 
     Args:
-      lhs: bfloat16 or INT8 QTensor [..., m, k].
-      rhs: packed 4-bit or INT8 QTensor [k, n].
+      lhs: bfloat16, or INT8 or FP8 QTensor [..., m, k].
+      rhs: packed 4-bit, INT8 or FP8 QTensor [k, n].
       spec: static facts.
 
     Returns:
@@ -37,7 +38,7 @@ def _forward(lhs, rhs, spec):
     @custom_vmap
     def call(lhs, rhs):
         few = spec.scheme == "w4a16" and spec.m <= FEW_ROWS
-        kernel = rows if few else tokens
+        kernel = blocks if spec.block_scaled else rows if few else tokens
         return kernel.matmul(lhs, rhs, spec)
 
     @call.def_vmap

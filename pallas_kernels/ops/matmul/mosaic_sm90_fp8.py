@@ -31,7 +31,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _wait,
     _wgmma,
 )
-from pallas_kernels.ops.matmul.spec import BLOCK_K, MatmulSpec
+from pallas_kernels.ops.matmul.spec import BLOCK_K, FP8_KINDS, MatmulSpec
 
 COMPUTE = 2  # warpgroups
 ROWS = 64  # of a warpgroup
@@ -41,7 +41,6 @@ _ACC = plgpu.Layout._WGMMA_ACC_32BIT
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _COL = plgpu.Layout.WGMMA.reduce(0)
 _SCALAR = plgpu.Layout.WG_SPLAT(())
-_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +253,7 @@ def block_scaled(a, b, a_scale, b_scale, out_dtype="bfloat16", config: Config | 
     """
     (m, k), n = a.shape, b.shape[0]
     column_scales = b_scale.shape[1] == n and n != pl.cdiv(n, COLUMNS)
-    kinds = tuple(_KINDS[str(x.dtype)] for x in (a, b))
+    kinds = tuple(FP8_KINDS[str(x.dtype)] for x in (a, b))
     plan = Plan(m, n, k, kinds, column_scales, str(jnp.dtype(out_dtype)), config or Config())
     # Scales are read by plain loads, whose tiles must not end beyond the array.
     rows = plan.row_clusters * plan.config.cluster * COMPUTE * ROWS

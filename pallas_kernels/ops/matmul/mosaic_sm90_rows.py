@@ -12,8 +12,12 @@ float32:
 so that nothing but x and the result is ever rounded. A block owns 128 outputs, a warp 64 or all of
 them; warps of the same outputs, and the blocks of a split, take turns at steps of the contraction.
 Warps join in shared memory, splits in a sum over float32 parts in a fixed order. The next step's
-loads are under way while one is multiplied: with three blocks on a multiprocessor that is 48 KB of
-weights.
+loads are under way while one is multiplied: with three blocks on a multiprocessor and those of the
+step itself that is 48 KB of weights.
+
+Measured and left out, since they took longer on an H100 (8192 x 8192): splits that form a cluster
+and join in each other's shared memory instead of a second kernel (32 us for one row, against 20),
+twice the units in a step (24 us), and more blocks than fit at once.
 
 References: Marlin (arXiv 2408.11743), section 3; PTX ISA 8.4, section 9.7.14 (mma.m16n8k16).
 """
@@ -25,9 +29,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels._device import current_device
@@ -40,8 +42,6 @@ from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
 WARPS = 4
 COLUMNS = 128  # outputs of a block
 ROWS = 8  # rows of x of one product
-MAX_CLUSTER = 8  # blocks
-_SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,12 @@ class Config:
         blocks: blocks among which the work is split, if there is so much; None: three for every
             multiprocessor.
         cache: how loads of the weights treat L1 and L2, PTX qualifiers.
-        cluster: the splits of a product are a cluster and join in each other's shared memory; else
-            they write float32 parts, which a second kernel adds.
     """
 
     own: int | None = None
     units: int = 2
     blocks: int | None = None
     cache: str = ".L1::no_allocate"
-    cluster: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +71,12 @@ class Plan:
         weights: of the weights.
         m: rows of x.
         width: row pitch of x, inputs.
-        out_dtype: name of the dtype of the result.
         config: sizes.
     """
 
     weights: Weights
     m: int
     width: int
-    out_dtype: str
     config: Config
 
     @property
@@ -129,13 +124,7 @@ class Plan:
         """Blocks that share the contraction: as many turns each, or one more."""
         wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
         columns = pl.cdiv(self.weights.n, COLUMNS) * self.row_blocks
-        most = MAX_CLUSTER if self.config.cluster else self.turns
-        return max(min(wanted // columns, self.turns, most), 1)
-
-    @property
-    def shared_floats(self) -> int:
-        """Numbers of shared memory."""
-        return self.partners * ROWS * self.tiles * COLUMNS
+        return max(min(wanted // columns, self.turns), 1)
 
     @property
     def ragged(self) -> bool:
@@ -285,69 +274,26 @@ class _Thread:
                 for j in range(0, plan.own, 4):
                     where = ptx.add(start, ptx.i64(4 * j))
                     ptx.store(shared, where, own[j : j + 4], space="shared")
-        ranks = plan.splits if plan.config.cluster else 1
-        if ranks > 1:
-            cluster_barrier()
-            start = ptx.add(ptx.mul(cluster_rank(), i32(128)), self.tid)
-        else:
-            ptx.asm("bar.sync 0;", "", [], effects=True)
-            start = self.tid
+        ptx.asm("bar.sync 0;", "", [], effects=True)
         quads = COLUMNS // 4
-        for item in range(0, rows * quads, 128 * ranks):
-            index = ptx.add(start, i32(item))
+        for item in range(0, rows * quads, 128):
+            index = ptx.add(self.tid, i32(item))
             row, quad = ptx.div(index, i32(quads)), ptx.rem(index, i32(quads))
-            there = ptx.lt(row, i32(rows))
-            row = ptx.imin(row, i32(rows - 1))
             total = None
-            for rank in range(ranks):
-                for w in range(plan.partners):
-                    at = ptx.add(ptx.mul(ptx.add(row, i32(w * rows)), i32(quads)), quad)
-                    four = shared_of(shared, bytes_at(at, 16), rank if ranks > 1 else None)
-                    total = [
-                        ptx.fadd(*p) for p in zip(total or [ptx.f32(0.0)] * 4, four, strict=True)
-                    ]
-            self._write(ptx.add(ptx.mul(self.row_block, i32(rows)), row), quad, total, there)
-        if ranks > 1:
-            cluster_barrier()  # Nobody may end while others read what it has.
+            for w in range(plan.partners):
+                at = ptx.add(ptx.mul(ptx.add(row, i32(w * rows)), i32(quads)), quad)
+                text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+                four = ptx.asm(text, "ffff", [ptx.address(shared, bytes_at(at, 16))], effects=True)
+                total = four if w == 0 else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
+            self._write(ptx.add(ptx.mul(self.row_block, i32(rows)), row), quad, total)
 
-    def _write(self, row, quad, values, there):
+    def _write(self, row, quad, values):
         plan, i32 = self.plan, ptx.i32
         column = ptx.add(self.column, ptx.mul(quad, i32(4)))
         ok = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
-        ok, index, size = ptx.both(ok, there), row, 4
-        if not plan.config.cluster:  # a part of the sum
-            index = ptx.add(ptx.mul(self.split, i32(plan.m)), row)
-        else:
-            if plan.weights.tensor_scale:
-                factor = _load(self.refs["tensor_scale"], ptx.i64(0), 0, 1, kind="f")[0]
-                values = [ptx.fmul(x, factor) for x in values]
-            size = jnp.dtype(plan.out_dtype).itemsize
-            if size == 2:
-                values = [ptx.half_x2(values[i : i + 2], plan.out_dtype) for i in (0, 2)]
-        where = ptx.add(bytes_at(index, size * plan.weights.n), bytes_at(column, size))
-        ptx.store(self.refs["out"], where, values, ok)
-
-
-def cluster_barrier():
-    """Waits for all threads of the cluster; what they wrote to shared memory can be read."""
-    text = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;"
-    ptx.asm(text, "", [], effects=True)
-
-
-def cluster_rank():
-    """Number of this block in its cluster."""
-    return ptx.asm("mov.u32 $0, %cluster_ctarank;", "r", [])[0]
-
-
-def shared_of(ref, offset, rank: int | None):
-    """Four float32 of a block's shared memory: of the cluster's block of a rank, or one's own."""
-    own = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
-    other = (
-        "{ .reg .b64 there; mapa.shared::cluster.u64 there, $4, RANK;\n"
-        "ld.shared::cluster.v4.b32 {$0, $1, $2, $3}, [there]; }"
-    )
-    text = own if rank is None else other.replace("RANK", str(rank))
-    return ptx.asm(text, "ffff", [ptx.address(ref, offset)], effects=True)
+        index = ptx.add(ptx.mul(self.split, i32(plan.m)), row)
+        where = ptx.add(bytes_at(index, 4 * plan.weights.n), bytes_at(column, 4))
+        ptx.store(self.refs["parts"], where, values, ok)
 
 
 def _body(plan: Plan, refs, axes):
@@ -380,46 +326,15 @@ def matmul(
       [..., m, n] in ``spec.out_dtype``.
     """
     weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, 16))
-    width = arrays["x"].shape[1]
-    plan = Plan(weights, spec.m, width, spec.out_dtype, config or Config())
-    if plan.config.cluster:
-        out = launch(plan, arrays)
-    else:
-        factor = arrays.pop("tensor_scale", None)
-        parts = call(
-            functools.partial(_body, plan),
-            {"out": jax.ShapeDtypeStruct((plan.splits, spec.m, weights.n), jnp.float32)},
-            (pl.cdiv(weights.n, COLUMNS), plan.splits, plan.row_blocks),
-            arrays,
-            shared=plan.shared_floats,
-        )["out"]
-        out = parts.sum(0)
-        out = (out if factor is None else out * factor).astype(spec.out_dtype)
-    return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)
-
-
-def launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Runs the kernel with a cluster for the splits of each product; returns [m, n]."""
-    names = (*arrays, "out", "shared")
-
-    def kernel(*refs):
-        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(names), (_SCALAR,) * 3))
-        def run(ctx, refs, numbers):
-            del ctx
-            axes = [ptx.unpack(a)[0] for a in numbers]
-            _body(plan, dict(zip(names, refs, strict=True)), axes)
-
-        run(tuple(refs), tuple(lax.axis_index(axis) for axis in ("column", "split", "row")))
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.weights.n), jnp.dtype(plan.out_dtype)),
-        grid=(pl.cdiv(plan.weights.n, COLUMNS), plan.row_blocks),
-        grid_names=("column", "row"),
-        cluster=(plan.splits,),
-        cluster_names=("split",),
-        scratch_types=[plgpu.SMEM((plan.shared_floats,), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-    )(*arrays.values())
+    plan = Plan(weights, spec.m, arrays["x"].shape[1], config or Config())
+    factor = arrays.pop("tensor_scale", None)
+    parts = call(
+        functools.partial(_body, plan),
+        {"parts": jax.ShapeDtypeStruct((plan.splits, spec.m, weights.n), jnp.float32)},
+        (pl.cdiv(weights.n, COLUMNS), plan.splits, plan.row_blocks),
+        arrays,
+        shared=plan.partners * ROWS * plan.tiles * COLUMNS,
+    )["parts"]
+    out = parts.sum(0)[:, : spec.n]
+    out = out if factor is None else out * factor
+    return out.astype(spec.out_dtype).reshape(*lhs.shape[:-1], spec.n)

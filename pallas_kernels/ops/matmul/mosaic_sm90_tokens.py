@@ -41,7 +41,7 @@ from pallas_kernels.formats import QTensor
 from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul import xla
 from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
-from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
+from pallas_kernels.ops.matmul.spec import FP8_KINDS, UNIT, MatmulSpec
 
 COMPUTE = 2  # warpgroups
 OWN = 64  # outputs of a warpgroup
@@ -110,7 +110,8 @@ def _multiply(acc, a, x, rows: int, kind: str):
     base = mma_utils.encode_descriptor(
         x, leading_byte_offset=0, stride_byte_offset=8 * ROW_BYTES, swizzle=ROW_BYTES
     )
-    k, flags = (16, ", 1, 1, 0") if "bf16" in kind else (32, "")
+    k = 16 if "bf16" in kind else 32
+    flags = "" if kind.startswith("s32") else ", 1, 1, 0" if k == 16 else ", 1, 1"
     count = len(acc)
     tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     lines, operands = [], []
@@ -344,8 +345,35 @@ class Int8:
         factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
         where = ptx.address(column_scale, ptx.mul(ptx.widen(column), ptx.i64(4)))
         pair = ptx.asm("ld.global.nc.v2.b32 {$0, $1}, [$2];", "ff", [where])
-        values = [ptx.fmul(ptx.to_float(x), factor) for x in values]
+        values = [ptx.fmul(self.number(x), factor) for x in values]
         return [ptx.fmul(x, y) for x, y in zip(values, pair, strict=True)]
+
+    def number(self, x):
+        """A sum as float32."""
+        return ptx.to_float(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8(Int8):
+    """FP8 likewise, by its bytes; the sums stay in the tensor core, which keeps about 14 bits.
+
+    Args:
+        k: inputs.
+        m: rows.
+        kinds: "e4m3" or "e5m2", of the weights and of the rows.
+    """
+
+    kinds: tuple[str, str] = ("e4m3", "e4m3")
+    acc_dtype = jnp.float32
+
+    @property
+    def kind(self):
+        """Types in the name of the instruction."""
+        return f"f32.{self.kinds[0]}.{self.kinds[1]}"
+
+    def number(self, x):
+        """A sum as float32, which it is."""
+        return x
 
 
 # -- the kernel ------------------------------------------------------------------------------------
@@ -363,7 +391,7 @@ class Plan:
         config: sizes.
     """
 
-    weights: FourBit | Int8
+    weights: FourBit | Int8 | Fp8
     m: int
     n: int
     out_dtype: str
@@ -564,18 +592,19 @@ def matmul(
     """Computes the same as `reference.matmul`, with 4-bit weights rounded to bfloat16.
 
     Args:
-      lhs: bfloat16 [..., m, k]; for INT8 weights an INT8 QTensor with a scale per row.
-      rhs: packed 4-bit QTensor [k, n], or INT8 with a scale per output.
+      lhs: bfloat16 [..., m, k]; for 8-bit weights an INT8 or FP8 QTensor with a scale per row.
+      rhs: packed 4-bit QTensor [k, n], or INT8 or FP8 with a scale per output.
       spec: static facts.
       config: sizes; None chooses.
 
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
-    weights: FourBit | Int8
+    weights: FourBit | Int8 | Fp8
     if spec.scheme == "w8a8":
         k, n = (-(-size // 128) * 128 for size in (spec.k, spec.n))
-        x = lhs.qvalue.reshape(spec.m, spec.k)
+        w, x = (lax.bitcast_convert_type(qt.qvalue, jnp.int8) for qt in (rhs, lhs))
+        x = x.reshape(spec.m, spec.k)
         row_scale = xla.spread(lhs.scale, lhs.qvalue.shape[:-1]).reshape(spec.m)
         column_scale = xla.spread(rhs.scale.T, rhs.qvalue.shape[1:]).reshape(spec.n)
         for operand in (lhs, rhs):
@@ -583,11 +612,14 @@ def matmul(
                 row_scale = row_scale * operand.tensor_scale.reshape(())
         arrays = {
             "x": jnp.pad(x, ((0, -spec.m % 8), (0, k - spec.k))),
-            "codes": jnp.pad(rhs.qvalue, ((0, k - spec.k), (0, n - spec.n))),
+            "codes": jnp.pad(w, ((0, k - spec.k), (0, n - spec.n))),
             "row_scale": row_scale,
             "column_scale": jnp.pad(column_scale, (0, n - spec.n)),
         }
         weights = Int8(k, spec.m)
+        if spec.direct == "fp8":
+            kinds = (FP8_KINDS[spec.rhs.code_dtype], FP8_KINDS[spec.lhs.code_dtype])
+            weights = Fp8(k, spec.m, kinds)
     else:
         packed, arrays = codes.prepare(lhs, rhs, spec, (8, FourBit.step, COLUMNS))
         weights, n = FourBit(packed), packed.n

@@ -17,6 +17,7 @@ CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
 _INT8_ROWS = 64
+FP8_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
 
 # Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
@@ -158,10 +159,12 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return f"the sm90 kernel takes no empty products; got {spec.m} x {spec.k} x {spec.n}"
     if spec.block_scaled:
         return _fp8_reason(spec)
-    if spec.scheme == "w8a8" and spec.direct == "int8":
+    if spec.scheme == "w8a8" and spec.direct is not None:
         return None
     if spec.scheme != "w4a16":
-        kinds = "" if spec.scheme != "w8a8" else " but INT8 with one scale per row and output"
+        kinds = (
+            "" if spec.scheme != "w8a8" else " but INT8 or FP8 with one scale per row and output"
+        )
         return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
     return _four_bit_reason(spec)
 
@@ -211,11 +214,8 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
-    if spec.block_scaled:
-        return (
-            "the sm90 kernel for FP8 blocks has not run on a GPU yet; implementation='mosaic' "
-            "runs it"
-        )
+    if spec.block_scaled or spec.direct == "fp8":
+        return "the sm90 kernel for FP8 has not run on a GPU yet; implementation='mosaic' runs it"
     if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (
@@ -254,7 +254,8 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
     if implementation == "mosaic" and spec.block_scaled:
         return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
     if implementation == "mosaic" and spec.direct:
-        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in int32",)
+        total = "int32" if spec.direct == "int8" else "the tensor core, to about 14 bits"
+        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in {total}",)
     if implementation == "mosaic":
         where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
         return (f"{prefix}the weights are read packed and widened {where} within the product",)

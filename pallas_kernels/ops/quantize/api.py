@@ -144,6 +144,7 @@ def quantize_fp8_both(
     reason = spec_lib.cast_reason(x.shape, str(x.dtype), current_device())
     if implementation == "mosaic" and reason is not None:
         raise NotImplementedError(reason)
+    reason = reason or spec_lib.unmeasured_reason(str(x.dtype)) or spec_lib.UNMEASURED_CAST
     by_itself = implementation is None and reason is None and jax.device_count() == 1
     if implementation == "mosaic" or by_itself:
         return matrix.cast_fp8(x, scale, get_format(qtype).element)
@@ -297,6 +298,7 @@ def _resolve(
             spec, x.shape, str(x.dtype), key is None or is_counter_key(key), current_device()
         )
         if implementation is None:
+            reason = reason or spec_lib.unmeasured_reason(str(x.dtype), spec.two_level)
             alone = jax.device_count() == 1
             return x, spec, "mosaic" if reason is None and alone else "xla"
         if reason is None:

@@ -130,6 +130,11 @@ def unsupported_reason(implementation: str, spec: QuantizeSpec) -> str | None:
     )
 
 
+#: Why the FP8 cast is not chosen by itself: without the magnitude it ran and was measured.
+UNMEASURED_CAST: str | None = (
+    "the FP8 cast has not run on a GPU since it tells the largest magnitude; "
+    "implementation='mosaic' runs it"
+)
 _MATRIX_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -174,6 +179,26 @@ def matrix_reason(
     if spec.rounding == "stochastic" and not key_is_counter:
         return "the Mosaic GPU kernel draws from keys made by counter_key only"
     return None
+
+
+def unmeasured_reason(dtype: str, two_level: bool = True) -> str | None:
+    """Why ``implementation=None`` passes over a kernel that could serve a matrix, or ``None``.
+
+    Args:
+        dtype: of the matrix.
+        two_level: whether the scales are those of NVFP4, in two levels; True for FP8 casts.
+
+    Returns:
+        One sentence, or ``None``.
+
+    >>> unmeasured_reason("float16")
+    "the kernel has not run on a GPU with float16 yet; implementation='mosaic' runs it"
+    """
+    what = None if two_level else "E8M0 scales"
+    what = "float16" if dtype == "float16" else what
+    if what is None:
+        return None
+    return f"the kernel has not run on a GPU with {what} yet; implementation='mosaic' runs it"
 
 
 def cast_reason(shape: tuple[int, ...], dtype: str, device: Device) -> str | None:
