@@ -78,7 +78,7 @@ def test_traces_run_their_program():
 def test_training_resumes_with_the_weights_it_left(tmp_path):
     task = Recall(slots=2, pairs=1, symbols=4)
     options = {"seeds": (0, 1), "learning_rates": (1e-3, 2e-3), "folder": tmp_path, "every": 2}
-    stages = [Stage(0.5, 4, {"groups": 2}), Stage(0.5, 6)]
+    stages = [Stage(0.5, 4, {"groups": 2}), Stage(0.5, 4)]  # one program
     said = []
     _, facts = train(task, SIZES, stages, steps=8, report=said.append, **options)
     assert facts["steps"] == 8 and len(facts["history"]) == len(said) == 4
