@@ -11,7 +11,7 @@ from pallas_kernels.formats.block_format import BlockFormat, get_format
 from pallas_kernels.formats.counter_random import is_counter_key
 from pallas_kernels.formats.hadamard import rht
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.ops.quantize import matrix, reference, xla
+from pallas_kernels.ops.quantize import reference, xla
 from pallas_kernels.ops.quantize import spec as spec_lib
 from pallas_kernels.ops.quantize.spec import QuantizeSpec, make_spec, unsupported_reason
 
@@ -147,6 +147,8 @@ def quantize_fp8_both(
     reason = reason or spec_lib.unmeasured_reason(str(x.dtype)) or spec_lib.UNMEASURED_CAST
     by_itself = implementation is None and reason is None and jax.device_count() == 1
     if implementation == "mosaic" or by_itself:
+        from pallas_kernels.ops.quantize import matrix  # needs Mosaic: not at import time
+
         return matrix.cast_fp8(x, scale, get_format(qtype).element)
     return xla.quantize_fp8_both(x, get_format(qtype).element_type, scale)
 
@@ -200,6 +202,8 @@ def fake_quantize(x: jax.Array, qtype: str | BlockFormat, **options) -> jax.Arra
         request = (spec, key, None)
         along_last = spec.tile[1] > 1
         requests = (request, None) if along_last else (None, request)
+        from pallas_kernels.ops.quantize import matrix  # needs Mosaic: not at import time
+
         (quantized,) = matrix.fake_quantize(jax.lax.stop_gradient(x), *requests)
     elif name == "xla":
         quantized = xla.fake_quantize(jax.lax.stop_gradient(x), key, spec)
@@ -263,6 +267,8 @@ def fake_quantize_both(
         requests.append((spec, key, None if axis else signs))
         names.append(name)
     if names == ["mosaic", "mosaic"]:
+        from pallas_kernels.ops.quantize import matrix  # needs Mosaic: not at import time
+
         return tuple(matrix.fake_quantize(x, *requests))
     turned = x if signs is None else rht(x, 0, len(signs), signs)
     values = [xla.fake_quantize(value, request[1], request[0])
