@@ -35,7 +35,8 @@ from rich.console import Console
 
 from experiments.benchmarks import attention as bench
 from experiments.benchmarks import gradient, leaks
-from experiments.benchmarks.gpu_session import BOUNDS, Case, results, work
+from experiments.benchmarks.gpu_session import BOUNDS
+from experiments.benchmarks.isolated import Case, results, work
 from pallas_kernels import BlockMask, Mask, benchmarking, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops

@@ -16,18 +16,11 @@ kernel that hangs costs one case. ``--dry-run`` lowers every case for an abstrac
 machine instead of running it.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
-import queue
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +31,11 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks import attention as bench
+from experiments.benchmarks.isolated import Case, results, work
 from pallas_kernels import dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
 
-Case = dict[str, Any]
 STAGES = ("correct", "accurate", "fast", "sanitize", "sizes")
 
 # Relative L1 against float32 on normal inputs; 16-bit P and V leave .0124 with INT8 scores.
@@ -516,101 +509,6 @@ class Options:
     """``i/n``: only every n-th case from the i-th; for several processes, each with its folder."""
     worker: bool = False
     """Used by the program itself: read cases from standard input, one JSON a line."""
-
-
-def work(run: Callable[[Case], dict[str, Any]]) -> None:
-    """The other side of `results`: a line of JSON for every line of JSON."""
-    answer = os.dup(1)
-    os.dup2(2, 1)  # What libraries print must not come between the answers.
-    for line in sys.stdin:
-        case = json.loads(line)
-        try:
-            result = {"result": run(case)}
-        except Exception as error:  # any failure of a case is its result
-            result = {"failed": f"{type(error).__name__}: {bench.first_line(error)}"}
-        os.write(answer, (json.dumps(result) + "\n").encode())
-
-
-def results(
-    cases: list[Case], options: Any, deadline: float, program: str = "gpu_session"
-) -> Iterator[tuple[Case, dict]]:
-    """Runs cases in one process, and the rest in a new one after a case that hung or crashed.
-
-    ``options`` has output, limit and dry_run; ``program`` is the benchmark whose ``--worker`` runs.
-    """
-    waiting = list(cases)
-    while waiting and time.monotonic() < deadline:
-        with _process(options, program, waiting[0].get("tool")) as (process, lines):
-            alive = True
-            while alive and waiting and time.monotonic() < deadline:
-                case, start = waiting.pop(0), time.monotonic()
-                answer = _ask(process, lines, case, options.limit, deadline)
-                tool = case.get("tool") and not options.dry_run
-                if tool and "result" in answer:
-                    answer |= _verdict(process, options.limit)
-                alive = not (answer.pop("lost", False) or tool)
-                yield case, {**answer, "seconds": time.monotonic() - start}
-
-
-def _ask(process, lines, case: Case, limit: float, deadline: float) -> dict[str, Any]:
-    """One answer; "lost" says that the process is of no more use."""
-    limit *= 1 if case["stage"] in ("correct", "accurate") else 4
-    limit = min(limit, max(5.0, deadline + 20 - time.monotonic()))
-    try:
-        process.stdin.write(json.dumps(case) + "\n")
-        process.stdin.flush()
-        line = lines.get(timeout=limit)
-    except queue.Empty:
-        return {"failed": f"nothing for {limit:.0f} s: hung", "lost": True}
-    except BrokenPipeError:
-        line = None
-    if line is None:
-        return {"failed": f"the process ended with {process.wait()}", "lost": True}
-    return json.loads(line)
-
-
-def _verdict(process, limit: float) -> dict[str, Any]:
-    """What compute-sanitizer says when the process ends by itself."""
-    process.stdin.close()
-    try:
-        code = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": "the tool did not end"}
-    return {"failed": f"the tool found errors (status {code}): see its log"} if code else {}
-
-
-@contextlib.contextmanager
-def _process(options: Any, program: str, tool: str | None):
-    """A worker and the queue of its answers (None when it ends); killed with its children."""
-    command = [sys.executable, "-m", f"experiments.benchmarks.{program}", "--worker"]
-    command += ["--dry-run"] * options.dry_run
-    if tool and not options.dry_run:
-        # Its own report would else come between the answers on standard output.
-        report = options.output / f"{tool}.log"
-        command = [
-            "compute-sanitizer", "--tool", tool, "--error-exitcode", "9",
-            "--log-file", str(report), *command,
-        ]  # fmt: skip
-    log = (options.output / "worker.log").open("a")
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read():
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        yield process, lines
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
 
 
 def main(options: Options) -> None:

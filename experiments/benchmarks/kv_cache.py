@@ -1,7 +1,7 @@
 """E5 on a GPU: what evicting saves in time and memory, and what it costs, at the shape of Llama 8B.
 
-``python -m experiments.benchmarks.kv_cache --output runs/e5 --time-budget 150`` writes ``e5.json``
-after every case. Random weights; one layer or a few stand for all 32, which cost the same.
+``python -m experiments.benchmarks.kv_cache --output runs/e5 --time-budget 150`` writes
+``kv_cache.json`` after every case. Random weights; one layer or a few stand for all 32, which cost the same.
 
 - attend: attention of one token over one layer's context of 124,000 tokens, full, and cut by KVzip
   to ragged heads in tiles; target .40 times the full time at ratio .3.
@@ -9,14 +9,11 @@ after every case. Random weights; one layer or a few stand for all 32, which cos
 - compact: R-KV's compaction beside the 128 decode steps that it follows; target 3 %.
 - rows: caches of 32 layers, really allocated beside 16 GB, full and held at a budget.
 
-Cases run in a process of their own, see ``experiments.benchmarks.decode``.
+Cases run in a process of their own, see ``experiments.benchmarks.isolated``.
 """
 
 import dataclasses
 import functools
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
-from rich.console import Console
 
 from experiments.benchmarks.attention import machine
-from experiments.benchmarks.gpu_session import Case, results, work
+from experiments.benchmarks.isolated import Case, report, work
 from experiments.kv_cache import efficiency
 from jaxeff.compress import parse
 from jaxeff.generate import _observe, _prefill
@@ -257,25 +253,14 @@ def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
         return work(functools.partial(run, lowering=options.dry_run))
-    console = Console()
-    options.output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.time_budget
-    chosen = [case for case in cases() if options.only in json.dumps(case)]
-    command = f"python -m experiments.benchmarks.kv_cache --time-budget {options.time_budget:g}"
-    report: dict[str, Any] = {"command": command, "rows": []}
-    for case, answer in results(chosen, options, deadline, "kv_cache"):
-        report |= answer.get("result", {}).pop("machine", {})
-        report["rows"].append({"case": case, **answer, "seconds": round(answer["seconds"], 1)})
-        (options.output / "e5.json").write_text(json.dumps(report, indent=1) + "\n")
-        said = answer.get("failed") or {
-            k: round(v, 4) if isinstance(v, float) else v for k, v in answer["result"].items()
-        }
-        console.print(f"{answer['seconds']:.1f} s {case}: {said}", highlight=False, soft_wrap=True)
-    failures = sum("failed" in row for row in report["rows"])
-    console.print(f"{len(report['rows'])} cases, {failures} failed")
-    if failures:
-        sys.exit(1)
-    return None
+    return report("kv_cache", options, cases(), _line)
+
+
+def _line(row: dict[str, Any]) -> str:
+    said = row.get("failed") or {
+        k: round(v, 4) if isinstance(v, float) else v for k, v in row["result"].items()
+    }
+    return f"{row['seconds']} s {row['case']}: {said}"
 
 
 if __name__ == "__main__":

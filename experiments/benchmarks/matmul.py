@@ -18,10 +18,7 @@ kernel that hangs costs one case. ``--dry-run`` lowers every kernel for an abstr
 import collections
 import dataclasses
 import functools
-import json
 import re
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 
 from experiments.benchmarks.attention import machine, time_torch
-from experiments.benchmarks.gpu_session import Case, results, work
+from experiments.benchmarks.isolated import Case, report, work
 from pallas_kernels import matmul, quantize
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, matmul_flops, teraflops
@@ -319,25 +315,7 @@ def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
         return work(lower if options.dry_run else run)
-    console = Console()
-    options.output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.time_budget
-    chosen = [case for case in cases() if options.only in json.dumps(case)][: options.first]
-    command = f"python -m experiments.benchmarks.matmul --time-budget {options.time_budget:g}"
-    command += f" --only {options.only}" * bool(options.only)
-    report: dict[str, Any] = {"command": command, "rows": []}
-    for case, answer in results(chosen, options, deadline, "matmul"):
-        report |= answer.get("result", {}).pop("machine", {})
-        report["rows"].append({"case": case, **answer, "seconds": round(answer["seconds"], 1)})
-        _compare(report["rows"])
-        (options.output / "matmul.json").write_text(json.dumps(report, indent=1) + "\n")
-        console.print(_line(report["rows"][-1]), highlight=False, soft_wrap=True)
-    failures = sum("failed" in row for row in report["rows"])
-    left = len(chosen) - len(report["rows"])
-    console.print(f"{len(report['rows'])} cases, {failures} failed, {left} not started")
-    if failures:
-        sys.exit(1)
-    return None
+    return report("matmul", options, cases()[: options.first], _line, _compare)
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
