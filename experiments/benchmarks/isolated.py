@@ -1,6 +1,6 @@
 """Cases of a benchmark in a process of their own, which is ended when it hangs.
 
-The program runs itself again with ``--worker``; a line of JSON goes in for a case, and one comes out.
+The program runs itself again with ``--worker``: a line of JSON goes in, and one comes out.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """E5 on a GPU: what evicting saves in time and memory, and what it costs, at the shape of Llama 8B.
 
 ``python -m experiments.benchmarks.kv_cache --output runs/e5 --time-budget 150`` writes
-``kv_cache.json`` after every case. Random weights; one layer or a few stand for all 32, which cost the same.
+``kv_cache.json`` after every case. Random weights; one layer or a few stand for all 32, which cost
+the same.
 
 - attend: attention of one token over one layer's context of 124,000 tokens, full, and cut by KVzip
   to ragged heads in tiles; target .40 times the full time at ratio .3.
