@@ -28,6 +28,7 @@ from experiments.low_precision.training import (
     Arm,
     Preset,
     build,
+    clipped_adamw,
     corpus,
     environment,
     noise_ratios,
@@ -107,7 +108,7 @@ class Session:
         states, programs = {}, {}
         for arm in arms:
             for seed in seeds:
-                graph, state = train.init_state(build(arm, seed, self.preset), _optimizer(1.0))
+                graph, state = train.init_state(build(arm, seed, self.preset), clipped_adamw(1.0))
                 states[arm, seed] = jax.tree.map(jnp.copy, state)  # a step deletes its input
             programs[arm] = self.compile(_step, graph, state, self.tokens_type(arm), jnp.float32(0))
             self.say(f"{self.elapsed:.0f} s: {arm.name} traced")
@@ -323,17 +324,5 @@ def _gradient(graph, params, rest, tokens):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _step(graph, state, tokens, rate):
-    state, metrics = train.train_step(graph, _optimizer(rate), state, tokens)
+    state, metrics = train.train_step(graph, clipped_adamw(rate), state, tokens)
     return state, metrics["loss"]
-
-
-def _optimizer(rate: float | jax.Array) -> optax.GradientTransformation:
-    """AdamW as in ``training``; the rate may be traced, its state does not depend on it."""
-    adamw = optax.adamw(
-        rate,
-        b1=0.9,
-        b2=0.95,
-        weight_decay=0.1,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)

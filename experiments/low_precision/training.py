@@ -197,6 +197,18 @@ def _attention(implementation: str):
     return functools.partial(jax.nn.dot_product_attention, implementation=implementation)
 
 
+def clipped_adamw(rate) -> optax.GradientTransformation:
+    """AdamW as both trainings use it; a schedule or a number, which may be traced."""
+    adamw = optax.adamw(
+        rate,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.1,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
 @functools.cache
 def _optimizer(qaf_start: float | None, preset: Preset):
     """Transformation and learning rate; cached, as the compiled step is keyed by it."""
@@ -213,14 +225,7 @@ def _optimizer(qaf_start: float | None, preset: Preset):
             warmup_steps=min(40, length // 4),
             final_fraction=0.1,
         )
-    adamw = optax.adamw(
-        rate,
-        b1=0.9,
-        b2=0.95,
-        weight_decay=0.1,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    return clipped_adamw(rate)
 
 
 _step = jax.jit(train.train_step, static_argnums=(0, 1), donate_argnums=2)

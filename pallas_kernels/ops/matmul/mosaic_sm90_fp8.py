@@ -31,9 +31,9 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _wait,
     _wgmma,
 )
+from pallas_kernels.ops.matmul.mosaic_sm90_groups import COMPUTE, launch, warpgroups
 from pallas_kernels.ops.matmul.spec import BLOCK_K, FP8_KINDS, MatmulSpec
 
-COMPUTE = 2  # warpgroups
 ROWS = 64  # of a warpgroup
 COLUMNS = 128  # of a block; also what shares a scale of square tiles
 _SWIZZLE = 128
@@ -212,27 +212,11 @@ def _kernel(plan: Plan):
                 transforms=_transforms(_SWIZZLE, itemsize),
             ),
         }
-        ready = plgpu.Barrier(num_arrivals=COMPUTE + 1, num_barriers=stages)
-        free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)
-        if config.cluster > 1:
-            free = plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=COMPUTE, num_barriers=stages
-            )
-
-        def body(smem, ready, free):
-            wg = lax.axis_index("wg")
-
-            @pl.when(wg == COMPUTE)
-            def _memory():
-                plgpu.set_max_registers(40, action="decrease")
-                memory_group(a, b, smem, ready, free)
-
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                plgpu.set_max_registers(232, action="increase")
-                compute_group(wg, a_scale, b_scale, out, smem, ready, free)
-
-        pl.run_scoped(body, smem, ready, free, collective_axes="wg")
+        warpgroups(
+            smem, COMPUTE + 1, config,
+            lambda *given: memory_group(a, b, *given),
+            lambda wg, *given: compute_group(wg, a_scale, b_scale, out, *given),
+        )  # fmt: skip
 
     return entry
 
@@ -260,21 +244,8 @@ def block_scaled(a, b, a_scale, b_scale, out_dtype="bfloat16", config: Config | 
     a_scale = jnp.pad(a_scale, ((0, 0), (0, rows - m)))
     if column_scales:
         b_scale = jnp.pad(b_scale, ((0, 0), (0, -n % COLUMNS)))
-    cluster = {}
-    if plan.config.cluster > 1:
-        cluster = {"cluster": (plan.config.cluster,), "cluster_names": ("cluster",)}
-    return plgpu.kernel(
-        _kernel(plan),
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.dtype(out_dtype)),
-        grid=(plan.row_clusters * plan.column_tiles,),
-        grid_names=("block",),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-        **cluster,
-    )(a, b, a_scale, b_scale)
+    blocks = plan.row_clusters * plan.column_tiles
+    return launch(_kernel(plan), plan, blocks, a, b, a_scale, b_scale)
 
 
 def matmul(lhs: QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Array:

@@ -38,12 +38,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ptx as ptx
 from pallas_kernels._device import current_device
 from pallas_kernels.formats import QTensor
+from pallas_kernels.ops.attention.mosaic_sm90_kernel import _inline, _transforms
 from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul import xla
 from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
+from pallas_kernels.ops.matmul.mosaic_sm90_groups import COMPUTE, launch, warpgroups
 from pallas_kernels.ops.matmul.spec import FP8_KINDS, UNIT, MatmulSpec
 
-COMPUTE = 2  # warpgroups
 OWN = 64  # outputs of a warpgroup
 COLUMNS = COMPUTE * OWN  # outputs of a block
 ROW_BYTES = 128  # of x in a step; rows of all tiles in shared memory are so wide
@@ -72,37 +73,8 @@ class Config:
 # -- registers and shared memory -------------------------------------------------------------------
 
 
-def _transforms(itemsize: int):
-    return (plgpu.TilingTransform((8, ROW_BYTES // itemsize)), plgpu.SwizzleTransform(ROW_BYTES))
-
-
 def _array(shape, dtype, layout):
     return plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
-
-
-def _inline(body, inputs, outs=()):
-    """Runs ``body`` on registers: a list of them per array, a memref per reference.
-
-    Args:
-        body: returns a list of registers per output.
-        inputs: pairs of an array and its layout, or of a reference and its transforms.
-        outs: shapes, dtypes and layouts of the results.
-    """
-    types = tuple(plgpu.RefType(t) if isinstance(t, tuple) else t for _, t in inputs)
-
-    @plgpu.inline_mgpu(arg_types=types, return_type=tuple(outs) or None)
-    def run(ctx, *given):
-        del ctx
-        refs = [isinstance(t, plgpu.RefType) for t in types]
-        values = body(*[g if ref else ptx.unpack(g) for g, ref in zip(given, refs, strict=True)])
-        if not outs:
-            return None
-        return tuple(
-            ptx.pack(v, o.shape, o.layout, o.dtype) for v, o in zip(values, outs, strict=True)
-        )
-
-    result = run(*(x for x, _ in inputs))
-    return list(result) if outs else []
 
 
 def _multiply(acc, a, x, rows: int, kind: str):
@@ -203,7 +175,7 @@ class FourBit:
         dtype = jnp.float32 if self.weights.scale == "float32" else jnp.uint8
         shape = (stages, self.step // 2, COLUMNS)
         return {
-            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(1)),
+            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
             "scale": plgpu.SMEM((stages, self.groups, COLUMNS), dtype),
         }
 
@@ -221,7 +193,7 @@ class FourBit:
 
     def refs(self, smem, slot):
         """References that `fetch` reads, with their transforms."""
-        return [(smem["codes"].at[slot], _transforms(1)), (smem["scale"].at[slot], ())]
+        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
 
     def fetch(self, w, s, wg):
         """Codes of one step's operand as bfloat16, and words of their scales."""
@@ -298,7 +270,7 @@ class Int8:
     def smem(self, stages: int):
         """What the ring holds beside x."""
         shape = (stages, self.step, COLUMNS)
-        return {"codes": plgpu.SMEM(shape, jnp.int8, transforms=_transforms(1))}
+        return {"codes": plgpu.SMEM(shape, jnp.int8, transforms=_transforms(ROW_BYTES))}
 
     def load(self, refs, smem, slot, step, column, barrier):
         """Starts the copy of a step."""
@@ -307,7 +279,7 @@ class Int8:
 
     def refs(self, smem, slot):
         """References that `fetch` reads, with their transforms."""
-        return [(smem["codes"].at[slot], _transforms(1))]
+        return [(smem["codes"].at[slot], _transforms(ROW_BYTES))]
 
     def fetch(self, w, wg):
         """Codes of one step's operand, transposed by pairs of outputs.
@@ -488,7 +460,11 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
 
         def multiply(acc, a, slot):
             body = lambda acc, a, x: [_multiply(acc, a, x, tile_m, weights.kind)]  # noqa: E731
-            inputs = [(acc, _ACC), (a, a_layout), (smem["x"].at[slot], _transforms(itemsize))]
+            inputs = [
+                (acc, _ACC),
+                (a, a_layout),
+                (smem["x"].at[slot], _transforms(ROW_BYTES, itemsize)),
+            ]
             return _inline(body, inputs, [acc_type])[0]
 
         def wait(acc, a):
@@ -528,51 +504,22 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
         refs = dict(zip((*names, "out"), refs, strict=True))
         shape = (stages, tile_m, weights.step)
         smem = {
-            "x": plgpu.SMEM(shape, weights.x_dtype, transforms=_transforms(itemsize)),
+            "x": plgpu.SMEM(shape, weights.x_dtype, transforms=_transforms(ROW_BYTES, itemsize)),
             **weights.smem(stages),
         }
-        ready = plgpu.Barrier(num_arrivals=1 + weights.copies, num_barriers=stages)
-        free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages)
-        if config.cluster > 1:
-            free = plgpu.ClusterBarrier(
-                collective_axes=("cluster",), num_arrivals=COMPUTE, num_barriers=stages
-            )
-
-        def body(smem, ready, free):
-            wg = lax.axis_index("wg")
-
-            @pl.when(wg == COMPUTE)
-            def _memory():
-                plgpu.set_max_registers(40, action="decrease")
-                memory_group(refs, smem, ready, free)
-
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                plgpu.set_max_registers(232, action="increase")
-                compute_group(wg, refs, smem, ready, free)
-
-        pl.run_scoped(body, smem, ready, free, collective_axes="wg")
+        warpgroups(
+            smem, 1 + weights.copies, config,
+            lambda *given: memory_group(refs, *given),
+            lambda wg, *given: compute_group(wg, refs, *given),
+        )  # fmt: skip
 
     return entry
 
 
 def _launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
     """Runs the kernel over "x" [m, k], "codes" and what the weights need; returns [m, n]."""
-    cluster = {}
-    if plan.config.cluster > 1:
-        cluster = {"cluster": (plan.config.cluster,), "cluster_names": ("cluster",)}
-    return plgpu.kernel(
-        _kernel(plan, tuple(arrays)),
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), jnp.dtype(plan.out_dtype)),
-        grid=(plan.row_tiles * plan.clusters,),
-        grid_names=("block",),
-        num_threads=COMPUTE + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-        **cluster,
-    )(*arrays.values())
+    kernel = _kernel(plan, tuple(arrays))
+    return launch(kernel, plan, plan.row_tiles * plan.clusters, *arrays.values())
 
 
 def heuristic(m: int, n: int) -> Config:
