@@ -352,37 +352,28 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
     """The gradient from the saved log-sum-exp: unquantised, or that of SageBwd."""
     query, key, value, _, sinks, mask, out, lse = saved
     rule, blocks = _token_rule(mask), mask if isinstance(mask, BlockMask) else None
-    d_out, d_lse = cotangents
-    empty = jnp.isneginf(lse)
-    d_lse = jnp.where(empty, 0.0, d_lse)
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
-    delta = jnp.where(empty, 0.0, delta)
-    d_sinks, rest = None, d_lse  # what rows of dS sum to
-    if sinks is not None:
-        p_sink = jnp.exp(sinks.astype(jnp.float32) - jnp.where(empty, 0.0, lse))  # [B, T, N]
-        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
-        rest = d_lse + p_sink * delta
+    rows = xla.row_terms(out, lse, sinks, cotangents)
     query, key, value = clean(query, key, value, rule, spec)
     centred = numerics.centred_keys(query, key, rule, spec)
     lse = lse if centred.const is None else lse - centred.const
     head_dim = next(size for size in backward.HEAD_DIMS if size >= spec.head_dim)
     pad = ((0, 0), (0, 0), (0, 0), (0, head_dim - spec.head_dim))
-    arrays = (query, centred.key, value, d_out)
+    arrays = (query, centred.key, value, cotangents[0])
     arrays = [jnp.pad(x, pad) if pad[3][1] else x for x in arrays]
     options = {"scale": spec.scale, "min_diff": rule.min_diff, "max_diff": rule.max_diff}
-    run, sums = backward.gradient, (lse, delta)
+    run, sums = backward.gradient, (lse, rows.delta)
     if _is_int8(spec):
         options["smooth_k"] = spec.quant.smooth_k
         forward_config = _config_of(spec, mask, config) if blocks is None else None
         options["scale_block"] = _scale_block(blocks, forward_config)
-        run, sums = backward_int8.gradient, (lse, delta, rest)
+        run, sums = backward_int8.gradient, (lse, rows.delta, rows.sums)
     sums = [x.swapaxes(1, 2) for x in sums]
     grads = partitioned_gradient(functools.partial(run, **options), spec, blocks)(*arrays, *sums)
     d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)
     if centred.mean is not None:
-        d_query = d_query.astype(jnp.float32) + centred.part(rest, spec)
+        d_query = d_query.astype(jnp.float32) + centred.part(rows.sums, spec)
         d_query = d_query.astype(query.dtype)
-    return d_query, d_key, d_value, None, d_sinks, None
+    return d_query, d_key, d_value, None, rows.d_sinks, None
 
 
 @functools.lru_cache(maxsize=64)

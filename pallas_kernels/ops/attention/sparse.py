@@ -289,8 +289,7 @@ def _forward(query, key, value, sinks, blocks, pv_threshold, spec: AttentionSpec
 
 def _backward(spec: AttentionSpec, saved, cotangents):
     query, key, value, sinks, blocks, out, lse = saved
-    d_out, d_lse = cotangents[:2]
-    f32 = jnp.float32
+    d_out, f32 = cotangents[0], jnp.float32
     rounded = spec.quant is not None and spec.quant.backward == "int8"
     exact = clean(query, key, value, blocks.as_mask(), spec)
     if rounded:
@@ -299,16 +298,14 @@ def _backward(spec: AttentionSpec, saved, cotangents):
         centred = numerics.centred_keys(*exact[:2], blocks.as_mask(), spec)
         x = _Inputs(exact[0], centred.key, exact[2], centred.const, k_mean=centred.mean)
 
-    empty = jnp.isneginf(lse)
-    d_lse = jnp.where(empty, 0.0, d_lse)
-    delta = jnp.where(empty, 0.0, (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse)
-    lse = jnp.where(empty, 0.0, lse)
+    rows = xla.row_terms(out, lse, sinks, cotangents)
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     # Smoothing took `const` from the logits, so P comes from what is left of the log-sum-exp.
     of_logits = lse if x.const is None else lse - x.const
 
     query_side = lambda y: _query_tiles(y, blocks.block_q, spec)  # noqa: E731
     key_side = lambda y: _key_tiles(y, blocks.block_kv)  # noqa: E731
-    queries = {"q": x.q, "g": d_out, "lse": of_logits, "delta": delta}
+    queries = {"q": x.q, "g": d_out, "lse": of_logits, "delta": rows.delta}
     queries = {name: query_side(y) for name, y in queries.items()}
     keys = {"k": key_side(x.k), "v": key_side(exact[2])}
     if rounded:  # psi(dO), once per tile
@@ -348,18 +345,12 @@ def _backward(spec: AttentionSpec, saved, cotangents):
     dk, dv = _walk(blocks.transpose(), spec, keys, start, for_keys, over_heads)
     dk, dv = (_joined(y, spec.kv_len)[:, :, 0].transpose(0, 2, 1, 3) for y in (dk, dv))
 
-    d_sinks = None
-    if sinks is not None:
-        p_sink = jnp.exp(sinks.astype(f32) - lse)  # [B, T, N]
-        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
-    if x.k_mean is not None:
-        # Rows of dS sum to zero, and the mean key drops out, but for these two parts.
-        rest = d_lse if sinks is None else d_lse + p_sink * delta
+    if x.k_mean is not None:  # the mean key drops out where the rows of dS sum to zero
         mean = jnp.repeat(x.k_mean, spec.groups, axis=2)  # [B, 1, N, H]
-        dq = dq + jnp.where(empty, 0.0, rest)[..., None] * mean * spec.scale
+        dq = dq + rows.sums[..., None] * mean * spec.scale
     dtypes = query.dtype, key.dtype, value.dtype
     grads = (y.astype(dtype) for y, dtype in zip((dq, dk, dv), dtypes, strict=True))
-    return *grads, d_sinks, None, None
+    return *grads, rows.d_sinks, None, None
 
 
 _attention.defvjp(_forward, _backward)

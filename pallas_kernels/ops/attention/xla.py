@@ -9,6 +9,7 @@ the loop, the recomputation and the custom gradient are left out.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -339,26 +340,56 @@ def _forward_quantized(query, key, value, bias, sinks, mask, spec: AttentionSpec
     return finish_rows(m, l, acc, sinks, spec, const, channels(ops.v_scale), channels(ops.v_mean))
 
 
+class RowTerms(NamedTuple):
+    """What a flash backward knows of every row beforehand; zero for rows with nothing to attend.
+
+    Attributes:
+      delta: ``sum(d_out * out) - d_lse``, float32 [B, T, N].
+      sums: what the rows of dS sum to, float32 [B, T, N].
+      d_sinks: [N] in the dtype of the sinks, or None.
+    """
+
+    delta: jax.Array
+    sums: jax.Array
+    d_sinks: jax.Array | None
+
+
+def row_terms(out, lse, sinks, cotangents) -> RowTerms:
+    """The `RowTerms` of a call from its results and their cotangents.
+
+    Args:
+      out: [B, T, N, H].
+      lse: float32 [B, T, N], -inf for rows with nothing to attend.
+      sinks: [N] or None.
+      cotangents: of both.
+
+    Returns:
+      `RowTerms`.
+    """
+    (d_out, d_lse), f32, empty = cotangents[:2], jnp.float32, jnp.isneginf(lse)
+    d_lse = jnp.where(empty, 0.0, d_lse)
+    delta = jnp.where(empty, 0.0, (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse)
+    if sinks is None:
+        return RowTerms(delta, d_lse, None)
+    p_sink = jnp.exp(sinks.astype(f32) - jnp.where(empty, 0.0, lse))
+    d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
+    return RowTerms(delta, d_lse + p_sink * delta, d_sinks)
+
+
 def _flash_bwd(spec, block_kv, saved, cotangents):
     """Flash backward: probabilities of each chunk come back from the log-sum-exp."""
     query, key, value, bias, sinks, mask, out, lse = saved
-    d_out, d_lse = cotangents
+    d_out = cotangents[0]
     f32 = jnp.float32
     size, count, padded = _chunks(spec, block_kv)
     query, key, value = clean(query, key, value, mask, spec)
     centred = numerics.centred_keys(query, key, mask, spec)
     q, k, v, bias_g = _prepared(query, centred.key, value, bias, mask, spec, padded)
     g = _grouped_query(d_out, spec)  # [B, K, G, T, H]
-    empty = jnp.isneginf(lse)
-    d_lse, lse = jnp.where(empty, 0.0, d_lse), jnp.where(empty, 0.0, lse)
-    delta = jnp.where(empty, 0.0, (d_out.astype(f32) * out.astype(f32)).sum(-1) - d_lse)
-    d_sinks, rest = None, d_lse  # what rows of dS sum to
-    if sinks is not None:
-        p_sink = jnp.exp(sinks.astype(f32) - lse)  # [B, T, N]
-        d_sinks = -(p_sink * delta).sum((0, 1)).astype(sinks.dtype)
-        rest = d_lse + p_sink * delta
+    rows = row_terms(out, lse, sinks, cotangents)
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     lse = lse if centred.const is None else lse - centred.const
-    delta, lse = _grouped_rows(delta, spec), _grouped_rows(lse, spec)
+    delta, lse = _grouped_rows(rows.delta, spec), _grouped_rows(lse, spec)
     keep_bias_rows = bias is not None and bias.shape[3] != 1
 
     def step(carry, j):
@@ -390,12 +421,12 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
     init = same_axes(init, q)
     (dq, dk, dv, db), _ = lax.scan(step, init, jnp.arange(count))
     dq = _ungrouped(dq)
-    dq = dq if centred.mean is None else dq + centred.part(rest, spec)
+    dq = dq if centred.mean is None else dq + centred.part(rows.sums, spec)
     dq = dq.astype(query.dtype)
     dk, dv = (x[:, :, : spec.kv_len].transpose(0, 2, 1, 3) for x in (dk, dv))
     if bias is not None:
         db = db[..., : bias.shape[3]].reshape(bias.shape).astype(bias.dtype)
-    return dq, dk, dv, db, d_sinks, None
+    return dq, dk, dv, db, rows.d_sinks, None
 
 
 def _sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
