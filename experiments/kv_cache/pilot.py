@@ -99,8 +99,8 @@ def main(options: Options) -> None:
                 task, model, method, fraction, rows=options.rows, seed=2000 + seed,
                 checks=task.checks, buffer=PRESETS["gpu"]["buffer"], options=more,
             )  # fmt: skip
-            note(method=method, fraction=fraction, options=more, seed=seed,
-                 accuracy=cell["accuracy"], right_trace_tokens=cell["right_trace_tokens"])  # fmt: skip
+            found = {name: cell[name] for name in ("accuracy", "right_trace_tokens")}
+            note(method=method, fraction=fraction, options=more, seed=seed, **found)
 
 
 if __name__ == "__main__":
