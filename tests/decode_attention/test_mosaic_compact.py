@@ -2,17 +2,21 @@
 """Choosing and moving slots on sm90 without a GPU: NumPy runs the threads, and they lower."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import warpgroup
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_mosaic_decode import STORES, run_blocks
 
 from pallas_kernels import largest_slots, move_slots
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.ops.decode_attention import mosaic_sm90
+from pallas_kernels.ops.decode_attention.by_head import by_head
 
 
 def on_threads(function, *args):
@@ -82,3 +86,30 @@ def test_limits_are_said():
             move_slots(jnp.zeros((1, 1, 4, 5)), jnp.zeros((1, 1, 2), int), implementation="mosaic")
     with pytest.raises(ValueError, match="expected \\[B, K, C\\] with C >= 5"):
         largest_slots(jnp.zeros((1, 1, 4)), 5)
+
+
+@pytest.mark.multidevice
+def test_devices_keep_to_their_rows_and_heads():
+    """Something that the compiler cannot look into, in the place of a kernel."""
+    seen = []
+
+    def opaque(x, per_row):
+        seen.append(x.shape)
+        order = jnp.argsort(x, axis=2)  # of a whole head
+        return jnp.take_along_axis(x, order, 2), x[:, :, 0] + per_row[:, :1]
+
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("b", "h"), axis_types=auto, devices=jax.devices()[:8])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 20)), jnp.float32)
+    row = jnp.arange(8.0).reshape(4, 2)
+    run = jax.jit(by_head(opaque, ["bk", "b"], ["bk", "bk"]))
+    want = opaque(x, row)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    args = put(x, "b", "h"), put(row, "b")
+    text = run.lower(*args).compile().as_text()
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", text)
+    for mine, its in zip(run(*args), want, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    assert (2, 2, 20) in seen
+    twice = jax.vmap(run, in_axes=(0, None))(jnp.stack([x, 2 * x]), row)
+    np.testing.assert_array_equal(twice[0][1], opaque(2 * x, row)[0])

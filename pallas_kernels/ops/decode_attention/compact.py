@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels._device import current_device
 from pallas_kernels._dispatch import resolve
 from pallas_kernels.ops.decode_attention.api import append_tokens
+from pallas_kernels.ops.decode_attention.by_head import by_head
 from pallas_kernels.ops.decode_attention.spec import device_reason
 
 _UNMEASURED = "was not measured yet; implementation='mosaic' runs it"
@@ -55,7 +56,8 @@ def largest_slots(
 
         if count is None:
             count = jnp.full(scores.shape[:2], budget, jnp.int32)
-        return mosaic_sm90_compact.largest(scores, count, budget)
+        run = lambda *x: (mosaic_sm90_compact.largest(*x, budget),)  # noqa: E731
+        return by_head(run, ["bk", "bk"], ["bk"])(scores, count)[0]
     slots = scores.shape[2]
     values, indices = jax.lax.top_k(scores, budget)
     real = values > -jnp.inf
@@ -93,7 +95,8 @@ def move_slots(
     if resolve("move_slots", implementation, reasons) == "mosaic":
         from pallas_kernels.ops.decode_attention import mosaic_sm90_compact
 
-        moved = mosaic_sm90_compact.move(arrays, source, fills)
+        run = lambda *x: tuple(mosaic_sm90_compact.move(x[:-1], x[-1], fills))  # noqa: E731
+        moved = by_head(run, ["bk"] * (len(arrays) + 1), ["bk"] * len(arrays))(*arrays, source)
     else:
         moved = [_moved(x, source, value) for x, value in zip(arrays, fills, strict=True)]
     return jax.tree.unflatten(tree, moved)
@@ -148,9 +151,21 @@ def append_to_cache(
     if resolve("append_to_cache", implementation, reasons) == "mosaic":
         from pallas_kernels.ops.decode_attention import mosaic_sm90_append
 
-        return mosaic_sm90_append.append(
-            key, value, positions, new_key, new_value, new_positions, slots, key_offset
-        )
+        old, rest = (key, value, positions), (new_key, new_value, new_positions, slots, key_offset)
+        leaves, tree = jax.tree.flatten((*old, *rest))
+        axes = jax.tree.leaves(("bk",) * 5 + ("b", "bk", "bk"))
+        axes = [
+            axis
+            for part, axis in zip((*old, *rest), axes, strict=True)
+            for _ in jax.tree.leaves(part)
+        ]
+        count = len(jax.tree.leaves(old))
+
+        def run(*x):
+            return tuple(jax.tree.leaves(mosaic_sm90_append.append(*jax.tree.unflatten(tree, x))))
+
+        changed = by_head(run, axes, ["bk"] * count)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(old), changed)
     less = new_key if key_offset is None else new_key.astype(jnp.float32) - key_offset
     key, value = append_tokens(key, less, slots), append_tokens(value, new_value, slots)
     if positions is not None:

@@ -15,6 +15,7 @@ from jax import lax
 from pallas_kernels._device import current_device
 from pallas_kernels._dispatch import Explanation, choose, register_explainer, resolve
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ops.decode_attention.by_head import by_head
 from pallas_kernels.ops.decode_attention.reference import plain
 from pallas_kernels.ops.decode_attention.spec import device_reason
 
@@ -204,7 +205,14 @@ def last_similar_keys(
         plain_codes = key if isinstance(key, jax.Array) else key.unpack().qvalue
         codes = plain_codes.astype(jnp.float32)
         inverse = jnp.where(live, 1 / (jnp.sqrt(jnp.sum(codes * codes, axis=-1)) + 1e-8), 0.0)
-        last, cosine = mosaic_sm90_scores.last_similar(key, inverse, float(threshold))
+        leaves, tree = jax.tree.flatten(key)
+
+        def run(*x):
+            stored = jax.tree.unflatten(tree, x[:-1])
+            return mosaic_sm90_scores.last_similar(stored, x[-1], float(threshold))
+
+        axes = ["bk"] * (len(leaves) + 1)
+        last, cosine = by_head(run, axes, ["bk", "bk"])(*leaves, inverse)
         last = jnp.where(live, last, -1)
         return last[..., None], jnp.where(last >= 0, cosine, 0.0)[..., None]
     unit = plain(key)
