@@ -521,7 +521,7 @@ def _prepare(
     )
     passes = compressor.context_passes(tokens, lengths, vocab_size=model.config.vocab_size)
     scores, compress_seconds = (), 0.0
-    # A forward over the context takes no more tokens, and so no more memory, than the prefill did.
+    # A forward takes about as many tokens, and so as much memory, as the prefill did.
     many = side_by_side(passes, compressor.most_passes(cache), prefill_chunk or prompt)
     for item in many:
         found, seconds = _run(
@@ -629,12 +629,12 @@ def _turn(graphdef, compressor, room, state, cache, tokens, lengths):
 
 
 def side_by_side(passes: list[ContextPass], most: int, tokens: int) -> list[ContextPass]:
-    """Join context passes, so that a forward takes at most ``most`` of them and ``tokens`` tokens.
+    """Join context passes, so that a forward takes at most ``most`` of them and about ``tokens``.
 
     Args:
         passes: all of one shape ``[B, A]``.
         most: of a forward; 1 leaves them as they are.
-        tokens: of a forward, if more than one pass.
+        tokens: of a forward, to the nearest pass; one at least.
 
     Returns:
         Passes of one shape ``[B, P * A]`` with starts ``[P]``; empty ones fill the last up.
@@ -642,7 +642,7 @@ def side_by_side(passes: list[ContextPass], most: int, tokens: int) -> list[Cont
     Examples:
         >>> one = ContextPass(np.zeros((1, 4), np.int32), np.ones((1, 4), bool), 0)
         >>> [item.tokens.shape for item in side_by_side([one] * 5, 100, 11)]
-        [(1, 8), (1, 8), (1, 8)]
+        [(1, 12), (1, 12)]
         >>> side_by_side([one], 1, 11)[0].start
         0
 
@@ -651,7 +651,7 @@ def side_by_side(passes: list[ContextPass], most: int, tokens: int) -> list[Cont
     """
     if not passes or most < 2:
         return passes
-    count = max(1, min(most, len(passes), tokens // passes[0].tokens.shape[1]))
+    count = max(1, min(most, len(passes), round(tokens / passes[0].tokens.shape[1])))
     count = -(-len(passes) // -(-len(passes) // count))  # as even as can be
     joined = []
     for begin in range(0, len(passes), count):

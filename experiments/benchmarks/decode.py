@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from experiments.benchmarks.attention import machine
-from experiments.benchmarks.isolated import Case, report, work
+from experiments.benchmarks.isolated import Case, report, timed, work
 from pallas_kernels import (
     append_to_cache,
     decode_attention,
@@ -33,7 +33,7 @@ from pallas_kernels import (
     testing,
 )
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, teraflops
+from pallas_kernels.benchmarking import gigabytes_per_second, teraflops
 from pallas_kernels.ops.decode_attention import mosaic_sm90
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec
 
@@ -297,10 +297,10 @@ def run_fast(case: Case) -> dict[str, float]:
     """Milliseconds and bytes per second."""
     if case.get("copy"):
         size = 2**30
-        timing = benchmark(lambda x: x + 1, jnp.ones(size, jnp.bfloat16), repeats=7)
+        timing = timed(lambda x: x + 1, jnp.ones(size, jnp.bfloat16), repeats=7)
         return {"ms": timing.median * 1e3, "gbps": gigabytes_per_second(4.0 * size, timing)}
     function, args = fast_call(case)
-    timing = benchmark(function, *args, repeats=5, warmup=2)
+    timing = timed(function, *args, repeats=5, warmup=2)
     moved = stored_bytes(case)
     return {
         "ms": timing.median * 1e3,
@@ -355,7 +355,7 @@ def run_scores(case: Case) -> dict[str, float]:
         result["worst"] = float(jnp.abs(got / want - 1).max())
         if not result["worst"] < 1e-2:
             raise RuntimeError(f"scores are off: {result}")
-    timing = benchmark(function, *args, repeats=5, warmup=1)
+    timing = timed(function, *args, repeats=5, warmup=1)
     flops = 2.0 * args[0].size * case["capacity"]
     return result | {"ms": timing.median * 1e3, "tflops": teraflops(flops, timing)}
 
@@ -390,7 +390,7 @@ def run_similar(case: Case) -> dict[str, float]:
         if not (result["differ"] < 1e-3 and result["worst"] < 1e-4):
             raise RuntimeError(f"similar keys are off: {result}")
         result["found"] = float((want >= 0).mean())
-    timing = benchmark(function, *args, repeats=5, warmup=1)
+    timing = timed(function, *args, repeats=5, warmup=1)
     flops = 2.0 * case["batch"] * case["kv_heads"] * case["capacity"] ** 2 * case["head_dim"]
     return result | {"ms": timing.median * 1e3, "tflops": teraflops(flops, timing)}
 
@@ -420,7 +420,7 @@ def run_cut(case: Case) -> dict[str, float]:
         same = jax.tree.map(lambda a, b: bool((a == b).all()), got, want)
         if not all(jax.tree.leaves(same)):
             raise RuntimeError(f"{name} differs from XLA")
-        result[f"{name}_ms"] = benchmark(function, *args, repeats=5, warmup=1).median * 1e3
+        result[f"{name}_ms"] = timed(function, *args, repeats=5, warmup=1).median * 1e3
     return result
 
 
@@ -449,8 +449,8 @@ def run_append(case: Case) -> dict[str, float]:
         if not all(jax.tree.leaves(jax.tree.map(_same_bits, got, want))):
             raise RuntimeError("the kernel's cache differs from XLA's")
         del got, want
-    timing = benchmark(loop, *args, repeats=5, warmup=1)
-    copied = benchmark(lambda *x: jax.tree.map(lambda y: y + 0, x[:3]), *args, repeats=3, warmup=1)
+    timing = timed(loop, *args, repeats=5, warmup=1)
+    copied = timed(lambda *x: jax.tree.map(lambda y: y + 0, x[:3]), *args, repeats=3, warmup=1)
     # The loop copies the cache once, since nothing is donated to it.
     return {"us": (timing.median - copied.median) / APPENDS * 1e6, "copy_us": copied.median * 1e6}
 

@@ -4,6 +4,7 @@ The program runs itself again with ``--worker``: a line of JSON goes in, and one
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -15,11 +16,35 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from experiments.benchmarks.attention import first_line
+from pallas_kernels.benchmarking import Timing, benchmark
 
 Case = dict[str, Any]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Waits until no other process is in here, if BENCHMARK_LOCK names a file.
+
+    Programs that share a device then compile side by side and are timed one at a time.
+    """
+    path = os.environ.get("BENCHMARK_LOCK")
+    with open(path, "w") if path else contextlib.nullcontext() as file:
+        if file is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+def timed(function: Callable, *args: Any, **options: Any) -> Timing:
+    """`pallas_kernels.benchmarking.benchmark`, compiled before the device is taken."""
+    compiled = function
+    if not isinstance(function, jax.stages.Compiled):
+        compiled = jax.jit(function).lower(*args).compile()
+    with alone():
+        return benchmark(compiled, *args, **options)
 
 
 def work(run: Callable[[Case], dict[str, Any]]) -> None:

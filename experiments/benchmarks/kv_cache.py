@@ -16,6 +16,7 @@ Cases run in a process of their own, see ``experiments.benchmarks.isolated``.
 import dataclasses
 import functools
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ import tyro
 from flax import nnx
 
 from experiments.benchmarks.attention import machine
-from experiments.benchmarks.isolated import Case, report, work
+from experiments.benchmarks.isolated import Case, alone, report, timed, work
 from experiments.kv_cache import efficiency
 from jaxeff.compress import KVzip, parse
 from jaxeff.generate import _observe, _prefill, side_by_side
-from jaxeff.kv_cache import DenseCache
+from jaxeff.kv_cache import DenseCache, KVCache
 from jaxeff.models import Decoder, ModelConfig
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, kernel_times
+from pallas_kernels.benchmarking import gigabytes_per_second, kernel_times
 from pallas_kernels.ops.decode_attention import compact as compaction
 
 KV_HEADS, HEADS, HEAD_DIM = efficiency.KV_HEADS, efficiency.HEADS, efficiency.HEAD_DIM
@@ -70,7 +71,7 @@ RKV = "rkv(budget=1024, buffer=128)"
 def run_attend(case: Case) -> dict[str, float]:
     """Milliseconds, and bytes that the layer allocates."""
     call, args = attend_call(case)
-    timing = benchmark(call, *args, repeats=7, warmup=2)
+    timing = timed(call, *args, repeats=7, warmup=2)
     size = args[1].allocated_bytes()
     return {
         "ms": timing.median * 1e3,
@@ -96,18 +97,22 @@ def attend_call(case: Case, tokens: int = efficiency.CONTEXT):
     return (lambda q, layer: layer.attend(q, positions=at)), (query, layer)
 
 
-def longest(function, args, count: int = 14) -> dict[str, float]:
+def longest(compiled: jax.stages.Compiled, args, count: int = 14) -> dict[str, float]:
     """Milliseconds of the kernels of a run that take longest, and of the others."""
-    compiled = jax.jit(function).lower(*args).compile()
-    for _ in range(2):
+    with alone(), tempfile.TemporaryDirectory() as folder:
         jax.block_until_ready(compiled(*args))
-    with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(compiled(*args))
         times = kernel_times(Path(folder))
     named = {name[:80]: seconds * 1e3 for name, seconds in list(times.items())[:count]}
     others = sum(times.values()) * 1e3 - sum(named.values())
     return {name: round(ms, 4) for name, ms in {**named, "others": others}.items()}
+
+
+def compile_all(calls) -> list[jax.stages.Compiled]:
+    """Compiles side by side what is called with given arguments."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(lambda call: jax.jit(call[0]).lower(*call[1]).compile(), calls))
 
 
 def _model(layers: int) -> Decoder:
@@ -125,20 +130,19 @@ def _model(layers: int) -> Decoder:
 def run_score(case: Case) -> dict[str, float]:
     """Milliseconds a layer of prefill and of a scoring pass, and the memory that each works in.
 
-    A layer is the difference between models of three layers and of one: nothing needs the output
-    of a pass, so its last layer only scores.
+    A layer is the difference between models of two layers and of one: nothing needs the output of
+    a pass, so its last layer only scores.
     """
-    times, temp = [], []
-    for layers in (1, 3):
+    calls = []
+    for layers in (1, 2):
         prefill, observe, passes = score_calls({**case, "layers": layers})
-        _, cache = jax.jit(prefill[0])(*prefill[1])
-        args = (prefill[1][0], cache, *observe[1])
-        pair = ((prefill[0], prefill[1]), (observe[0], args))
-        times.append([benchmark(f, *a, repeats=3, warmup=1).median * 1e3 for f, a in pair])
-        parts = {n: longest(f, a) for n, (f, a) in zip(("prefill", "pass"), pair, strict=True)}
-        analysed = [jax.jit(f).lower(*a).compile().memory_analysis() for f, a in pair]
-        temp = [x.temp_size_in_bytes for x in analysed]
-    first, second = (np.subtract(*times[::-1]) / 2).tolist()
+        cache = some_cache(jax.eval_shape(prefill[0], *prefill[1])[1], case["tokens"])
+        calls += [prefill, (observe[0], (prefill[1][0], cache, *observe[1]))]
+    compiled = compile_all(calls)
+    every = zip(compiled, calls, strict=True)
+    times = [timed(c, *args, repeats=3, warmup=1).median * 1e3 for c, (_, args) in every]
+    first, second = times[2] - times[0], times[3] - times[1]
+    temp = [c.memory_analysis().temp_size_in_bytes for c in compiled[2:]]
     whole = efficiency.WEIGHT_BYTES + efficiency.dense_bytes(case["tokens"]) + temp[0]
     return {
         "prefill_ms": first,
@@ -148,8 +152,20 @@ def run_score(case: Case) -> dict[str, float]:
         "prefill_temp": temp[0],
         "pass_temp": temp[1],
         "extra_memory": max(temp[1] - temp[0], 0) / whole,
-        "kernels_of_three_layers": parts,
+        "kernels_of_pass": longest(compiled[3], calls[3][1]),
     }
+
+
+def some_cache(shapes: KVCache, tokens: int) -> KVCache:
+    """What stands for the cache that a prefill leaves: every head full, of any numbers."""
+
+    def draw(x):
+        return jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype)
+
+    cache = jax.jit(lambda: jax.tree.map(draw, shapes))()
+    full = jnp.full((1, KV_HEADS), tokens, jnp.int32)
+    layers = tuple(dataclasses.replace(layer, length=full) for layer in cache.layers)
+    return dataclasses.replace(cache, layers=layers, seen=jnp.full(1, tokens, jnp.int32))
 
 
 def score_calls(case: Case):
@@ -180,15 +196,17 @@ def run_compact(case: Case) -> dict[str, float]:
     """Milliseconds of a layer's compaction, of its decode step, and their ratio over a buffer."""
     compaction.MEASURED = case["kernels"]
     calls = compact_calls(case)
+    compiled = compile_all(calls)
     compact, attend, block = (
-        benchmark(f, *args, repeats=5, warmup=1).median * 1e3 for f, args in calls
+        timed(c, *args, repeats=5, warmup=1).median * 1e3
+        for c, (_, args) in zip(compiled, calls, strict=True)
     )
     return {
         "compact_ms": compact,
         "attend_ms": attend,
         "block_ms": block,
         "share": compact / (case["buffer"] * (attend + block)),
-        "kernels": longest(*calls[0]),
+        "kernels": longest(compiled[0], calls[0][1]),
     }
 
 

@@ -160,6 +160,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# A minute on a GPU: what rounding the scores changes.
+PRESETS["short"] = PRESETS["gpu"] | {
+    "recall": PRESETS["gpu"]["recall"]
+    | {
+        "task": Recall(slots=24, pairs=11, symbols=80),
+        "stages": [Stage(0.4, 256, {"slots": 8}, 0.97), Stage(0.6, 64, {"groups": 2}, 0.998)],
+        "share": 0.35,
+    },
+    "ratios": (0.3, 0.1),
+    "recall_methods": ("kvzip_pair", "kvzip_pair_fp8", "kvzip_pair_int8", "snap_agnostic"),
+}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -169,7 +181,7 @@ class Options:
     """e1 many-query recall, e2 needle and copy, e3 redundant traces, e4 longer ones, e5 bytes (on a
     GPU latency too)."""
 
-    preset: Literal["cpu", "gpu"] = "cpu"
+    preset: Literal["cpu", "short", "gpu"] = "cpu"
     """Sizes of tasks, models and grids."""
 
     seeds: int = 1
