@@ -45,6 +45,9 @@ def correct_cases() -> list[Case]:
         case("sage_bwd", "none", kind="k_bias"), case(None, "window"),
         case(None, "causal", dtype="float16"), case("sage_bwd", "causal", dtype="float16"),
         case("sage_bwd", "lengths", shape=[2, 300, 300, 4, 2, 128]),
+        case("sage_bwd", "window", shape=small), case("sage_bwd", "sinks", shape=small),
+        case("sage_bwd", "none", [128, 128], shape=small, dtype="float16"),
+        case("sage_bwd", "sinks", dtype="float16"),
     ]  # fmt: skip
 
 
@@ -55,12 +58,13 @@ def fast_cases() -> list[Case]:
     for causal in (False, True):
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
+        found += [{**each, "peer": "cudnn"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
     sizes = (
         ["kv", "Int8", [32, 2]], ["q", "Int8", [64, 2]], ["q", "Half", []], ["kv", "Half", []],
-        ["operands", "Int8", []], ["kv", "Int8", [128, 1]],
+        ["operands", "Int8", []],
     )  # fmt: skip
-    found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
+    found += [{**base, "causal": False, "pieces": each} for each in sizes]
     long = {**base, "shape": [1, 16384, 32, 128]}
     found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
     found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
@@ -178,7 +182,7 @@ def row(case: Case, name: str, timing, units: float, density: float = 1.0) -> di
 def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Rows of one case."""
     if "peer" in case:
-        return run_peer(case, repeats)
+        return {"sdpa": run_peer, "cudnn": run_cudnn}[case["peer"]](case, repeats)
     if "pieces" in case:
         return run_pieces(case, repeats)
     if "lists" in case:
@@ -275,6 +279,20 @@ def run_peer(case: Case, repeats: int) -> list[dict[str, Any]]:
         except RuntimeError as error:
             rows.append({"name": name, "reason": bench.first_line(error)})
     return rows
+
+
+def run_cudnn(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """cuDNN through JAX, forward + backward."""
+
+    def run(query, key, value, d_out):
+        call = partial(
+            jax.nn.dot_product_attention, is_causal=case["causal"], implementation="cudnn"
+        )
+        out, pull = jax.vjp(call, query, key, value)
+        return out, *pull(d_out)
+
+    timing = benchmark(run, *inputs(case), repeats=repeats)
+    return [row(case, "cuDNN through JAX, forward + backward", timing, 3.5)]
 
 
 def lower(case: Case) -> dict[str, Any]:
