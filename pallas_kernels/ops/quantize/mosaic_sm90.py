@@ -449,9 +449,9 @@ def k_types(shape, scale_block: int, qk: str) -> list[jax.ShapeDtypeStruct]:
 
 def encode_k(
     k_ref, mean_ref, codes_ref, scale_ref, place, channel, exists, limit, *, shape, scale_block,
-    qk, is_bf16,
+    qk, is_bf16, half=None,
 ):  # fmt: skip
-    """Codes of the keys of a tile with one residue modulo 8, by the lanes of a row.
+    """Codes of the keys of a tile with one residue modulo 8, by the lanes of one row or of two.
 
     Args:
         k_ref: reference to 16-bit [B, S, K, H].
@@ -466,9 +466,15 @@ def encode_k(
         scale_block: keys of a tile.
         qk: "int8" or "e4m3".
         is_bf16: or float16.
+        half: register: 0 or 1, where neighbouring rows of lanes share the keys; None where not.
+            Half the keys are half the registers, and more blocks run at the same time.
     """
     b, head, tile, residue = place
     lanes, encode = _Lanes(shape[3]), _int8x4 if qk == "int8" else ptx.e4m3x4
+    distances, stride = lanes.distances, 8
+    if half is not None:
+        distances, stride = [*distances, lanes.count], 16
+        residue = ptx.add(residue, ptx.mul(half, ptx.i32(8)))
     shift = None
     if mean_ref is not None:  # A lane without work must still read inside the array.
         inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
@@ -482,7 +488,7 @@ def encode_k(
         return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
 
     start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
-    rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, 8)]
+    rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, stride)]
     valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
     words = [
         _load8(k_ref, _element(shape, (b, row, head, channel), 2), ok)
@@ -491,14 +497,14 @@ def encode_k(
     top = ptx.f32(TINY)
     for word, ok in zip(words, valid, strict=True):
         top = _abs_max(smoothed(word, ok), top)
-    top = _over_lanes(ptx.fmax, top, lanes.distances)
+    top = _over_lanes(ptx.fmax, top, distances)
     factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
     for row, word, ok in zip(rows, words, valid, strict=True):
         scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
         codes = [encode(scaled[:4]), encode(scaled[4:])]
         where = _element(ptx.shape(codes_ref), (b, row, head, channel), 1)
         ptx.store(codes_ref, where, codes, exists)
-    where = _element(ptx.shape(scale_ref), (b, head, tile, residue), 4)
+    where = _element(ptx.shape(scale_ref), (b, head, tile, ptx.rem(residue, ptx.i32(8))), 4)
     first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
     ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
@@ -531,17 +537,19 @@ def encode_v(v_ref, scale_ref, codes_ref, place, lane, there, limit, *, shape, i
     token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
     scales = _load_f32x8(scale_ref, _element(ptx.shape(scale_ref), (b, head, channel), 4))
     factors = [ptx.fdiv(ptx.f32(1.0), scale) for scale in scales]
-    tokens = []  # [16][8]
-    for i in range(16):
-        row = ptx.add(token, ptx.i32(i))
-        ok = ptx.both(there, ptx.lt(row, limit))
-        word = _load8(v_ref, _element(shape, (b, row, head, channel), 2), ok)
-        tokens.append(_floats(word, is_bf16))
-    for c in range(8):
-        ordered = [ptx.fmul(tokens[t][c], factors[c]) for t in V_ORDER]
-        packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
+    packed = [[] for _ in range(8)]  # words of four tokens by channel
+    for start in range(0, 16, 4):  # as soon as four tokens are there, they take a third of the room
+        group = []
+        for i in V_ORDER[start : start + 4]:
+            row = ptx.add(token, ptx.i32(i))
+            ok = ptx.both(there, ptx.lt(row, limit))
+            word = _load8(v_ref, _element(shape, (b, row, head, channel), 2), ok)
+            group.append(_floats(word, is_bf16))
+        for c, values in enumerate(zip(*group, strict=True)):
+            packed[c].append(ptx.e4m3x4([ptx.fmul(x, factors[c]) for x in values]))
+    for c, codes in enumerate(packed):
         where = (b, head, ptx.add(channel, ptx.i32(c)), token)
-        ptx.store(codes_ref, _element(ptx.shape(codes_ref), where, 1), packed, there)
+        ptx.store(codes_ref, _element(ptx.shape(codes_ref), where, 1), codes, there)
 
 
 def quantize_columns(x, mean=None, *, block=64):

@@ -80,12 +80,17 @@ def plan_of(k, scale_block: int, encode_v: bool, width: int | None = None,
     if piece is None:
         piece = 128 if length <= 8192 else 256
     pieces = pl.cdiv(length, piece)
-    k_items = pl.cdiv(8 * pl.cdiv(length, scale_block), rows)
+    k_items = pl.cdiv(8 * _halves(head_dim, scale_block) * pl.cdiv(length, scale_block), rows)
     v_items = pl.cdiv(pl.cdiv(length, SEQ_PAD) * (head_dim // 32), 4) if encode_v else 0
     plan = Plan(batch * heads, width, 1, piece, pieces, k_items, v_items)
     if ahead is None:
         ahead = min(pl.cdiv(IN_FLIGHT, plan.step), pl.cdiv(plan.heads, plan.width))
     return dataclasses.replace(plan, ahead=ahead)
+
+
+def _halves(head_dim: int, scale_block: int) -> int:
+    """How many rows of lanes share the keys of a scale: two where a warp holds two rows."""
+    return 2 if lanes._Lanes(head_dim).count < 32 and scale_block % 16 == 0 else 1
 
 
 def quantize_kv(
@@ -236,6 +241,9 @@ class _Work:
         b, local_head, limit = self.place(head)
         row, channel, exists = lanes._Lanes(self.shape[3]).place()
         unit = ptx.add(ptx.mul(index, ptx.i32(lanes._Lanes(self.shape[3]).rows)), row)
+        halves, half = _halves(self.shape[3], self.scale_block), None
+        if halves == 2:
+            unit, half = (f(unit, ptx.i32(2)) for f in (ptx.div, ptx.rem))
         tile, residue = (f(unit, ptx.i32(8)) for f in (ptx.div, ptx.rem))
         tiles = pl.cdiv(self.shape[1], self.scale_block)
         exists = ptx.both(exists, ptx.lt(tile, ptx.i32(tiles)))
@@ -244,7 +252,7 @@ class _Work:
         lanes.encode_k(
             self.refs["k_in"], self.refs.get("mean"), self.refs["k"], self.refs["k_scale"],
             (b, local_head, tile, residue), channel, exists, limit, shape=self.shape,
-            scale_block=self.scale_block, qk=self.qk, is_bf16=self.is_bf16,
+            scale_block=self.scale_block, qk=self.qk, is_bf16=self.is_bf16, half=half,
         )  # fmt: skip
 
     def encode_v(self, head, index):
