@@ -10,7 +10,6 @@ Sections, each of which writes ``speed_<section>.json`` after every row:
 * ``sweep``: the linear layer over sizes, for the break-even.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -611,12 +610,15 @@ def _step_programs(report: Report, types, tokens, sizes: Sizes) -> dict[str, Any
         lowered = train_step.lower(state, tokens, jnp.int32(0), recipe, sizes)
         programs[name] = pool.submit(lowered.compile, compiler_options=OPTIONS)
         report.say(f"{time.monotonic() - began:.0f} s: {name} traced")
+    ready = {}
     for name, program in programs.items():
-        with contextlib.suppress(TimeoutError):
-            program.result(max(0.0, report.deadline - time.monotonic() - 20))
+        try:
+            ready[name] = program.result(max(0.0, report.deadline - time.monotonic() - 20))
             report.say(f"{time.monotonic() - began:.0f} s: {name} compiled")
+        except (TimeoutError, RuntimeError) as error:
+            report.say(f"{name} left out: {str(error)[:300] or 'not compiled in time'}")
     pool.shutdown(wait=False)
-    return {name: program.result() for name, program in programs.items() if program.done()}
+    return ready
 
 
 def _parts(times: dict[str, float]) -> dict[str, Any]:
