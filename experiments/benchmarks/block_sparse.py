@@ -62,6 +62,8 @@ class Options:
     """Timed runs of each implementation."""
     only: str = ""
     """Cases whose JSON contains this text."""
+    skip: str = ""
+    """Of these, cases whose JSON contains this text are left out."""
     dry_run: bool = False
     """Lower the kernels for an abstract H200 instead of running them."""
     workers: int = 1
@@ -411,6 +413,7 @@ def main(options: Options) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"block_sparse{'_dry_run' * options.dry_run}.json"
     chosen = [case for case in cases() if options.only in json.dumps(case)]
+    chosen = [x for x in chosen if not options.skip or options.skip not in json.dumps(x)]
     deadline = time.monotonic() + options.time_budget
     for case, result in side_by_side(chosen, options, deadline):
         machine = result.get("result", {}).pop("machine", machine)

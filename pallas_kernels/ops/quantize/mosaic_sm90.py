@@ -41,6 +41,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQ_PAD = 128  # tokens: outputs are padded to this, with zeros
 ROW_TAIL = 192  # numbers after the rows' scales, which keep the loads of the last tile in bounds
 TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale and zero codes
+TINY_TURNED = 1e-20  # the same for rows of gradients, whose scale may be divided by
 TINY_COLUMN = 1e-30  # the same where gradients, which may be small, are quantised
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
@@ -342,11 +343,11 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
     return result if mean is not None else [*result, None]
 
 
-def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift):
+def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift, tiny: float = TINY):
     """Two words of codes, the row's scale, and its product with ``shift`` or None."""
     encode = _int8x4 if qk == "int8" else ptx.e4m3x4
     x = _floats(word, is_bf16)
-    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.distances), ptx.f32(TINY))
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.distances), ptx.f32(tiny))
     factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
     scaled = [ptx.fmul(value, factor) for value in x]
     dot = None
@@ -607,6 +608,123 @@ def quantize_columns(x, mean=None, *, block=64):
 
     args = (x,) if mean is None else (x, mean)
     return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
+
+
+def quantize_turned(x, mean=None, *, keep=True):
+    """INT8 codes of rows, also with tokens contiguous, for products that sum over tokens.
+
+    One pass: a thread has 8 channels of 16 tokens.
+
+    Args:
+        x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
+        mean: float32 [B, K, H], whose product with the rows is asked for, or None. With it the
+            smallest scale is that of `quantize_q`, without it that of gradients.
+        keep: return the codes of rows too.
+
+    Returns:
+        Codes int8 [B, Lp, heads, H] with Lp = L rounded up to 128, or None; the same as
+        [B, heads, H, Lp], tokens permuted within 16 as `V_ORDER` says; scales float32
+        [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
+    """
+    batch, length, heads, head_dim = x.shape
+    lanes, is_bf16 = _Lanes(head_dim), x.dtype == jnp.bfloat16
+    padded = pl.cdiv(length, SEQ_PAD) * SEQ_PAD
+    codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8)
+    turned = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
+    rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
+    groups = 1 if mean is None else heads // mean.shape[1]
+    tiny = TINY_TURNED if mean is None else TINY
+
+    def body(refs, axes):
+        refs = list(refs)
+        x_ref, mean_ref = refs.pop(0), refs.pop(0) if mean is not None else None
+        codes_ref = refs.pop(0) if keep else None
+        turned_ref, scale_ref, *dot_ref = refs
+        head, tile, b = axes
+        row, channel, _ = lanes.place()
+        token = ptx.mul(ptx.add(ptx.mul(tile, ptx.i32(lanes.rows)), row), ptx.i32(16))
+        there, first = ptx.lt(token, ptx.i32(padded)), ptx.eq(channel, ptx.i32(0))
+        shift = None
+        if mean is not None:
+            kv_head = ptx.div(head, ptx.i32(groups))
+            shift = _load_f32x8(mean_ref, _element(mean.shape, (b, kv_head, channel), 4))
+        rows = [ptx.add(token, ptx.i32(i)) for i in range(16)]
+        words = [
+            _load8(x_ref, _element(x.shape, (b, r, head, channel), 2), ptx.lt(r, ptx.i32(length)))
+            for r in rows
+        ]
+        found = [_encode_row(word, is_bf16, lanes, "int8", shift, tiny) for word in words]
+        for r, (pair, _, _) in zip(rows, found, strict=True):
+            if keep:
+                ptx.store(codes_ref, _element(codes.shape, (b, r, head, channel), 1), pair, there)
+        _store_turned(
+            turned_ref, turned.shape, [pair for pair, _, _ in found], b, head, channel, token, there
+        )
+        mine = ptx.both(there, first)
+        for i in range(0, 16, 4):
+            place = _element(rows_type.shape, (b, head, rows[i]), 4)
+            ptx.store(scale_ref, place, [scale for _, scale, _ in found[i : i + 4]], mine)
+            if dot_ref:
+                ptx.store(dot_ref[0], place, [dot for *_, dot in found[i : i + 4]], mine)
+
+    outs = [codes] * keep + [turned, rows_type] + [rows_type] * (mean is not None)
+    args = (x,) if mean is None else (x, mean)
+    found = _call(body, outs, (heads, pl.cdiv(padded, 16 * lanes.rows), batch), args)
+    found = found if keep else [None, *found]
+    return found if mean is not None else [*found, None]
+
+
+def turn_codes(codes):
+    """INT8 codes with tokens contiguous, in the order of `quantize_turned`.
+
+    Args:
+        codes: int8 [B, Lp, heads, H], H 64 or 128, Lp a multiple of 128.
+
+    Returns:
+        int8 [B, heads, H, Lp].
+    """
+    batch, padded, heads, head_dim = codes.shape
+    lanes = _Lanes(head_dim)
+    out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
+
+    def body(refs, axes):
+        head, tile, b = axes
+        row, channel, _ = lanes.place()
+        token = ptx.mul(ptx.add(ptx.mul(tile, ptx.i32(lanes.rows)), row), ptx.i32(16))
+        there = ptx.lt(token, ptx.i32(padded))
+        pairs = []
+        for i in range(16):
+            place = _element(codes.shape, (b, ptx.add(token, ptx.i32(i)), head, channel), 1)
+            pairs.append(ptx.load_words(refs[0], place, 2, there))
+        _store_turned(refs[1], out.shape, pairs, b, head, channel, token, there)
+
+    grid = (heads, pl.cdiv(padded, 16 * lanes.rows), batch)
+    return _call(body, [out], grid, (codes,))[0]
+
+
+def _store_turned(ref, shape, pairs, b, head, channel, token, there):
+    """Stores 16 tokens of 8 channels, two words for each token, with tokens contiguous."""
+    for half in range(2):
+        columns = [[], [], [], []]  # words of four tokens, by channel
+        for i in range(0, 16, 4):
+            quads = _turned_words([pairs[t][half] for t in V_ORDER[i : i + 4]])
+            for words, word in zip(columns, quads, strict=True):
+                words.append(word)
+        for c, words in enumerate(columns):
+            place = (b, head, ptx.add(channel, ptx.i32(4 * half + c)), token)
+            ptx.store(ref, _element(shape, place, 1), words, there)
+
+
+def _turned_words(words):
+    """Four words of four bytes, as the words of the first, the second, ... byte of each."""
+    text = (
+        "{ .reg .b32 x<4>;\n"
+        "prmt.b32 x0, $4, $5, 20800; prmt.b32 x1, $6, $7, 20800;\n"  # two lowest bytes of each
+        "prmt.b32 x2, $4, $5, 29538; prmt.b32 x3, $6, $7, 29538;\n"  # two highest
+        "prmt.b32 $0, x0, x1, 21520; prmt.b32 $1, x0, x1, 30258;\n"
+        "prmt.b32 $2, x2, x3, 21520; prmt.b32 $3, x2, x3, 30258; }"
+    )
+    return ptx.asm(text, "rrrr", words)
 
 
 def _place_columns(block, heads: int, columns: int):
