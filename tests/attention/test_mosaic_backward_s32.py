@@ -78,7 +78,9 @@ def plain(found, sums, mask):
     d_s = p * (d_p - (delta - rest)[..., None])
     shift, scale, factor, summand = (x[:, :, :t, None] for x in query_numbers(found))
     with np.errstate(invalid="ignore"):
-        p_of_keys = np.where(ok, np.exp2(scores / found["q_scale"][:, :, :t, None] * scale + shift), 0)
+        p_of_keys = np.where(
+            ok, np.exp2(scores / found["q_scale"][:, :, :t, None] * scale + shift), 0
+        )
     d_s_of_keys = p_of_keys * (d_p * factor + summand)
     narrow = lambda x: x.reshape(b, s, k, n // k, h).sum(3)  # noqa: E731
     d_q = np.einsum("bhts,bshd->bthd", d_s * k_rows, wide(in_order(found["k_t"])[:, :s])) * SCALE

@@ -263,15 +263,32 @@ def partial_statistics(inputs, outputs, shape, place, limit, chunk: int, is_bf16
     b, head, piece = place
     local, channel, exists = lanes.place()
     token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
-    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
     combine = {"sums": ptx.fadd, "tops": lambda a, b: _abs_max([b], a)}
-    for step in range(0, chunk, lanes.rows):
-        row = ptx.add(token, ptx.i32(step))
-        ok = ptx.both(exists, ptx.lt(row, limit))
-        offset = _element(shape, (b, row, head, channel), 2)
-        for name, ref in inputs.items():
-            values = _floats(_load8(ref, offset, ok), is_bf16)
-            found[name] = [combine[name](a, x) for a, x in zip(found[name], values, strict=True)]
+    unroll = 4  # rows of lanes; all loads at once would take the registers of another block
+
+    def body(i, found):
+        first = ptx.add(token, ptx.mul(i, ptx.i32(unroll * lanes.rows)))
+        rows = [ptx.add(first, ptx.i32(j * lanes.rows)) for j in range(unroll)]
+        words = {
+            name: [
+                _load8(
+                    ref,
+                    _element(shape, (b, row, head, channel), 2),
+                    ptx.both(exists, ptx.lt(row, limit)),
+                )
+                for row in rows
+            ]
+            for name, ref in inputs.items()
+        }
+        for name, parts in words.items():
+            for word in parts:
+                values = _floats(word, is_bf16)
+                pairs = zip(found[name], values, strict=True)
+                found = {**found, name: [combine[name](a, x) for a, x in pairs]}
+        return found
+
+    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
+    found = ptx.loop(chunk // lanes.rows // unroll, body, found)
     same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
     warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
     slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
