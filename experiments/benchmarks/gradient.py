@@ -18,7 +18,7 @@ from experiments.benchmarks import attention as bench
 from pallas_kernels import QUANTS, BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import reference
+from pallas_kernels.ops.attention import mosaic_sm90, reference
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Case = dict[str, Any]
@@ -28,6 +28,11 @@ BOUNDS = {None: (0.01, 0.9999), "sage_bwd": (0.06, 0.998), "sage_bwd_fp8": (0.08
 
 def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
+    found = _correct_cases()
+    return [*found, *({**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or ""))]
+
+
+def _correct_cases() -> list[Case]:
     base = {"group": "gradient", "stage": "correct", "shape": [2, 1000, 777, 4, 2, 128]}
     small, spread = [2, 1000, 777, 4, 2, 64], [1, 2048, 2048, 2, 2, 128]
 
@@ -45,6 +50,9 @@ def correct_cases() -> list[Case]:
         case("sage_bwd", "none", kind="k_bias"), case(None, "window"),
         case(None, "causal", dtype="float16"), case("sage_bwd", "causal", dtype="float16"),
         case("sage_bwd", "lengths", shape=[2, 300, 300, 4, 2, 128]),
+        case("sage_bwd", "window", shape=small), case("sage_bwd", "sinks", shape=small),
+        case("sage_bwd", "none", [128, 128], shape=small, dtype="float16"),
+        case("sage_bwd", "sinks", dtype="float16"),
     ]  # fmt: skip
 
 
@@ -55,12 +63,21 @@ def fast_cases() -> list[Case]:
     for causal in (False, True):
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
+        found += [{**each, "peer": "cudnn"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
     sizes = (
         ["kv", "Int8", [32, 2]], ["q", "Int8", [64, 2]], ["q", "Half", []], ["kv", "Half", []],
-        ["operands", "Int8", []], ["kv", "Int8", [128, 1]],
+        ["operands", "Int8", []],
     )  # fmt: skip
-    found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
+    found += [{**base, "causal": False, "pieces": each} for each in sizes]
+    new = {**base, "sums": "int32"}
+    found += [
+        {**new, "causal": causal, "gradient": quant}
+        for causal in (False, True)
+        for quant in ("sage_bwd", "sage_bwd_fp8")
+    ]
+    sizes = (["kv", "Running", []], ["q", "Running", []], ["operands", "Running", []])
+    found += [{**new, "causal": False, "pieces": each} for each in sizes]
     long = {**base, "shape": [1, 16384, 32, 128]}
     found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
     found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
@@ -73,6 +90,14 @@ def quant_of(name: str | None):
     if name == "sage_bwd_fp8":  # values in FP8 in the forward
         return dataclasses.replace(QUANTS["sage2"], name=name, backward="int8")
     return name
+
+
+def choose_sums(case: Case) -> None:
+    """Takes the INT8 kernels that add in the type "sums", for programs made from now on."""
+    wanted = case.get("sums", mosaic_sm90.int8_gradient)
+    if wanted != mosaic_sm90.int8_gradient:
+        mosaic_sm90.int8_gradient = wanted
+        jax.clear_caches()
 
 
 def rules_of(case: Case) -> dict[str, Any]:
@@ -128,6 +153,7 @@ def exact(query, key, value, d_out, mask, sinks=None, lengths=None):
 
 def run_correct(case: Case) -> dict[str, Any]:
     """Relative L1 and cosine of O, dQ, dK and dV; raises out of bounds or if two runs differ."""
+    choose_sums(case)
     b, t, s, n, k, h = case["shape"]
     sizes = {"batch": b, "q_len": t, "num_heads": n, "head_dim": h}
     sizes["dtype"] = jnp.dtype(case.get("dtype", "bfloat16"))
@@ -145,6 +171,8 @@ def run_correct(case: Case) -> dict[str, Any]:
     run = partial(exact, sinks=rules.get("sinks"), lengths=rules.get("key_value_seq_lengths"))
     want = jax.jit(run)(q, key, v, d_out, mask)
     found, (limit, least) = {}, BOUNDS[case["gradient"]]
+    if case.get("sums") == "int32":  # one scale for each row of P and dS: that of SageBwd's tiles
+        limit, least = 0.1, 0.997
     if sigma > 1:  # the aim of SageBwd's paper, whose table has .9970
         limit, least = 1.0, 0.997
     for name, x, y in zip(("out", "d_query", "d_key", "d_value"), got, want, strict=True):
@@ -177,8 +205,9 @@ def row(case: Case, name: str, timing, units: float, density: float = 1.0) -> di
 
 def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Rows of one case."""
+    choose_sums(case)
     if "peer" in case:
-        return run_peer(case, repeats)
+        return {"sdpa": run_peer, "cudnn": run_cudnn}[case["peer"]](case, repeats)
     if "pieces" in case:
         return run_pieces(case, repeats)
     if "lists" in case:
@@ -192,6 +221,7 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     """One kernel of a backward on random operands, or making these."""
     from pallas_kernels.ops.attention import mosaic_sm90_backward as half
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
+    from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as s32
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
     side, kind, part = case["pieces"]
@@ -199,14 +229,20 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
     sums = zeros + jnp.log(float(length)), zeros, zeros
-    make = partial(int8.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
+    of_kind = {"Half": half, "Int8": int8, "Running": s32}[kind]
+    make = partial(
+        getattr(of_kind, "operands", None) or int8.operands,
+        scale=head_dim**-0.5,
+        smooth_k=True,
+        scale_block=128,
+    )
     if side == "operands":
         timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
-        return [{"name": "operands", "milliseconds": timing.median * 1e3}]
-    of_kind = int8 if kind != "Half" else half
+        return [{"name": f"operands of {kind}", "milliseconds": timing.median * 1e3}]
     config = of_kind.CONFIGS[side]
     plan = half.plan_of(side, Variant("int8", "half"), shape, shape, None, None, config)
-    steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5)
+    one = [1] * (kind == "Running")  # query head of each key head
+    steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5, *one)
     if part:
         steps.part, steps.depth = part
     if kind == "Half":
@@ -277,8 +313,23 @@ def run_peer(case: Case, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def run_cudnn(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """cuDNN through JAX, forward + backward."""
+
+    def run(query, key, value, d_out):
+        call = partial(
+            jax.nn.dot_product_attention, is_causal=case["causal"], implementation="cudnn"
+        )
+        out, pull = jax.vjp(call, query, key, value)
+        return out, *pull(d_out)
+
+    timing = benchmark(run, *inputs(case), repeats=repeats)
+    return [row(case, "cuDNN through JAX, forward + backward", timing, 3.5)]
+
+
 def lower(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
+    choose_sums(case)
     if "peer" in case:
         return {"lowered": "not needed"}
     shape = case["shape"]

@@ -25,6 +25,7 @@ INSTRUCTIONS = {
     "eq": ("setp.eq.s32", "p"), "both": ("and.pred", "p"), "fadd": ("add.f32", "f"),
     "fsub": ("sub.f32", "f"), "fmul": ("mul.f32", "f"), "fdiv": ("div.rn.f32", "f"),
     "fmax": ("max.NaN.f32", "f"), "fabs": ("abs.f32", "f"), "feq": ("setp.eq.f32", "p"),
+    "bits": ("mov.b32", "r"), "from_bits": ("mov.b32", "f"),
     "to_float": ("cvt.rn.f32.s32", "f"), "widen": ("cvt.s64.s32", "l"),
 }  # fmt: skip
 

@@ -123,7 +123,9 @@ def plan_of(side: str, variant: Variant, query, key, min_diff, max_diff, config:
 # -- lists -----------------------------------------------------------------------------------------
 
 
-def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[str, jax.Array]:
+def tile_lists(
+    blocks: BlockMask, side: str, plan: Plan, groups: int, latest_first: bool = False
+) -> dict[str, jax.Array]:
     """The tiles of one kernel that a block mask wants, and the order of the owner's rows.
 
     Args:
@@ -131,6 +133,7 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
         side: "q" or "kv".
         plan: sizes.
         groups: query heads of a key head.
+        latest_first: tiles with and without a mask come in descending order each.
 
     Returns:
         "list" int32 [B or 1, N or 1, owner's tiles, streamed tiles]: 64 times a tile's number, plus
@@ -154,7 +157,7 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
     number = jnp.arange(tiles)
     whole = (quarters == FULL).all((4, 5)) & ((number + 1) * plan.config.block_kv <= plan.kv_len)
     rank = jnp.where(whole, 0, jnp.where(bits > 0, 1, 2))
-    order = jnp.argsort(rank, axis=-1, stable=True)
+    order = jnp.argsort(rank * tiles + (tiles - 1 - number if latest_first else number), axis=-1)
     listed = jnp.take_along_axis(number * 64 + bits, order, axis=-1)
     ranges = jnp.stack([whole.sum(-1), (bits > 0).sum(-1)], -1).astype(jnp.int32)
     count = jnp.broadcast_to(ranges[..., 1], (plan.batch, plan.num_heads * groups, plan.q_tiles))
@@ -197,6 +200,7 @@ class Half:
     """
 
     auto_barriers = True
+    latest_first = False  # whether keys look at their queries from the last to the first
 
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
@@ -290,6 +294,11 @@ class Half:
 # -- the kernel ------------------------------------------------------------------------------------
 
 
+def latest_first(steps) -> bool:
+    """Whether a kernel walks over its tiles from the last to the first."""
+    return steps.latest_first and steps.side == "kv"
+
+
 def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     """Builds one kernel's entry function.
 
@@ -307,6 +316,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         jnp.int32,
     )
     of_queries, listed = steps.side == "q", "list" in names
+    turned = latest_first(steps)
     heads = 1 if of_queries else groups  # streamed heads for each head of the owner
     compute = config.num_compute
 
@@ -331,14 +341,20 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     def walk(refs, b, head, j, tile):
         """Places [lo, hi), and [mid_lo, mid_hi), those that need no mask."""
         if not listed:
-            return [jnp.asarray(x, i32) for x in plan.kv_tiles(tile)]
+            lo, mid_lo, mid_hi, hi = (jnp.asarray(x, i32) for x in plan.kv_tiles(tile))
+            return (
+                [lo, lo + hi - mid_hi, lo + hi - mid_lo, hi] if turned else [lo, mid_lo, mid_hi, hi]
+            )
         whole, count = (entry_of(refs, "ranges", b, head, j, tile, i) for i in range(2))
         return [i32(0), i32(0), whole, count]
 
     def code_at(refs, b, head, j, tile, i):
         """What a place holds: a tile's number, or an entry of the list."""
-        if not listed:
+        if not listed and not turned:
             return i
+        if not listed:
+            lo, _, _, hi = plan.kv_tiles(tile)
+            return lo + hi - 1 - i
         last = refs["list"].shape[-1] - 1
         return entry_of(refs, "list", b, head, j, tile, jnp.minimum(i, last))
 
@@ -502,7 +518,8 @@ def launch(steps, arrays: dict[str, jax.Array], blocks: BlockMask | None) -> lis
     like = arrays["d_out" if steps.side == "q" else "v"]
     groups = arrays["d_out"].shape[2] // arrays["v"].shape[2]
     if blocks is not None:
-        arrays = arrays | tile_lists(blocks, steps.side, plan, 1 if steps.side == "q" else groups)
+        own_groups = 1 if steps.side == "q" else groups
+        arrays = arrays | tile_lists(blocks, steps.side, plan, own_groups, latest_first(steps))
     out = jax.ShapeDtypeStruct(like.shape, like.dtype)
     results = plgpu.kernel(
         _kernel(steps, tuple(arrays), groups, like.dtype),
