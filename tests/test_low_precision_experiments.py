@@ -153,6 +153,33 @@ def test_side_by_side_steps_all_arms_until_the_time_is_over(tmp_path, monkeypatc
     assert json.loads((tmp_path / "runs.json").read_text())["records"].keys() == records.keys()
 
 
+def test_calls_with_a_seed_each_are_put_together(tmp_path):
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        records = {
+            arm: [
+                {
+                    "seed": seed,
+                    "validation": 1.0 + gap,
+                    "curve": [[8 * i, 1.0 + gap, 0.1] for i in range(10 + seed)],
+                    "seconds_per_step": 0.01,
+                }
+            ]
+            for arm, gap in (("bf16", 0.0), ("rtn", 0.04), ("sr", 0.06), ("split", 0.01))
+        }
+        content = {"environment": {"device": "some GPU"}, "sizes": {}, "seconds": 1.0, "text": {}}
+        path = folder / "rounding_runs.json"
+        path.write_text(json.dumps(content | {"records": records}))
+    where = ["--collect", *map(str, folders), "--output", str(tmp_path), "--no-plots"]
+    run.main(["rounding", "--preset", "minutes", "--seeds", "2", *where])
+    result = json.loads((tmp_path / "rounding.json").read_text())
+    assert result["environment"] == {"device": "some GPU"}
+    assert result["table"]["rtn"]["seeds"] == [0, 1]
+    assert abs(result["late_gaps"]["sr"]["gap"] - 0.06) < 1e-9
+    assert all(claim["passed"] for claim in result["claims"])
+
+
 def test_the_measured_step_trains_with_every_recipe(tmp_path, monkeypatch):
     """Rows for all recipes, whose losses fall, and agree at the start."""
     monkeypatch.setattr(speed, "kernel_times", lambda folder: {"nvjet_hsh": 2e-3, "fusion": 1e-3})

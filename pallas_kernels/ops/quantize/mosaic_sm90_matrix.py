@@ -4,8 +4,8 @@
 A training step needs each operand rounded twice, with blocks along different axes. Here a warp owns
 as many rows as a block has values, and 256 columns of them:
 
-* along the columns of the matrix, every thread holds the blocks of two columns, so that neither the
-  largest magnitude nor a Hadamard transform needs another thread,
+* along the columns of the matrix, every thread holds the blocks of four columns (of two, if they
+  have 32 values), so that neither the largest magnitude nor a Hadamard transform needs another,
 * along its rows, every thread holds 8 neighbours and shares the largest magnitude with those beside
   it; what it reads, the first half left in the cache.
 
@@ -88,6 +88,11 @@ class Plan:
         return self.format.block
 
     @property
+    def columns_each(self) -> int:
+        """Columns of a thread where blocks lie along them: 64 values in registers."""
+        return 64 // self.block
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a value."""
         return jnp.dtype(self.dtype).itemsize
@@ -144,12 +149,11 @@ def rotated_amax(x, plan: Plan, signs: tuple[int, ...]):
         tile = _Tile(plan, x_ref, axes)
 
         def step(i, top):
-            pairs = tile.column_pairs(i)[0]
-            for column in zip(*pairs, strict=True):
+            for column in zip(*tile.column_group(i)[0], strict=True):
                 top = lanes._abs_max(_rotate(list(column), signs), top)
             return top
 
-        top = ptx.loop(WARP_COLUMNS // 64, step, ptx.f32(0.0))
+        top = tile.over_columns(step, ptx.f32(0.0))
         place = lanes._element(partial.shape, (axes[1], axes[0], tile.warp, tile.lane), 4)
         ptx.store(out_ref, place, [top])
 
@@ -246,37 +250,39 @@ class _Tile:
         has_rows = ptx.lt(self.first_row, ptx.i32(plan.rows))
         return ptx.both(has_rows, ptx.lt(column, ptx.i32(plan.columns)))
 
-    def column_pairs(self, i):
-        """Values [block][2] of two neighbouring columns, the first one, and its place."""
-        column = ptx.add(ptx.mul(i, ptx.i32(64)), ptx.mul(self.lane, ptx.i32(2)))
-        column = ptx.add(self.first_column, column)
+    def column_group(self, i):
+        """Values [block][columns_each] of neighbouring columns, the first one, and its place."""
+        each = self.plan.columns_each
+        number = ptx.add(ptx.mul(i, ptx.i32(32 * each)), ptx.mul(self.lane, ptx.i32(each)))
+        column = ptx.add(self.first_column, number)
         place, ok = self._place(self.first_row, column), self.inside(column)
-        pairs = [self._load(place, ok, 2, r) for r in range(self.plan.block)]
-        return pairs, column, place, ok
+        rows = [self._load(place, ok, each, r) for r in range(self.plan.block)]
+        return rows, column, place, ok
+
+    def over_columns(self, step, state):
+        """A loop over the groups of columns of this warp."""
+        return ptx.loop(WARP_COLUMNS // (32 * self.plan.columns_each), step, state)
 
     def along_columns(self, rounder, out_ref):
         """Blocks along the first axis: a thread has them whole."""
         hashes = rounder.row_hashes(range(self.plan.block))
 
         def step(i, state):
-            pairs, column, place, ok = self.column_pairs(i)
+            rows, column, place, ok = self.column_group(i)
             if rounder.side.signs is not None:
-                pairs = self._rotated(pairs, rounder.side.signs)
-            results = []
-            for c, values in enumerate(zip(*pairs, strict=True)):
-                block = rounder.block_of(lanes._abs_max(values))
-                mark = rounder.column_mark(ptx.add(column, ptx.i32(c)))
-                results.append(
-                    [
-                        rounder.round(value, block, hashed, mark)
-                        for value, hashed in zip(values, hashes, strict=True)
-                    ]
-                )
-            for r, pair in enumerate(zip(*results, strict=True)):
-                self._store(out_ref, place, list(pair), ok, r)
+                rows = self._rotated(rows, rounder.side.signs)
+            columns = list(zip(*rows, strict=True))
+            blocks = [rounder.block_of(lanes._abs_max(values)) for values in columns]
+            marks = [rounder.column_mark(ptx.add(column, ptx.i32(c))) for c in range(len(columns))]
+            for r, (values, hashed) in enumerate(zip(rows, hashes, strict=True)):
+                rounded = [
+                    rounder.round(value, block, hashed, mark)
+                    for value, block, mark in zip(values, blocks, marks, strict=True)
+                ]
+                self._store(out_ref, place, rounded, ok, r)
             return state
 
-        ptx.loop(WARP_COLUMNS // 64, step, ())
+        self.over_columns(step, ())
 
     def along_rows(self, rounder, out_ref):
         """Blocks along the last axis: 8 values of a thread, and those of its neighbours."""
@@ -303,14 +309,19 @@ class _Tile:
 
         ptx.loop(self.plan.block // _ROWS_AT_ONCE, step, ())
 
-    def _rotated(self, pairs, signs):
+    def _rotated(self, rows, signs):
         """The transform of each column, rounded to the dtype of the matrix as `rht` does."""
-        columns = [_rotate(list(column), signs) for column in zip(*pairs, strict=True)]
-        pairs = list(zip(*columns, strict=True))
+        columns = [_rotate(list(column), signs) for column in zip(*rows, strict=True)]
+        rows = list(zip(*columns, strict=True))
         if self.plan.dtype == "float32":
-            return pairs
-        words = [ptx.half_x2(pair, self.plan.dtype) for pair in pairs]
-        return [lanes._floats([word], self.plan.dtype == "bfloat16") for word in words]
+            return rows
+        return [
+            lanes._floats(
+                [ptx.half_x2(row[i : i + 2], self.plan.dtype) for i in range(0, len(row), 2)],
+                self.plan.dtype == "bfloat16",
+            )
+            for row in rows
+        ]
 
     def _place(self, row, column):
         return lanes._element(
