@@ -2,7 +2,6 @@
 """INT8 gradient kernels with integer sums: registers run by NumPy, control flow interpreted."""
 
 import contextlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,13 @@ import numpy as np
 import pytest
 import warpgroup
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from ptx_program import Program, spilled
-from test_mosaic_backward import exact, inputs, kept_tiles
-from test_mosaic_control import read
+from test_mosaic_backward import exact, inputs
 
-from pallas_kernels._interpret import gpu_interpret_mode
 from pallas_kernels.masks import Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as s32
 from pallas_kernels.ops.attention.mosaic_sm90_backward import plan_of
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import _SCALAR
-from pallas_kernels.ops.attention.mosaic_sm90_plan import SMEM_LIMIT
-from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, Variant
+from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
 
 SHAPE = (1, 200, 150, 2, 1, 64)  # B, T, S, N, K, H
@@ -78,7 +73,9 @@ def plain(found, sums, mask):
     d_s = p * (d_p - (delta - rest)[..., None])
     shift, scale, factor, summand = (x[:, :, :t, None] for x in query_numbers(found))
     with np.errstate(invalid="ignore"):
-        p_of_keys = np.where(ok, np.exp2(scores / found["q_scale"][:, :, :t, None] * scale + shift), 0)
+        p_of_keys = np.where(
+            ok, np.exp2(scores / found["q_scale"][:, :, :t, None] * scale + shift), 0
+        )
     d_s_of_keys = p_of_keys * (d_p * factor + summand)
     narrow = lambda x: x.reshape(b, s, k, n // k, h).sum(3)  # noqa: E731
     d_q = np.einsum("bhts,bshd->bthd", d_s * k_rows, wide(in_order(found["k_t"])[:, :s])) * SCALE
@@ -105,7 +102,7 @@ def registers():
         tile = a.astype(np.float64) @ b[:n].astype(np.float64).T
         return warpgroup.accumulator(tile.astype(np.int32 if acc == "r" else np.float32))
 
-    def accumulate(n, a, b, sums):
+    def accumulate(n, a, b, sums, kind):
         a = warpgroup.from_operand([word for step in a for word in step], np.dtype(np.int8))
         assert np.abs(a).max() <= 127
         tile = warpgroup.accumulator((a @ b[:n].astype(np.float64).T).astype(np.int32))
@@ -131,7 +128,7 @@ def run_side(side, found, mask):
     variant, bounds = Variant("int8", "half"), (mask.min_diff, mask.max_diff)
     groups = n // k
     plan = plan_of(side, variant, *shapes, *bounds, s32.CONFIGS[side])
-    steps = s32.Running(side, plan, SCALE, 1 if side == "q" else groups)
+    steps = s32.STEPS[side](side, plan, SCALE, 1 if side == "q" else groups)
     block = plan.config.block_kv
     x = {}
     for name, array in found.items():  # what lies beyond the end is copied as zeros
