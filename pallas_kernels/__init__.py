@@ -23,9 +23,11 @@ from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, Attention
 from pallas_kernels.ops.decode_attention import (
     append_tokens,
     decode_attention,
+    largest_slots,
     last_similar_keys,
     max_attention_weights,
     merge_attention,
+    move_slots,
     window_attention_weights,
 )
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
@@ -55,10 +57,12 @@ __all__ = [
     "fake_quantize_both",
     "get_format",
     "inverse_rht",
+    "largest_slots",
     "last_similar_keys",
     "matmul",
     "max_attention_weights",
     "merge_attention",
+    "move_slots",
     "quantize",
     "quantize_fp8_both",
     "rht",

@@ -26,8 +26,10 @@ from experiments.benchmarks.isolated import Case, report, work
 from pallas_kernels import (
     append_tokens,
     decode_attention,
+    largest_slots,
     last_similar_keys,
     max_attention_weights,
+    move_slots,
     quantize,
     testing,
 )
@@ -102,6 +104,13 @@ def cases() -> list[Case]:
         fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
         fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
     ]
+    # One row of 124K leaves little to read, so that what does not shrink with it shows.
+    single = [
+        fast(batch=1, capacity=124032, config=config, **layout)
+        for config in ({}, {"at_once": 16}, {"at_once": 16, "blocks": 396},
+                       {"at_once": 16, "blocks": 264}, {"at_once": 32, "blocks": 1056})
+        for layout in ({}, {"layout": "kept", "tile": 16})
+    ]  # fmt: skip
     scores = {"stage": "scores", "batch": 1, "steps": 2048, "heads": 32, "kv_heads": 8,
               "head_dim": 128}  # fmt: skip
     scored = [
@@ -117,6 +126,11 @@ def cases() -> list[Case]:
     searched = [{**similar, "store": s, "batch": 2, "check": True} for s in ("bfloat16", "int8")]
     searched += [{**similar, "store": "bfloat16", "batch": b} for b in (8, 32)]
     searched += [{**similar, "store": "bfloat16", "batch": 32, "implementation": "xla"}]
+    cut = [
+        {"stage": "cut", "store": "bfloat16", "heads": 32, "kv_heads": 8, "head_dim": 128,
+         "capacity": 1152, "budget": 1024, "batch": b, "implementation": name}
+        for name in ("mosaic", "xla") for b in (8, 32)
+    ]  # fmt: skip
     appended = [
         {"stage": "append", "store": s, **LARGE, "capacity": 4096}
         for s in ("bfloat16", "int8", "int4")
@@ -133,7 +147,9 @@ def cases() -> list[Case]:
         *core,
         *scored[:4],
         *searched,
+        *cut,
         *judged,
+        *single,
         *appended,
         *sizes,
         *features,
@@ -393,6 +409,37 @@ def similar_call(case: Case):
     return functools.partial(last_similar_keys, implementation=name), (keys,)
 
 
+def run_cut(case: Case) -> dict[str, float]:
+    """R-KV's choice and its copy: milliseconds of each; the kernels' results are those of XLA."""
+    calls = cut_calls(case)
+    result = {}
+    for (name, (function, args)), (_, (exact, _)) in zip(
+        calls.items(), cut_calls({**case, "implementation": "xla"}).items(), strict=True
+    ):
+        got, want = jax.jit(function)(*args), jax.jit(exact)(*args)
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), got, want)
+        if not all(jax.tree.leaves(same)):
+            raise RuntimeError(f"{name} differs from XLA")
+        result[f"{name}_ms"] = benchmark(function, *args, repeats=5, warmup=1).median * 1e3
+    return result
+
+
+def cut_calls(case: Case):
+    """What is timed, and its arrays: scores with ties and a window, and both of K and V."""
+    b, k, c, h = (case[x] for x in ("batch", "kv_heads", "capacity", "head_dim"))
+    scores = jnp.round(jax.random.normal(jax.random.key(0), (b, k, c)), 3)
+    scores = scores.at[..., -8:].set(jnp.inf)
+    layer = dict(zip("kv", stores(case["store"], (b, k, c, h)), strict=True))
+    layer["positions"] = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32), (b, k, c)) + 0
+    kept = jax.jit(functools.partial(largest_slots, budget=case["budget"], implementation="xla"))
+    source = jnp.pad(kept(scores), ((0, 0), (0, 0), (0, c - case["budget"])), constant_values=-1)
+    fill = jax.tree.map(lambda _: 0, layer) | {"positions": -1}
+    name = case["implementation"]
+    choose = functools.partial(largest_slots, budget=case["budget"], implementation=name)
+    move = functools.partial(move_slots, fill=fill, implementation=name)
+    return {"choose": (choose, (scores,)), "move": (move, (layer, source))}
+
+
 def run_append(case: Case) -> dict[str, float]:
     """Microseconds to quantise and write one token of every row and head, in place."""
     b, k, c, h = (case[x] for x in ("batch", "kv_heads", "capacity", "head_dim"))
@@ -434,6 +481,11 @@ def lower(case: Case) -> dict[str, str]:
         call, args = scores_call(case)
     elif case["stage"] == "similar":
         call, args = similar_call({**case, "batch": 1})
+    elif case["stage"] == "cut":
+        calls, args = zip(*cut_calls({**case, "batch": 1}).values(), strict=True)
+
+        def call(*args):
+            return [function(*each) for function, each in zip(calls, args, strict=True)]
     else:
         call, args = fast_call({**case, "batch": 1, "capacity": 4096})
     with abstract_gpu():
@@ -470,6 +522,7 @@ def run(case: Case) -> dict[str, Any]:
         "scores": run_scores,
         "similar": run_similar,
         "append": run_append,
+        "cut": run_cut,
     }
     return {"machine": machine(), **runners[case["stage"]](case)}
 

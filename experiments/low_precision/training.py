@@ -66,7 +66,7 @@ PRESETS = {
     # Few and wide layers: most of the time in products, little of it in compiling. The number of
     # steps follows from the time budget, see side_by_side.
     "minutes": Preset(
-        768, 4, 6, 2304, 512, 32, 0, 1.5e-3, 100, 100_000_000, 1_048_576, "bfloat16",
+        768, 4, 6, 2304, 512, 64, 0, 2e-3, 100, 150_000_000, 1_048_576, "bfloat16",
         attention="cudnn", with_packages=True,
     ),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.kv_cache import KVCache, Observer
+from pallas_kernels import largest_slots
 
 
 class ContextPass(NamedTuple):
@@ -175,12 +176,11 @@ def select(
         raise ValueError(f"budget={budget} must be in [0, {slots}], the number of scored slots")
     if slot_order not in ("time", "score"):
         raise ValueError(f"slot_order={slot_order!r}; expected 'time' or 'score'")
+    if slot_order == "time":
+        return largest_slots(scores, budget, count)
     values, indices = jax.lax.top_k(scores, budget)  # [B, K, budget]
     if count is not None:
         values = jnp.where(jnp.arange(budget) < count[..., None], values, -jnp.inf)
-    if slot_order == "time":
-        kept = jnp.sort(jnp.where(values > -jnp.inf, indices, slots), axis=-1)
-        return jnp.where(kept < slots, kept, -1).astype(jnp.int32)
     key = jnp.where(values == jnp.inf, budget + indices, jnp.arange(budget))
     if frozen is not None:
         key = jnp.where(indices < frozen[..., None], indices - slots, key)

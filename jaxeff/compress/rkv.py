@@ -202,8 +202,9 @@ def redundancy(
         stored, live, threshold=threshold, beta=beta, block_size=block_size
     )
     if zero_col0_when_empty:  # only a row with no similar key at all falls back to column 0
-        first = jnp.einsum("bksh,bkh->bks", unit, unit[:, :, 0], precision=_HIGHEST)
-        first = first.at[..., 0].set(0.0)
+        # Products and sums, not a matrix product: XLA reads the keys as they are stored.
+        first = jnp.sum(unit * unit[:, :, :1], axis=-1)
+        first = jnp.where(jnp.arange(first.shape[-1]) > 0, first, 0.0)
         lonely = exempt[..., 0] < 0
         values = values.at[..., 0].set(jnp.where(lonely, first, values[..., 0]))
     if mode == "paper":

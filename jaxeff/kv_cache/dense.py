@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxeff.kv_cache.base import KVCache, Observer, tree_bytes
 from jaxeff.kv_cache.storage import check_head_dim, decode, encode, float_dtype, store_name
-from pallas_kernels import append_tokens, decode_attention
+from pallas_kernels import append_tokens, decode_attention, move_slots
 
 
 @jax.tree_util.register_dataclass
@@ -293,16 +293,12 @@ class DenseLayer:
         padding = ((0, 0), (0, 0), (0, capacity - amount))
         indices = jnp.pad(indices, padding, constant_values=-1)
         length = jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32)
-        # An index past the end reads the fill value, which empties the slot.
-        source = jnp.where(indices >= 0, indices, self.capacity)
+        moved = {"k": self.k, "v": self.v, "positions": self.positions}
+        moved["slot_state"] = self.slot_state
+        fill = jax.tree.map(lambda _: 0, moved) | {"positions": -1}
+        moved = move_slots(moved, indices, fill=fill)
         return dataclasses.replace(
-            self,
-            k=jax.tree.map(lambda x: _gather(x, source, 0), self.k),
-            v=jax.tree.map(lambda x: _gather(x, source, 0), self.v),
-            positions=_gather(self.positions, source, -1),
-            length=length,
-            frozen=jnp.minimum(self.frozen, length),
-            slot_state=jax.tree.map(lambda x: _gather(x, source, 0), self.slot_state),
+            self, **moved, length=length, frozen=jnp.minimum(self.frozen, length)
         )
 
     def resize(self, capacity: int) -> DenseLayer:
@@ -496,12 +492,6 @@ def scatter(store: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
     rows = jnp.arange(slots.shape[0])[:, None, None]
     heads = jnp.arange(slots.shape[1])[None, :, None]
     return store.at[rows, heads, slots].set(new.astype(store.dtype), mode="drop")
-
-
-def _gather(x: jax.Array, indices: jax.Array, fill: int) -> jax.Array:
-    """Read ``indices [B, K, M]`` of ``x [B, K, C, ...]``, ``fill`` where out of range."""
-    indices = indices.reshape(indices.shape + (1,) * (x.ndim - 3))
-    return jnp.take_along_axis(x, indices, axis=2, mode="fill", fill_value=fill)
 
 
 def _check_sizes(batch, capacity, num_kv_heads, head_dim, query_window, num_heads):

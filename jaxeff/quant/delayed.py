@@ -91,10 +91,29 @@ def delayed_scale(history: jax.Array, tensor: str, qtype: str, how: DelayedScali
       >>> float(delayed_scale(history, "x", "fp8_e4m3", DelayedScaling(2)))
       32.0
     """
-    row = history[TENSORS.index(tensor)]
-    amax = row[0] if how.algorithm == "most_recent" else row.max()
-    largest = get_format(qtype).element_type.max * 2.0**-how.margin
-    scale = largest / jnp.where(amax > 0, amax, 1.0)
+    return delayed_scales(history, (qtype,) * len(TENSORS), how)[TENSORS.index(tensor)]
+
+
+def delayed_scales(history: jax.Array, qtypes: tuple[str, ...], how: DelayedScaling) -> jax.Array:
+    """The encode scales of all three tensors; one small kernel where three would cost more.
+
+    Args:
+      history: float32 ``[3, history_length]``.
+      qtypes: formats of ``x``, ``w`` and ``d``.
+      how: margin and algorithm.
+
+    Returns:
+      float32 ``[3]``.
+
+    Example:
+      >>> history = jnp.float32([[7, 14], [0, 0], [1, 0]])
+      >>> formats = ("fp8_e4m3", "fp8_e4m3", "fp8_e5m2")
+      >>> delayed_scales(history, formats, DelayedScaling(2)).tolist()
+      [32.0, 1.0, 57344.0]
+    """
+    amax = history[:, 0] if how.algorithm == "most_recent" else history.max(-1)
+    tops = [get_format(qtype).element_type.max * 2.0**-how.margin for qtype in qtypes]
+    scale = jnp.float32(tops) / jnp.where(amax > 0, amax, 1.0)
     return jnp.where((amax > 0) & jnp.isfinite(scale), scale, 1.0)
 
 

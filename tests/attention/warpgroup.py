@@ -116,7 +116,20 @@ def branch(condition, yes, no):
     (yes if condition[0] else no)()
 
 
-CONTROL = {"loop": loop, "branch": branch}
+def counter(ref, offset):
+    return ref.reshape(-1)[int(offset[0]) // 4 :]
+
+
+def arrive(ref, offset, count):
+    counter(ref, offset)[0] += 1
+    return np.full(128, counter(ref, offset)[0] == count)
+
+
+def wait(ref, offset, count):
+    assert counter(ref, offset)[0] >= count, "waits for a block that comes later"
+
+
+CONTROL = {"loop": loop, "branch": branch, "arrive": arrive, "wait": wait}
 
 
 # -- PTX -------------------------------------------------------------------------------------------
@@ -126,7 +139,9 @@ FLOATS = {
     "add.f32": np.add,
     "add.rn.f32": np.add,
     "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
+    "fma.rm.f32": lambda a, b, c: rounded_down(a.astype(np.float64) * b + c),
     "div.rn.f32": np.divide,
+    "rcp.rn.f32": lambda a: quiet(np.divide, np.float32(1), a),
     "ex2.approx.ftz.f32": lambda a: flushed(np.exp2(a)),
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
@@ -393,7 +408,7 @@ def run_asm(text, outs, ins, tied):
 # -- launches --------------------------------------------------------------------------------------
 
 
-def run_blocks(body, outs, grid, args):
+def run_blocks(body, outs, grid, args, counters=0):
     """The quantisers' launch: every block in turn."""
 
     def run(*arrays):
@@ -404,9 +419,10 @@ def run_blocks(body, outs, grid, args):
             .reshape(o.shape)
             for o in outs
         ]
+        state = [np.zeros(counters, np.int32)] if counters else []
         for index in np.ndindex(*grid):
             axes = [np.full(128, i, np.int32) for i in index]
-            body([*map(np.asarray, arrays), *results], axes)
+            body([*map(np.asarray, arrays), *results, *state], axes)
         return results
 
     return jax.pure_callback(run, outs, *args)

@@ -183,15 +183,20 @@ class _Lanes:
         return head, channel, ptx.both(exists, ptx.lt(head, ptx.i32(heads)))
 
 
-def _call(body, outs, grid, args):
+def _call(body, outs, grid, args, counters=0):
     """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
 
-    Blocks that are neighbours along the first axis run at the same time.
+    Blocks that are neighbours along the first axis run at the same time. ``counters`` is how many
+    int32 zeros to hand to ``body`` as its last reference, for blocks that wait for each other.
     """
     names = ("x", "y", "z")
-    count = len(args) + len(outs)
+    count = len(args) + len(outs) + bool(counters)
+    state = [jax.new_ref(jnp.zeros(counters, jnp.int32))] if counters else []
 
     def kernel(*refs):
+        if counters:  # They come after the arguments, and are given last.
+            refs = (*refs[: len(args)], *refs[len(args) + 1 :], refs[len(args)])
+
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * count, (_SCALAR,) * 3))
         def run(ctx, refs, axes):
             del ctx
@@ -207,7 +212,7 @@ def _call(body, outs, grid, args):
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(*args)
+    )(*args, *state)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -226,38 +231,57 @@ def kv_statistics(k, v, lengths, *, chunk=256):
         mean float32 [B, K, H], amax float32 [B, K, H].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
     chunks = pl.cdiv(s_len, chunk)
     partial = jax.ShapeDtypeStruct((batch, heads, chunks * 4, head_dim), jnp.float32)
-    same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
 
     def body(refs, axes):
         k_ref, v_ref, length_ref, sum_ref, max_ref = refs
         piece, head, b = axes
         limit = _load_limit(length_ref, b)
-        local, channel, exists = lanes.place()
-        token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
-        sums, tops = [ptx.f32(0.0)] * 8, [ptx.f32(0.0)] * 8
-        for step in range(0, chunk, lanes.rows):
-            row = ptx.add(token, ptx.i32(step))
-            ok = ptx.both(exists, ptx.lt(row, limit))
-            offset = _element(k.shape, (b, row, head, channel), 2)
-            for i, x in enumerate(_floats(_load8(k_ref, offset, ok), is_bf16)):
-                sums[i] = ptx.fadd(sums[i], x)
-            for i, x in enumerate(_floats(_load8(v_ref, offset, ok), is_bf16)):
-                tops[i] = _abs_max([x], tops[i])
-        sums = [_over_lanes(ptx.fadd, x, same_warp) for x in sums]
-        tops = [_over_lanes(ptx.fmax, x, same_warp) for x in tops]
-        warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
-        slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
-        offset = _element(partial.shape, (b, head, slot, channel), 4)
-        first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
-        for ref, values in ((sum_ref, sums), (max_ref, tops)):
-            ptx.store(ref, offset, values[:4], first)
-            ptx.store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
+        partial_statistics(
+            {"sums": k_ref, "tops": v_ref}, {"sums": sum_ref, "tops": max_ref}, k.shape,
+            (b, head, piece), limit, chunk, k.dtype == jnp.bfloat16,
+        )  # fmt: skip
 
     sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
     return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
+
+
+def partial_statistics(inputs, outputs, shape, place, limit, chunk: int, is_bf16: bool):
+    """Sums and largest magnitudes of a head's piece of tokens, four rows of results.
+
+    Args:
+        inputs: references to [B, S, K, H] by "sums" and "tops", either or both.
+        outputs: references to float32 [B, K, 4 * pieces, H] by the same names.
+        shape: of the inputs.
+        place: registers: sequence, head, piece.
+        limit: register: valid tokens.
+        chunk: tokens of a piece.
+        is_bf16: or float16.
+    """
+    lanes = _Lanes(shape[3])
+    b, head, piece = place
+    local, channel, exists = lanes.place()
+    token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
+    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
+    combine = {"sums": ptx.fadd, "tops": lambda a, b: _abs_max([b], a)}
+    for step in range(0, chunk, lanes.rows):
+        row = ptx.add(token, ptx.i32(step))
+        ok = ptx.both(exists, ptx.lt(row, limit))
+        offset = _element(shape, (b, row, head, channel), 2)
+        for name, ref in inputs.items():
+            values = _floats(_load8(ref, offset, ok), is_bf16)
+            found[name] = [combine[name](a, x) for a, x in zip(found[name], values, strict=True)]
+    same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
+    warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
+    slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
+    first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
+    for name, values in found.items():
+        values = [_over_lanes(combine[name], x, same_warp) for x in values]
+        results = ptx.shape(outputs[name])
+        offset = _element(results, (b, head, slot, channel), 4)
+        ptx.store(outputs[name], offset, values[:4], first)
+        ptx.store(outputs[name], ptx.add(offset, ptx.i64(16)), values[4:], first)
 
 
 def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
@@ -398,95 +422,135 @@ def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
         Codes [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
+    lanes = _Lanes(head_dim)
     tiles, groups = pl.cdiv(s_len, scale_block), pl.cdiv(heads, lanes.rows)
-    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
-    scales = jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)
-    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
 
     def body(refs, axes):
         k_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs
         piece, tile, b = axes
-        limit = _load_limit(length_ref, b)
         group, residue = ptx.rem(piece, ptx.i32(groups)), ptx.div(piece, ptx.i32(groups))
         head, channel, exists = lanes.place_heads(group, heads)
-        shift = None
-        if mean is not None:
-            inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
-            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, *inside), 4))
-
-        def smoothed(word, ok):
-            values = _floats(word, is_bf16)
-            if shift is None:  # tokens that are not there were loaded as zeros
-                return values
-            values = [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
-            return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
-
-        start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
-        rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, 8)]
-        valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
-        words = [
-            _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
-            for row, ok in zip(rows, valid, strict=True)
-        ]
-        top = ptx.f32(TINY)
-        for word, ok in zip(words, valid, strict=True):
-            top = _abs_max(smoothed(word, ok), top)
-        top = _over_lanes(ptx.fmax, top, lanes.distances)
-        factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-        for row, word, ok in zip(rows, words, valid, strict=True):
-            scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
-            place = _element(codes.shape, (b, row, head, channel), 1)
-            ptx.store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
-        place = _element(scales.shape, (b, head, tile, residue), 4)
-        first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
-        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+        encode_k(
+            k_ref, mean_ref[0] if mean_ref else None, codes_ref, scale_ref,
+            (b, head, tile, residue), channel, exists, _load_limit(length_ref, b),
+            shape=k.shape, scale_block=scale_block, qk=qk, is_bf16=k.dtype == jnp.bfloat16,
+        )  # fmt: skip
 
     args = (k, lengths) if mean is None else (k, lengths, mean)
-    return _call(body, [codes, scales], (8 * groups, tiles, batch), args)
+    return _call(body, k_types(k.shape, scale_block, qk), (8 * groups, tiles, batch), args)
 
 
-def quantize_v(v, factor, lengths):
-    """FP8 codes of ``V * factor``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
+def k_types(shape, scale_block: int, qk: str) -> list[jax.ShapeDtypeStruct]:
+    """Codes and scales of K [B, S, K, H]."""
+    batch, length, heads, head_dim = shape
+    tiles = pl.cdiv(length, scale_block)
+    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
+    return [codes, jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)]
+
+
+def encode_k(
+    k_ref, mean_ref, codes_ref, scale_ref, place, channel, exists, limit, *, shape, scale_block,
+    qk, is_bf16, half=None,
+):  # fmt: skip
+    """Codes of the keys of a tile with one residue modulo 8, by the lanes of one row or of two.
 
     Args:
-        v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        factor: float32 [B, K, H], 448 over the channel's largest magnitude.
-        lengths: int32 [B], valid tokens; later ones give zeros.
-
-    Returns:
-        e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
+        k_ref: reference to 16-bit [B, S, K, H].
+        mean_ref: reference to float32 [B, K, H], or None to subtract nothing.
+        codes_ref: reference to 8-bit [B, Sp, K, H].
+        scale_ref: reference to float32 [B, K, tiles, 8].
+        place: registers: sequence, head, tile, residue.
+        channel: register: the lane's first channel.
+        exists: register: whether the lane has anything to do.
+        limit: register: valid keys.
+        shape: of K.
+        scale_block: keys of a tile.
+        qk: "int8" or "e4m3".
+        is_bf16: or float16.
+        half: register: 0 or 1, where neighbouring rows of lanes share the keys; None where not.
+            Half the keys are half the registers, and more blocks run at the same time.
     """
-    batch, s_len, heads, head_dim = v.shape
-    is_bf16 = v.dtype == jnp.bfloat16
-    tiles = pl.cdiv(s_len, SEQ_PAD)
-    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
-    blocks = pl.cdiv(heads * columns, 4)
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.float8_e4m3fn)
+    b, head, tile, residue = place
+    lanes, encode = _Lanes(shape[3]), _int8x4 if qk == "int8" else ptx.e4m3x4
+    distances, stride = lanes.distances, 8
+    if half is not None:
+        distances, stride = [*distances, lanes.count], 16
+        residue = ptx.add(residue, ptx.mul(half, ptx.i32(8)))
+    shift = None
+    if mean_ref is not None:  # A lane without work must still read inside the array.
+        inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
+        shift = _load_f32x8(mean_ref, _element(ptx.shape(mean_ref), (b, *inside), 4))
 
-    def body(refs, axes):
-        v_ref, factor_ref, length_ref, codes_ref = refs
-        block, tile, b = axes
-        limit = _load_limit(length_ref, b)
-        there, head, part, lane = _place_columns(block, heads, columns)
-        channel = ptx.mul(part, ptx.i32(32))
-        channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
-        token = ptx.mul(tile, ptx.i32(SEQ_PAD))
-        token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
-        scale = _load_f32x8(factor_ref, _element(factor.shape, (b, head, channel), 4))
-        tokens = []  # [16][8]
-        for i in range(16):
+    def smoothed(word, ok):
+        values = _floats(word, is_bf16)
+        if shift is None:  # tokens that are not there were loaded as zeros
+            return values
+        values = [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
+        return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
+
+    start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
+    rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, stride)]
+    valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
+    words = [
+        _load8(k_ref, _element(shape, (b, row, head, channel), 2), ok)
+        for row, ok in zip(rows, valid, strict=True)
+    ]
+    top = ptx.f32(TINY)
+    for word, ok in zip(words, valid, strict=True):
+        top = _abs_max(smoothed(word, ok), top)
+    top = _over_lanes(ptx.fmax, top, distances)
+    factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+    for row, word, ok in zip(rows, words, valid, strict=True):
+        scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
+        codes = [encode(scaled[:4]), encode(scaled[4:])]
+        where = _element(ptx.shape(codes_ref), (b, row, head, channel), 1)
+        ptx.store(codes_ref, where, codes, exists)
+    where = _element(ptx.shape(scale_ref), (b, head, tile, ptx.rem(residue, ptx.i32(8))), 4)
+    first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
+    ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+
+
+def v_type(shape) -> jax.ShapeDtypeStruct:
+    """Codes of V [B, S, K, H]."""
+    batch, length, heads, head_dim = shape
+    padded = pl.cdiv(length, SEQ_PAD) * SEQ_PAD
+    return jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float8_e4m3fn)
+
+
+def encode_v(v_ref, scale_ref, codes_ref, place, lane, there, limit, *, shape, is_bf16):
+    """FP8 codes of 128 tokens of 32 channels by a warp, transposed, tokens as `V_ORDER` says.
+
+    Args:
+        v_ref: reference to 16-bit [B, S, K, H].
+        scale_ref: reference to float32 [B, K, H].
+        codes_ref: reference to e4m3 [B, K, H, Sv].
+        place: registers: sequence, head, tile of tokens, group of channels.
+        lane: register: of this thread in its warp.
+        there: register: whether the warp has anything to do.
+        limit: register: valid tokens.
+        shape: of V.
+        is_bf16: or float16.
+    """
+    b, head, tile, part = place
+    channel = ptx.mul(part, ptx.i32(32))
+    channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
+    token = ptx.mul(tile, ptx.i32(SEQ_PAD))
+    token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+    scales = _load_f32x8(scale_ref, _element(ptx.shape(scale_ref), (b, head, channel), 4))
+    factors = [ptx.fdiv(ptx.f32(1.0), scale) for scale in scales]
+    packed = [[] for _ in range(8)]  # words of four tokens by channel
+    for start in range(0, 16, 4):  # as soon as four tokens are there, they take a third of the room
+        group = []
+        for i in V_ORDER[start : start + 4]:
             row = ptx.add(token, ptx.i32(i))
             ok = ptx.both(there, ptx.lt(row, limit))
-            word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
-            tokens.append(_floats(word, is_bf16))
-        for c in range(8):
-            ordered = [ptx.fmul(tokens[t][c], scale[c]) for t in V_ORDER]
-            packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
-            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-            ptx.store(codes_ref, place, packed, there)
-
-    return _call(body, [out], (blocks, tiles, batch), (v, factor, lengths))[0]
+            word = _load8(v_ref, _element(shape, (b, row, head, channel), 2), ok)
+            group.append(_floats(word, is_bf16))
+        for c, values in enumerate(zip(*group, strict=True)):
+            packed[c].append(ptx.e4m3x4([ptx.fmul(x, factors[c]) for x in values]))
+    for c, codes in enumerate(packed):
+        where = (b, head, ptx.add(channel, ptx.i32(c)), token)
+        ptx.store(codes_ref, _element(ptx.shape(codes_ref), where, 1), codes, there)
 
 
 def quantize_columns(x, mean=None, *, block=64):
@@ -706,15 +770,20 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    mean, top = kv_statistics(k, v, kv_limit)
-    mean = mean if smooth_k else None
-    k8, k_scale = quantize_k(k, kv_limit, mean, scale_block=scale_block, qk=qk)
-    q_scale = row_const = v_scale = None
+    v_scale = mean = q_scale = row_const = None
+    if smooth_k or pv == "e4m3":
+        from pallas_kernels.ops.quantize.mosaic_sm90_kv import quantize_kv
+
+        k8, k_scale, v8, v_scale, mean = quantize_kv(
+            k, v, kv_limit, scale_block=scale_block, smooth_k=smooth_k, qk=qk,
+            encode_v=pv == "e4m3",
+        )  # fmt: skip
+    else:
+        k8, k_scale = quantize_k(k, kv_limit, scale_block=scale_block, qk=qk)
     if not leave_q:
         q, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
     if pv == "e4m3":
-        v_scale = jnp.maximum(top, TINY) / LARGEST["e4m3"]
-        v = quantize_v(v, 1.0 / v_scale, kv_limit)
+        v = v8
     elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
         v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
     return AttentionOperands(q, k8, v, q_scale, k_scale, v_scale, row_const, mean)

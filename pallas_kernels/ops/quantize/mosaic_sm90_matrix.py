@@ -350,7 +350,7 @@ class _Rounder:
             first, self._second = (_load_i32(word_ref, 8 * index + at) for at in (0, 4))
             # Lane r hashes row r; a block has at most 32 rows.
             row = ptx.add(tile.first_row, tile.lane)
-            self._hash = _mix(ptx.add(ptx.mul(row, _word(0x9E3779B9)), first))
+            self._hash = _folded(_mix(ptx.add(ptx.mul(row, _word(0x9E3779B9)), first)))
 
     def row_hashes(self, numbers):
         """The hashes of rows by their number in the tile, an int or the same i32 in all lanes."""
@@ -364,10 +364,14 @@ class _Rounder:
         """What a column adds to the hash."""
         if not self.side.stochastic:
             return None
-        return ptx.add(ptx.mul(column, _word(0x85EBCA77)), self._second)
+        return _folded(ptx.add(ptx.mul(column, _word(0x85EBCA77)), self._second))
 
     def block_of(self, top):
-        """Reciprocal and scale of a block from its largest magnitude; NaN if that is not finite."""
+        """What `round` needs of a block, from its largest magnitude; NaN if that is not finite.
+
+        The reciprocal of the scale, the scale, and what makes a multiple of it of a whole number
+        that lies above 2^23.
+        """
         plan = self.plan
         if self.side.overrange != 1.0:
             larger = ptx.fmin(ptx.fmul(top, ptx.f32(self.side.overrange)), ptx.f32(FLOAT32_MAX))
@@ -379,11 +383,16 @@ class _Rounder:
             scale = ptx.select(ptx.feq(top, ptx.f32(0.0)), ptx.f32(1.0), scale)
         scale = ptx.select(finite, scale, ptx.f32(math.nan))
         whole = scale if self.decode is None else ptx.fmul(scale, self.decode)
-        reciprocal = ptx.fmin(_div(ptx.f32(1.0), whole), ptx.f32(FLOAT32_MAX))
-        return reciprocal, scale
+        (reciprocal,) = ptx.asm("rcp.rn.f32 $0, $1;", "f", [whole])
+        reciprocal = ptx.fmin(reciprocal, ptx.f32(FLOAT32_MAX))
+        # A scale of E8M0 may be too large to be multiplied by 2^23 first.
+        factor = ptx.f32(1.0) if self.decode is None else scale
+        factor = ptx.fmul(factor, ptx.f32(2.0**-self.element.mantissa_bits))
+        return reciprocal, scale, factor, ptx.fmul(factor, ptx.f32(-(2.0**23)))
 
     def _e4m3_scale(self, top):
-        wanted = ptx.fmul(_div(top, ptx.f32(self.element.max)), self.encode)
+        largest = [ptx.f32(value) for value in (self.element.max, 1 / self.element.max)]
+        wanted = ptx.fmul(_quotient(top, *largest), self.encode)
         text = (
             "{ .reg .b16 code, lo, hi; .reg .b32 pair;\n"
             "cvt.rn.satfinite.e4m3x2.f32 code, $1, $1;\n"
@@ -404,26 +413,29 @@ class _Rounder:
         return _power(exponent)
 
     def round(self, x, block, row_hash, column_mark):
-        """The value that ``x`` is rounded to, with its scale."""
-        reciprocal, scale = block
+        """The value that ``x`` is rounded to, with its scale.
+
+        In units of the spacing around it the magnitude is rounded to a whole number, by adding 2^23
+        to it. Stochastic rounding takes the floor of its sum with the noise: rounding that sum
+        downwards loses nothing that the floor would see.
+        """
+        reciprocal, scale, factor, offset = block
         mantissa = self.element.mantissa_bits
         u = ptx.fmin(ptx.fmul(ptx.fabs(x), reciprocal), ptx.f32(self.element.max))
         power = ptx.from_bits(ptx.land(ptx.bits(u), ptx.i32(_EXPONENT)))
         power = ptx.fmax(power, ptx.f32(2.0**self.element.min_exponent))
-        # Adding a power of two whose last place is the step of the grid rounds to the grid.
-        magic = ptx.fmul(power, ptx.f32(2.0 ** (23 - mantissa)))
+        per_unit = ptx.from_bits(ptx.sub(_word(254 + mantissa << 23), ptx.bits(power)))
         if not self.side.stochastic:
-            code = ptx.fsub(_add("rn", u, magic), magic)
+            whole = ptx.fma(u, per_unit, ptx.f32(2.0**23))
         else:
-            step = ptx.fmul(power, ptx.f32(2.0**-mantissa))
-            low = ptx.fsub(_add("rm", u, magic), magic)
-            # noise >= 1 - (u - low) / step, both sides times the step, which is exact
-            noise = ptx.fma(self._noise(row_hash, column_mark), step, ptx.fneg(step))
-            rises = ptx.fge(noise, ptx.fsub(step, ptx.fsub(u, low)))
-            code = ptx.fadd(low, ptx.select(rises, step, ptx.f32(0.0)))
+            units = _down("fma", u, per_unit, ptx.f32(-1.0))
+            units = _down("add", units, self._noise(row_hash, column_mark))
+            whole = _down("add", units, ptx.f32(2.0**23))
+        # Products of a few bits, which are exact but for the last one.
+        value = ptx.fma(whole, factor, offset)
+        value = ptx.fmul(value, ptx.fmul(power, scale if self.decode is None else self.decode))
         sign = ptx.land(ptx.bits(x), _word(0x80000000))
-        value = ptx.fmul(ptx.from_bits(ptx.lor(ptx.bits(code), sign)), scale)
-        return value if self.decode is None else ptx.fmul(value, self.decode)
+        return ptx.from_bits(ptx.lor(ptx.bits(value), sign))
 
     def _noise(self, row_hash, column_mark):
         """1 plus a uniform number of 23 bits, as in `jax.random.uniform` before it takes the 1."""
@@ -441,20 +453,25 @@ def _word(value: int):
     return ptx.i32(value - (1 << 32) if value >= 1 << 31 else value)
 
 
+def _folded(x):
+    """The first step of the hash, which of a sum without carries is that of its parts."""
+    return ptx.xor(x, ptx.shr(x, ptx.i32(16)))
+
+
 def _half_mixed(x):
-    """The hash of `formats.counter_random` without its last shift."""
-    x = ptx.mul(ptx.xor(x, ptx.shr(x, ptx.i32(16))), _word(0x7FEB352D))
+    """The hash of `formats.counter_random` without its first and its last step."""
+    x = ptx.mul(x, _word(0x7FEB352D))
     return ptx.mul(ptx.xor(x, ptx.shr(x, ptx.i32(15))), _word(0x846CA68B))
 
 
 def _mix(x):
-    x = _half_mixed(x)
-    return ptx.xor(x, ptx.shr(x, ptx.i32(16)))
+    return _folded(_half_mixed(_folded(x)))
 
 
-def _add(mode: str, a, b):
-    """Sum rounded to nearest ("rn") or down ("rm")."""
-    return ptx.asm(f"add.{mode}.f32 $0, $1, $2;", "f", [a, b])[0]
+def _down(name: str, *operands):
+    """Sum ("add") or product and sum ("fma"), rounded downwards."""
+    places = ", ".join(f"${i}" for i in range(len(operands) + 1))
+    return ptx.asm(f"{name}.rm.f32 {places};", "f", list(operands))[0]
 
 
 def _div(a, b):
