@@ -95,6 +95,7 @@ def methods(rank: int) -> dict[str, Any]:
     return {
         "lora": LoRA(rank),
         "falqon_code": FALQON.code(rank),
+        "falqon_delayed": dataclasses.replace(FALQON.code(rank), scaling="delayed"),
         "qlora": QLoRA(rank),
         "fp8lora": FP8LoRA(rank),
         "falqon_paper": FALQON.paper(rank),

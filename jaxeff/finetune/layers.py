@@ -98,13 +98,16 @@ class FalqonLinear(nnx.Module):
             key=key if method.init == "random" else None,
         )
         self.weight = MeldedWeight(melded)
-        # The virtual B: set by the training step for one trace, stored nowhere.
+        # Set by the training step for one trace, stored nowhere: the virtual B, and a function of
+        # the inputs that gives the scales of delayed scaling.
         self.probe = nnx.data(None)
+        self.scales = None
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map ``[..., in]`` to ``[..., out]``."""
         x, restore = _flatten(self, inputs, out_sharding)
-        return restore(melded_dot(x, self.probe, self.weight.get_value()))
+        scales = None if self.scales is None else self.scales(inputs)
+        return restore(melded_dot(x, self.probe, self.weight.get_value(), scales))
 
     def merged(self) -> jax.Array:
         """The kernel ``[in, out]``, in float32; the adapter is in it already."""
