@@ -96,6 +96,9 @@ def methods(rank: int) -> dict[str, Any]:
         "lora": LoRA(rank),
         "falqon_code": FALQON.code(rank),
         "falqon_delayed": dataclasses.replace(FALQON.code(rank), scaling="delayed"),
+        "falqon_kernels": dataclasses.replace(
+            FALQON.code(rank), scaling="delayed", implementation="mosaic"
+        ),
         "qlora": QLoRA(rank),
         "fp8lora": FP8LoRA(rank),
         "falqon_paper": FALQON.paper(rank),

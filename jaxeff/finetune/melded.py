@@ -137,8 +137,8 @@ def melded_dot(
 
 def _forward(x, probe, melded, scales):
     n = melded.shape[0]
-    codes, scale, amax = _quantized(x, "fp8_e4m3", None if scales is None else scales[0])
-    out = _dot8(codes, melded.codes, (1, 1), x.dtype)  # [t, n + r]
+    codes, scale, amax = quantized8(x, "fp8_e4m3", None if scales is None else scales[0])
+    out = dot8(codes, melded.codes, (1, 1), x.dtype)  # [t, n + r]
     scale = scale * melded.scale
     if probe is None:
         return (out[:, :n] * scale).astype(x.dtype), (None, amax, melded, scales)
@@ -154,26 +154,45 @@ def _forward(x, probe, melded, scales):
 def _backward(residuals, d):
     o_a, amax_x, melded, scales = residuals
     n = melded.shape[0]
-    codes, scale, amax = _quantized(d, "fp8_e5m2", None if scales is None else scales[1])
+    codes, scale, amax = quantized8(d, "fp8_e5m2", None if scales is None else scales[1])
+    seen = None
     if scales is not None:
-        scale = scale + 0 * amax
-    dx = _dot8(codes, melded.codes[:n], (1, 0), d.dtype) * (scale * melded.scale)
-    seen = None if scales is None else jnp.stack([amax_x, amax])
-    if o_a is None:
-        return dx.astype(d.dtype), None, None, seen
+        scale, seen = after(scale, amax), jnp.stack([amax_x, amax])
+    db = None if o_a is None else _adapter_gradient(d, codes, scale, o_a)
+    if db is not None:  # before the gradient moves on, so that d is not kept for it
+        scale = after(scale, db[0, 0])
+    dx = dot8(codes, melded.codes[:n], (1, 0), d.dtype) * (scale * melded.scale)
+    return dx.astype(d.dtype), db, None, seen
+
+
+def _adapter_gradient(d, codes, scale, o_a):
     if d.dtype == jnp.bfloat16:
         # Few columns: 8-bit products would save nothing, and both operands would be transposed,
         # which took a seventh of a training step on an H100.
-        return dx.astype(d.dtype), _dot(d, o_a, (0, 0), jnp.float32), None, seen
+        return dot(d, o_a, (0, 0), jnp.float32)
     oq = quantize(o_a, "fp8_e4m3", axis=None)
-    db = _dot8(codes, oq.qvalue, (0, 0)) * (scale * oq.scale)  # [n, r]
-    return dx.astype(d.dtype), db, None, seen
+    return dot8(codes, oq.qvalue, (0, 0)) * (scale * oq.scale)  # [n, r]
 
 
 melded_dot.defvjp(_forward, _backward)
 
 
-def _quantized(value, qtype, scale):
+def adapter_output(out, n, scale, dtype):
+    """``O_A``, the columns of a product from ``n`` on, and the scale again.
+
+    Sliced in the backward pass, as XLA would have it, ``O_A`` would hold the whole product in
+    memory until then; so the scale, and what is made with it, waits for it here.
+    """
+    o_a = lax.optimization_barrier((out[:, n:] * scale).astype(dtype))
+    return o_a, after(scale, o_a[0, 0])
+
+
+def after(value, other):
+    """``value``, but not before ``other`` is computed: XLA keeps no other order than this."""
+    return value + 0 * other.astype(value.dtype)
+
+
+def quantized8(value, qtype, scale):
     """Codes, what a code of 1 means, and the largest magnitude.
 
     ``quantize`` with one scale, but times a reciprocal and through a clip and a cast: rounding in
@@ -213,11 +232,12 @@ def scales_of(history: jax.Array) -> jax.Array:
     return amax / jnp.float32([get_format(q).element_type.max for q in ("fp8_e4m3", "fp8_e5m2")])
 
 
-def _dot8(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+def dot8(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype=jnp.float32) -> jax.Array:
     """Sums of products of codes; written in 16 bits where the result will be, half the bytes."""
     # Sums of up to 448 · 57344 · k would leave float16; bfloat16 has the range of float32.
-    return _dot(a, b, axes, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
+    return dot(a, b, axes, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype) -> jax.Array:
+    """The product over one axis of each."""
     return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)

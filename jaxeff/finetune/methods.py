@@ -117,7 +117,10 @@ class FALQON:
         released code, whose padded vocabulary excludes the output head that way. 1 takes all.
       scaling: ``"current"``: activations and gradients are quantised by their own largest
         magnitudes (published); ``"delayed"``: by the largest of the last 16 steps, so that whoever
-        computes a tensor writes its codes, without a pass for the magnitude before.
+        computes a tensor writes its codes, without a pass for the magnitude before, and a gated
+        MLP keeps codes of its activations for the backward pass (``melded_mlp``).
+      implementation: of the passes between the products of such an MLP: None, ``"mosaic"`` or
+        ``"xla"``.
 
     Raises:
       ValueError: an argument is out of range.
@@ -136,6 +139,7 @@ class FALQON:
     alpha: float | None = None
     multiple_of: int = 1
     scaling: Literal["current", "delayed"] = "current"
+    implementation: Literal["mosaic", "xla"] | None = None
 
     def __post_init__(self):
         _check_rank(self.rank)
