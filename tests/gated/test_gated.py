@@ -1,4 +1,4 @@
-"""SwiGLU between FP8 products: formulas, the kernel's register code on a CPU, lowering, messages."""
+"""SwiGLU between FP8 products: formulas, the kernels' registers on a CPU, lowering, messages."""
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +71,9 @@ def test_kernels_lower_for_a_gpu(columns):
     units = shape((3,), jnp.float32)
     with abstract_gpu():
         for call, *args in (
-            (lambda g, u, s: gated_forward(g, u, s, columns, implementation="mosaic"), wide, wide, units),
+            (lambda *a: gated_forward(*a, columns, implementation="mosaic"), wide, wide, units),
             (lambda *a: gated_backward(*a, implementation="mosaic"), d, code, code, units),
-        ):  # fmt: skip
+        ):
             text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
             assert "mosaic_gpu" in text
 

@@ -72,7 +72,8 @@ def gated_backward(
     r"""Gradients of ``gate`` and ``up``, as codes for products and in the dtype of ``d``.
 
     .. math::
-      \bar g = \bar y\, u\, \sigma(g) (1 + g (1 - \sigma(g))), \qquad \bar u = \bar y\, g\, \sigma(g)
+      \bar g = \bar y\, u\, \sigma(g) (1 + g (1 - \sigma(g))), \qquad
+      \bar u = \bar y\, g\, \sigma(g)
 
     Args:
         d: floating ``[t, n]``, the product's gradient, itself a product of codes.
