@@ -528,6 +528,33 @@ def encode_k(
     ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
 
+def quantize_v(v, scale, lengths):
+    """FP8 codes of V over ``scale``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
+
+    Args:
+        v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
+        scale: float32 [B, K, H], the channel's largest magnitude over 448.
+        lengths: int32 [B], valid tokens; later ones give zeros.
+
+    Returns:
+        e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
+    """
+    batch, s_len, heads, head_dim = v.shape
+    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
+
+    def body(refs, axes):
+        v_ref, scale_ref, length_ref, codes_ref = refs
+        block, tile, b = axes
+        there, head, part, lane = _place_columns(block, heads, columns)
+        encode_v(
+            v_ref, scale_ref, codes_ref, (b, head, tile, part), lane, there,
+            _load_limit(length_ref, b), shape=v.shape, is_bf16=v.dtype == jnp.bfloat16,
+        )  # fmt: skip
+
+    grid = (pl.cdiv(heads * columns, 4), pl.cdiv(s_len, SEQ_PAD), batch)
+    return _call(body, [v_type(v.shape)], grid, (v, scale, lengths))[0]
+
+
 def v_type(shape) -> jax.ShapeDtypeStruct:
     """Codes of V [B, S, K, H]."""
     batch, length, heads, head_dim = shape
