@@ -21,6 +21,7 @@ from pallas_kernels.ops.attention.api import dot_product_attention
 from pallas_kernels.ops.attention.ring import ring_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, AttentionQuant
 from pallas_kernels.ops.decode_attention import (
+    append_to_cache,
     append_tokens,
     decode_attention,
     largest_slots,
@@ -48,6 +49,7 @@ __all__ = [
     "BlockMask",
     "Mask",
     "QTensor",
+    "append_to_cache",
     "append_tokens",
     "decode_attention",
     "dequantize",

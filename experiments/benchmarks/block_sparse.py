@@ -64,6 +64,8 @@ class Options:
     """Cases whose JSON contains this text."""
     skip: str = ""
     """Of these, cases whose JSON contains this text are left out."""
+    done: Path | None = None
+    """JSON of an earlier run whose answers are not asked for again."""
     dry_run: bool = False
     """Lower the kernels for an abstract H200 instead of running them."""
     workers: int = 1
@@ -414,6 +416,9 @@ def main(options: Options) -> None:
     path = options.output / f"block_sparse{'_dry_run' * options.dry_run}.json"
     chosen = [case for case in cases() if options.only in json.dumps(case)]
     chosen = [x for x in chosen if not options.skip or options.skip not in json.dumps(x)]
+    if options.done is not None:
+        known = [x["case"] for x in json.loads(options.done.read_text())["cases"] if "result" in x]
+        chosen = [x for x in chosen if x not in known]
     deadline = time.monotonic() + options.time_budget
     for case, result in side_by_side(chosen, options, deadline):
         machine = result.get("result", {}).pop("machine", machine)

@@ -139,19 +139,16 @@ def sanitize_cases() -> list[Case]:
 
 def plans_cases() -> list[Case]:
     """Orders of the work of `quantize_kv` beside the heuristic's."""
+    sizes = [4, 4096, 32, 128], [4, 16384, 32, 128], [4, 4096, 32, 64]
     changes: list[dict[str, int]] = [
-        {},
-        *({"ahead": ahead} for ahead in (1, 3, 4)),
-        *({"width": width} for width in (1, 2, 8)),
-        *({"piece": piece} for piece in (64, 256)),
-        {"width": 2, "ahead": 4},
-        {"width": 8, "ahead": 1},
+        {"ahead": 3},
+        {"ahead": 5},
+        {"piece": 256},
+        {"width": 2, "ahead": 5},
+        {"width": 8, "ahead": 2},
     ]
-    return [
-        {"stage": "plans", "quantizers": size, "sizes": change}
-        for size in ([4, 4096, 32, 128], [4, 16384, 32, 128], [4, 4096, 32, 64])
-        for change in changes
-    ]
+    cases = [({}, size) for size in sizes] + [(x, size) for size in sizes for x in changes]
+    return [{"stage": "plans", "quantizers": size, "sizes": change} for change, size in cases]
 
 
 def sizes_cases() -> list[Case]:

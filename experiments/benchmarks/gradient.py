@@ -18,7 +18,7 @@ from experiments.benchmarks import attention as bench
 from pallas_kernels import QUANTS, BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import mosaic_sm90, reference
+from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_backward, reference
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Case = dict[str, Any]
@@ -29,7 +29,8 @@ BOUNDS = {None: (0.01, 0.9999), "sage_bwd": (0.06, 0.998), "sage_bwd_fp8": (0.08
 def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
     found = _correct_cases()
-    return [*found, *({**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or ""))]
+    new = [{**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or "")]
+    return [*found, *new, *({**x, "keys": "HalfKeys"} for x in found if x["gradient"] is None)]
 
 
 def _correct_cases() -> list[Case]:
@@ -66,8 +67,8 @@ def fast_cases() -> list[Case]:
         found += [{**each, "peer": "cudnn"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
     sizes = (
-        ["kv", "Int8", [32, 2]], ["q", "Int8", [64, 2]], ["q", "Half", []], ["kv", "Half", []],
-        ["operands", "Int8", []],
+        ["kv", "Int8", {}], ["q", "Int8", {}], ["q", "Half", {}], ["kv", "Half", {}],
+        ["operands", "Int8", {}],
     )  # fmt: skip
     found += [{**base, "causal": False, "pieces": each} for each in sizes]
     new = {**base, "sums": "int32"}
@@ -76,8 +77,18 @@ def fast_cases() -> list[Case]:
         for causal in (False, True)
         for quant in ("sage_bwd", "sage_bwd_fp8")
     ]
-    sizes = (["kv", "Running", []], ["q", "Running", []], ["operands", "Running", []])
+    three = {
+        "num_compute": 3, "block_kv": 64, "num_stages": 4, "registers": 160, "memory_registers": 32
+    }  # fmt: skip
+    sizes = (
+        ["kv", "Running", {}], ["kv", "Early", {}], ["q", "Running", {}], ["q", "Running", three],
+        ["operands", "Running", {}],
+    )  # fmt: skip
     found += [{**new, "causal": False, "pieces": each} for each in sizes]
+    found += [{**base, "keys": "HalfKeys", "causal": False, "pieces": ["kv", "HalfKeys", {}]}]
+    found += [
+        {**base, "keys": "HalfKeys", "causal": causal, "gradient": None} for causal in (False, True)
+    ]
     long = {**base, "shape": [1, 16384, 32, 128]}
     found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
     found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
@@ -92,11 +103,15 @@ def quant_of(name: str | None):
     return name
 
 
-def choose_sums(case: Case) -> None:
-    """Takes the INT8 kernels that add in the type "sums", for programs made from now on."""
-    wanted = case.get("sums", mosaic_sm90.int8_gradient)
-    if wanted != mosaic_sm90.int8_gradient:
-        mosaic_sm90.int8_gradient = wanted
+SUMS, KEYS = mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps.__name__
+
+
+def choose_kernels(case: Case) -> None:
+    """Takes INT8 kernels that add in the type "sums" and the 16-bit kernel "keys" from now on."""
+    before = mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps
+    mosaic_sm90.int8_gradient = case.get("sums", SUMS)
+    mosaic_sm90_backward.key_steps = getattr(mosaic_sm90_backward, case.get("keys", KEYS))
+    if before != (mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps):
         jax.clear_caches()
 
 
@@ -153,7 +168,7 @@ def exact(query, key, value, d_out, mask, sinks=None, lengths=None):
 
 def run_correct(case: Case) -> dict[str, Any]:
     """Relative L1 and cosine of O, dQ, dK and dV; raises out of bounds or if two runs differ."""
-    choose_sums(case)
+    choose_kernels(case)
     b, t, s, n, k, h = case["shape"]
     sizes = {"batch": b, "q_len": t, "num_heads": n, "head_dim": h}
     sizes["dtype"] = jnp.dtype(case.get("dtype", "bfloat16"))
@@ -205,7 +220,7 @@ def row(case: Case, name: str, timing, units: float, density: float = 1.0) -> di
 
 def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Rows of one case."""
-    choose_sums(case)
+    choose_kernels(case)
     if "peer" in case:
         return {"sdpa": run_peer, "cudnn": run_cudnn}[case["peer"]](case, repeats)
     if "pieces" in case:
@@ -224,36 +239,37 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as s32
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    side, kind, part = case["pieces"]
+    side, kind, changed = case["pieces"]
     batch, length, heads, head_dim = shape = tuple(case["shape"])
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
     sums = zeros + jnp.log(float(length)), zeros, zeros
-    of_kind = {"Half": half, "Int8": int8, "Running": s32}[kind]
-    make = partial(
-        getattr(of_kind, "operands", None) or int8.operands,
-        scale=head_dim**-0.5,
-        smooth_k=True,
-        scale_block=128,
-    )
+    of_kind = {"Int8": int8, "Running": s32, "Early": s32}.get(kind, half)
+    if of_kind is not half:
+        make = partial(of_kind.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
     if side == "operands":
         timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
         return [{"name": f"operands of {kind}", "milliseconds": timing.median * 1e3}]
-    config = of_kind.CONFIGS[side]
+    config = dataclasses.replace(of_kind.CONFIGS[side], **changed)
     plan = half.plan_of(side, Variant("int8", "half"), shape, shape, None, None, config)
-    one = [1] * (kind == "Running")  # query head of each key head
+    one = [1] * (of_kind is s32)  # query head of each key head
     steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5, *one)
-    if part:
-        steps.part, steps.depth = part
-    if kind == "Half":
+    if of_kind is half:
         own = {"q": q, "k": k, "v": v, "d_out": d_out}
-        own |= {name: jnp.pad(zeros, ((0, 0), (0, 0), (0, 384))) for name in ("lse", "delta")}
+        own |= {name: zeros for name in steps.names if name not in own}
     else:
         types = jax.eval_shape(make, q, k, v, d_out, *sums)
         own = {name: random_like(types[name]) for name in steps.names}
+    if config.block_q > half.PAD:
+        own = {name: beyond_the_end(x) for name, x in own.items()}
     timing = benchmark(lambda x: half.launch(steps, x, None), own, repeats=repeats)
     # Products of two: S, dP and dQ, or S, dP, dV and dK.
     return [row(case, f"{kind} of {side}", timing, {"q": 1.5, "kv": 2.0}[side])]
+
+
+def beyond_the_end(x: jax.Array) -> jax.Array:
+    """An array with room for the last tile; one of numbers per row has it at the end."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 384))) if x.ndim == 3 else x
 
 
 def random_like(kind: jax.ShapeDtypeStruct) -> jax.Array:
@@ -329,7 +345,7 @@ def run_cudnn(case: Case, repeats: int) -> list[dict[str, Any]]:
 
 def lower(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
-    choose_sums(case)
+    choose_kernels(case)
     if "peer" in case:
         return {"lowered": "not needed"}
     shape = case["shape"]

@@ -28,8 +28,8 @@ from flax import nnx
 from experiments.benchmarks.attention import machine
 from experiments.benchmarks.isolated import Case, report, work
 from experiments.kv_cache import efficiency
-from jaxeff.compress import parse
-from jaxeff.generate import _observe, _prefill
+from jaxeff.compress import KVzip, parse
+from jaxeff.generate import _observe, _prefill, side_by_side
 from jaxeff.kv_cache import DenseCache
 from jaxeff.models import Decoder, ModelConfig
 from pallas_kernels._interpret import abstract_gpu
@@ -45,13 +45,23 @@ def cases() -> list[Case]:
         {"stage": "attend", "store": s, "ratio": r, "layout": "tiled" if r < 1 else "bucketed"}
         for s, r in (("bfloat16", 1.0), ("bfloat16", 0.3), ("int8", 0.3), ("bfloat16", 0.1))
     ]
-    score = [{"stage": "score", "tokens": tokens} for tokens in (8192, 4096)]
+    score = [
+        {"stage": "score", "tokens": tokens, "joined": joined, "format": form, "quant": quant}
+        for tokens, joined, form, quant in (
+            (8192, True, "fp8", None),
+            (8192, True, None, None),
+            (8192, True, "fp8", "sage2"),
+            (8192, False, None, None),
+            (32768, True, "fp8", "sage2"),
+            (32768, True, None, None),
+        )
+    ]
     compact = [
         {"stage": "compact", "batch": batch, "budget": 1024, "buffer": 128, "kernels": kernels}
         for batch, kernels in ((8, True), (32, True), (8, False), (32, False), (1, True))
     ]
     rows = [{"stage": "rows", "output": 8192, "text": t} for t in ("full", RKV)]
-    return [*attend[:2], *compact[:4], *score[:1], *rows, *attend[2:], *score[1:], *compact[4:]]
+    return [*attend[:2], *compact[:4], *score[:3], *rows, *attend[2:], *score[3:], *compact[4:]]
 
 
 RKV = "rkv(budget=1024, buffer=128)"
@@ -145,11 +155,14 @@ def run_score(case: Case) -> dict[str, float]:
 def score_calls(case: Case):
     """Prefill and one pass, each with its arguments, and the number of passes."""
     tokens, chunk = case["tokens"], 2048
-    method = parse(f"kvzip(ratio=0.3, chunk={chunk})")
+    method = KVzip(ratio=0.3, chunk=chunk, pass_format=case["format"], pass_quant=case["quant"])
     graphdef, state = nnx.split(_model(case["layers"]))
     text = np.random.default_rng(0).integers(1024, size=(1, tokens)).astype(np.int32)
     lengths = np.full(1, tokens, np.int32)
     passes = method.context_passes(text, lengths, vocab_size=1024)
+    if case["joined"]:
+        cache = jax.eval_shape(lambda: DenseCache.init(1, 1, tokens, KV_HEADS, HEAD_DIM))
+        passes = side_by_side(passes, method.most_passes(cache), tokens)
     one = passes[len(passes) // 2]
 
     def prefill(state, text, lengths):
@@ -234,7 +247,7 @@ def lower(case: Case) -> dict[str, Any]:
     if case["stage"] == "attend":
         calls = [attend_call(case, 2048)]
     elif case["stage"] == "score":
-        first, second, _ = score_calls({**case, "layers": 1, "tokens": 2048})
+        first, second, _ = score_calls({**case, "layers": 2, "tokens": 6144})
         _, cache = jax.eval_shape(first[0], *first[1])
         calls = [first, (second[0], (first[1][0], cache, *second[1]))]
     else:

@@ -94,7 +94,11 @@ def methods(rank: int) -> dict[str, Any]:
     """LoRA on bfloat16 is what the others are measured against."""
     return {
         "lora": LoRA(rank),
+        "falqon_kernels": dataclasses.replace(
+            FALQON.code(rank), scaling="delayed", implementation="mosaic"
+        ),
         "falqon_code": FALQON.code(rank),
+        "falqon_delayed": dataclasses.replace(FALQON.code(rank), scaling="delayed"),
         "qlora": QLoRA(rank),
         "fp8lora": FP8LoRA(rank),
         "falqon_paper": FALQON.paper(rank),

@@ -27,9 +27,11 @@ class Options:
 
     output: Path = Path("runs/kv_pilot")
     """Folder of the results."""
-    theta: float = 1e6
-    """Base of RoPE; the models of R-KV's paper have 5e5 and 1e6, our preset has 1e4."""
-    rates: tuple[float, ...] = (3e-4, 6e-4, 1e-3, 1.5e-3, 2e-3, 3e-3)
+    theta: float = 5e5
+    """Base of RoPE; the models of R-KV's paper have 5e5 and 1e6."""
+    overwrite: bool = True
+    """Lines write the variables that have start values, instead of fresh ones."""
+    rates: tuple[float, ...] = (3e-4, 5e-4, 7e-4, 1e-3)
     """Learning rates tried on the drill."""
     drill_seconds: float = 20.0
     """Seconds for that."""
@@ -43,7 +45,8 @@ def main(options: Options) -> None:
     """Sweep, train, compare; every result is written as soon as it is known."""
     options.output.mkdir(parents=True, exist_ok=True)
     preset = PRESETS["gpu"]["trace"]
-    task, stages = preset["task"], preset["stages"]
+    task = dataclasses.replace(preset["task"], overwrite=options.overwrite)
+    stages = preset["stages"]
     sizes = {
         **preset["sizes"],
         "embed_scale": preset["sizes"]["embed_dim"] ** 0.5,
@@ -52,7 +55,12 @@ def main(options: Options) -> None:
     began = time.perf_counter()
 
     def note(**facts: Any) -> None:
-        facts = {"theta": options.theta, **facts, "at": round(time.perf_counter() - began, 1)}
+        facts = {
+            "theta": options.theta,
+            "overwrite": options.overwrite,
+            **facts,
+            "at": round(time.perf_counter() - began, 1),
+        }
         with (options.output / "pilot.jsonl").open("a") as stream:
             stream.write(json.dumps(facts) + "\n")
         print(json.dumps(facts), flush=True)

@@ -107,8 +107,21 @@ class Compressor:
         del tokens, lengths, vocab_size
         return []
 
+    @property
+    def pass_format(self) -> str | None:
+        """Format of the products in a context pass, ``"fp8"``; ``None``: as the model computes."""
+        return None
+
+    def most_passes(self, cache: KVCache) -> int:
+        """Return how many passes one forward may take side by side over this cache."""
+        del cache
+        return 1
+
     def observe(self, cache: KVCache, start: jax.Array) -> KVCache:
-        """Return a view of the cache that records scores while the model runs over it."""
+        """Return a view of the cache that records scores while the model runs over it.
+
+        ``start`` is that of a pass, or ``[P]`` of passes side by side, ``tokens [B, P * A]``.
+        """
         raise NotImplementedError(f"{self.name} asks for no context passes")
 
     def collect(self, cache: KVCache) -> tuple[jax.Array, ...]:

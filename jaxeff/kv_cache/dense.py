@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxeff.kv_cache.base import KVCache, Observer, tree_bytes
 from jaxeff.kv_cache.storage import check_head_dim, decode, encode, float_dtype, store_name
-from pallas_kernels import append_tokens, decode_attention, move_slots
+from pallas_kernels import append_to_cache, decode_attention, move_slots
 
 
 @jax.tree_util.register_dataclass
@@ -179,13 +179,15 @@ class DenseLayer:
         # Slot `capacity` is out of range, and the scatter drops it.
         slots = jnp.where(valid[:, None], slots, capacity)
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]  # [B, 1]
-        per_head = jnp.broadcast_to(positions[:, None], slots.shape).astype(jnp.int32)
         ring, ring_positions = remember_queries(self, positions, valid, queries)
+        stored_k, stored_v, stored_positions = append_to_cache(
+            self.k, self.v, self.positions, k, v, positions, slots, key_offset=offset
+        )
         layer = dataclasses.replace(
             self,
-            k=append_tokens(self.k, k if offset is None else k - offset, slots),
-            v=append_tokens(self.v, v, slots),
-            positions=scatter(self.positions, slots, per_head),
+            k=stored_k,
+            v=stored_v,
+            positions=stored_positions,
             length=jnp.minimum(self.length + count, capacity),
             overflow=self.overflow | jnp.any(lost, axis=(1, 2)),
             queries=ring,

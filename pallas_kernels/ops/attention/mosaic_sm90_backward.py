@@ -29,10 +29,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _ptx as ptx
 from pallas_kernels.masks import EMPTY, FULL, BlockMask
-from pallas_kernels.ops.attention.mosaic_sm90_kernel import _swizzle, _transforms
+from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
+from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
+    _SCALAR,
+    _inline,
+    _k_major,
+    _mn_major,
+    _opaque,
+    _shape,
+    _swizzle,
+    _transforms,
+    _wait,
+    _wgmma,
+)
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
-from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
+from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
 
 HEAD_DIMS = (64, 128)
 PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
@@ -82,13 +95,15 @@ def gradient(
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2E
     arrays = {"q": whole(query), "k": whole(key), "v": whole(value), "d_out": whole(d_out)}
     arrays |= {"lse": jnp.pad(lse, pad, constant_values=jnp.inf), "delta": jnp.pad(delta, pad)}
+    arrays |= {"minus_lse": -arrays["lse"], "minus_delta": -arrays["delta"]}
     variant = Variant("half", "half", str(query.dtype))
     shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
-    (dq,), (dk, dv) = (
-        launch(Half(side, plan_of(side, variant, *shapes, *limits, config), scale), arrays, blocks)
-        for side, config in CONFIGS.items()
-    )
-    return dq, dk, dv
+    results = []
+    for side, config in CONFIGS.items():
+        plan = plan_of(side, variant, *shapes, *limits, config)
+        steps = (Half if side == "q" else key_steps)(side, plan, scale)
+        results += launch(steps, {name: arrays[name] for name in steps.names}, blocks)
+    return tuple(results)
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -207,6 +222,7 @@ class Half:
         queries, keys = ("q", "d_out"), ("k", "v")
         self.own, ring = (queries, keys) if side == "q" else (keys, queries)
         self.ring = tuple((name,) for name in ring)
+        self.names = ("q", "k", "v", "d_out", "lse", "delta")
 
     def memory(self, name: str, lead: tuple[int, ...], rows: int):
         """Shared memory for so many rows of an array."""
@@ -289,6 +305,185 @@ class Half:
         """
         del load, mean
         return [x * factor for x, factor in zip(sums, (self.scale, 1.0), strict=False)]
+
+
+class HalfKeys(Half):
+    """`Half` for the side of keys, in registers.
+
+    Numbers of the queries come with their tile. Probabilities are made, and their product with dO
+    runs, while ``dO V^T`` is multiplied.
+
+    Args:
+        side: "kv".
+        plan: sizes.
+        scale: factor on the logits.
+    """
+
+    auto_barriers = False
+
+    def __init__(self, side: str, plan: Plan, scale: float):
+        super().__init__(side, plan, scale)
+        self.ring = ("q", "minus_lse"), ("d_out", "minus_delta")
+        self.names = ("q", "k", "v", "d_out", "minus_lse", "minus_delta")
+        head_dim, block, half = plan.head_dim, plan.config.block_kv, plan.variant.half
+        self.kind = {"bfloat16": "f32.bf16.bf16", "float16": "f32.f16.f16"}[half]
+        self.swizzle = _swizzle(2 * head_dim)
+        self.rows = _transforms(self.swizzle, 2)
+        self.tile_type = _shape((ROWS, block), jnp.float32, _ACC)
+        self.sum_type = _shape((ROWS, head_dim), jnp.float32, _ACC)
+
+    def memory(self, name: str, lead: tuple[int, ...], rows: int):
+        """As `Half.memory`."""
+        if name.startswith("minus"):
+            return plgpu.SMEM((*lead, rows), jnp.float32)
+        return super().memory(name, lead, rows)
+
+    def source(self, ref, name: str, b, head, rows):
+        """As `Half.source`."""
+        return ref.at[b, head, rows] if name.startswith("minus") else ref.at[b, rows, head]
+
+    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+        """As `Half.tile`."""
+        del fixed, load
+        (q, minus_lse), (d_out, minus_delta) = ring
+        wait(0)
+        scores = self.issue(own[0], q)
+        wait(1)
+        d_p = self.issue(own[1], d_out)
+        sums = self.add(sums, scores, d_p, (q, d_out), (minus_lse, minus_delta), where)
+        release(1)
+        release(0)
+        return sums
+
+    def issue(self, own, streamed):
+        """Starts a product of the owner's rows with the streamed ones."""
+
+        def body(a, b):
+            operands = (_k_major(x, self.swizzle) for x in (a, b))
+            return [_wgmma(self.plan.config.block_kv, *operands, "f", self.kind)]
+
+        return _inline(body, [(own, self.rows), (streamed, self.rows)], [self.tile_type])[0]
+
+    def add(self, sums, scores, d_p, streamed, numbers, where):
+        """P and dS, and their products with dO and Q."""
+        position, width = position_of(self.plan, where), self.plan.head_dim
+        inputs = [(x, _ACC) for x in (*sums, scores, d_p)]
+        inputs += [(x, self.rows) for x in streamed] + [(x, ()) for x in numbers]
+        inputs += [(x, _SCALAR) for x in position.values()]
+
+        def body(d_k, d_v, scores, d_p, q, d_out, minus_lse, minus_delta, *place):
+            scores = _wait(1, scores)
+            if position:
+                fields = dict(zip(position, (x[0] for x in place), strict=True))
+                scores = tile_math.mask_scores(scores, Position(**fields), is_int=False)
+            factor, shift = ptx.f32(self.scale * LOG2E), _numbers_of_columns(minus_lse)
+            p = [ptx.exp2(ptx.fma(x, factor, shift(i))) for i, x in enumerate(scores)]
+            words = _opaque(self.operand(p))
+            d_v = self.multiply(width, words, d_out, d_v)
+            d_p, minus = _wait(1, d_p), _numbers_of_columns(minus_delta)
+            d_s = [
+                ptx.fmul(x, ptx.fadd(y, minus(i)))
+                for i, (x, y) in enumerate(zip(p, d_p, strict=False))
+            ]
+            if position:  # what lies beyond the end may be anything
+                d_s = [
+                    ptx.select(ptx.feq(x, ptx.f32(0.0)), ptx.f32(0.0), y)
+                    for x, y in zip(p, d_s, strict=False)
+                ]
+            other = _opaque(self.operand(d_s))
+            d_k = self.multiply(width, other, q, d_k)
+            d_v = _wait(1, d_v, keep=words)
+            return [_wait(0, d_k, keep=other), d_v]
+
+        return tuple(_inline(body, inputs, [self.sum_type] * 2))
+
+    def operand(self, values):
+        """Registers of a tile, rounded to 16 bits, as a left operand."""
+        half = self.plan.variant.half
+        pairs = [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
+        return pairs
+
+    def multiply(self, width: int, words, ref, sums):
+        """Starts ``sums + A B`` for 16-bit registers and rows in shared memory."""
+        a = [words[i : i + 4] for i in range(0, len(words), 4)]
+        return accumulate(width, a, _mn_major(ref, self.swizzle, 0), sums, self.kind)
+
+
+key_steps = Half  # of the kernel of keys
+
+
+def _numbers_of_columns(ref):
+    """Element i's number of its column, of an array in shared memory, as a function of i."""
+    found = {}
+
+    def number(i):
+        j = i // 4
+        if j not in found:
+            found[j] = shared(ref, thread_columns(j, 1), 2)
+        return found[j][i % 2]
+
+    return number
+
+
+def thread_columns(j: int, width: int):
+    """Byte of the thread's numbers for the j-th 8 columns, ``width`` for each column."""
+    column = ptx.mul(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(2))
+    return ptx.widen(ptx.mul(ptx.add(column, ptx.i32(8 * j)), ptx.i32(4 * width)))
+
+
+def shared(ref, offset, count: int):
+    """Neighbouring float32 of an array in shared memory."""
+    targets = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.shared.v{count}.f32 {{{targets}}}, [${count}];"
+    if count == 1:
+        text = "ld.shared.f32 $0, [$1];"
+    return ptx.asm(text, "f" * count, [ptx.address(ref, offset)], effects=True)
+
+
+def accumulate(n: int, a, b, sums, kind: str):
+    """Issues ``sums + A B`` as one group of wgmma and commits it.
+
+    Args:
+        n: columns.
+        a: four registers for each step.
+        b: a descriptor for each step, of a [k, n] array where 16-bit.
+        sums: registers.
+        kind: types, as in the instruction's name.
+    """
+    count, number = len(sums), 2 * len(sums)
+    k, flags = (16, "1, 1, 1, 1") if "f16" in kind else (32, "1")
+    tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    operands, lines = [], []
+    for a_step, b_step in zip(a, b, strict=True):
+        names = ",".join(f"${number + i}" for i in range(4))
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kind} "
+            f"{tile}, {{{names}}}, ${number + 4}, {flags};"
+        )
+        operands += [*a_step, b_step]
+        number += 5
+    text = "\n".join(["wgmma.fence.sync.aligned;", *lines, "wgmma.commit_group.sync.aligned;"])
+    return ptx.asm(text, "", operands, tied=sums, effects=True)
+
+
+def position_of(plan: Plan, where) -> dict:
+    """Fields of `Position`, in order; none without a mask."""
+    if where is None:
+        return {}
+    fields = {
+        "row": where["row"],
+        "col": where["col"],
+        "q_len": plan.q_len,
+        "kv_len": plan.kv_len,
+    }
+    if plan.min_diff is not None:
+        fields["min_diff"] = plan.min_diff
+    if plan.max_diff is not None:
+        fields["max_diff"] = plan.max_diff
+    if "first_col" in where:
+        fields["first_col"] = where["first_col"]
+        fields["kv_len"] = jnp.minimum(where["last_col"], jnp.int32(plan.kv_len))
+    return {name: jnp.asarray(x, jnp.int32) for name, x in fields.items()}
 
 
 # -- the kernel ------------------------------------------------------------------------------------

@@ -36,7 +36,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.masks import BlockMask
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
-from pallas_kernels.ops.attention.mosaic_sm90_backward import PAD, launch, plan_of, whole
+from pallas_kernels.ops.attention.mosaic_sm90_backward import (
+    PAD,
+    accumulate,
+    launch,
+    plan_of,
+    position_of,
+    whole,
+)
 from pallas_kernels.ops.attention.mosaic_sm90_backward_int8 import (
     K_BLOCK,
     LINE,
@@ -124,7 +131,7 @@ def gradient(
     for side, config in CONFIGS.items():
         plan = plan_of(side, variant, *shapes, *limits, config)
         heads = 1 if side == "q" else query.shape[2] // key.shape[2]
-        steps = Running(side, plan, scale, heads)
+        steps = STEPS[side](side, plan, scale, heads)
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
     return tuple(results)
@@ -223,30 +230,6 @@ def encode(values, scales):
         columns = [values[i] for i in range(len(values)) if (i // 2) % 2 == h]
         packed[h] = [_codes(columns[i : i + 4], factor) for i in range(0, len(columns), 4)]
     return [word for pair in zip(*packed, strict=True) for word in pair]
-
-
-def accumulate(n: int, a, b, sums):
-    """Issues ``sums + A @ B`` in s32 as one group of wgmma and commits it.
-
-    Args:
-        n: columns.
-        a: four registers for each step.
-        b: a descriptor for each step.
-        sums: registers.
-    """
-    count, number = len(sums), 2 * len(sums)
-    tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
-    operands, lines = [], []
-    for a_step, b_step in zip(a, b, strict=True):
-        names = ",".join(f"${number + i}" for i in range(4))
-        lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{n}k32.s32.s8.s8 "
-            f"{tile}, {{{names}}}, ${number + 4}, 1;"
-        )
-        operands += [*a_step, b_step]
-        number += 5
-    text = "\n".join(["wgmma.fence.sync.aligned;", *lines, "wgmma.commit_group.sync.aligned;"])
-    return ptx.asm(text, "", operands, tied=sums, effects=True)
 
 
 # -- one compute warpgroup's steps -----------------------------------------------------------------
@@ -374,7 +357,7 @@ class Running(Int8):
             for total, words, ref in zip(totals, codes, turned, strict=True):
                 a = [words[i : i + 4] for i in range(0, len(words), 4)]
                 b = _k_major(ref, self.columns8[1].swizzle)
-                flight.append(accumulate(head_dim, a, b, total))
+                flight.append(accumulate(head_dim, a, b, total, "s32.s8.s8"))
             return [_wait(count - 1 - i, total, keep=codes[i]) for i, total in enumerate(flight)]
 
         totals = _inline(body, inputs, [self.sum_type] * count)
@@ -405,6 +388,59 @@ class Running(Int8):
         stored = _shape((ROWS, self.plan.head_dim), jnp.float32, plgpu.Layout.WGMMA)
         inputs = [(x, t) for x, t in zip(sums, (_ACC, _ROW) * self.count, strict=True)]
         return _inline(body, [*inputs, *extra], [stored] * self.count)
+
+
+class Early(Running):
+    """`Running` in which the product of P and dO runs before dS is there."""
+
+    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+        """As `Half.tile`."""
+        del load
+        (first8, first16, *numbers), turned = ring
+        wait(0)
+        scores, d_p = self.issue(own, (first8, first16))
+        wait(1)
+        sums = self.all(scores, d_p, fixed, numbers, where, sums, turned)
+        release(0)
+        release(1)
+        return sums
+
+    def all(self, scores, d_p, fixed, numbers, where, sums, turned):
+        """Everything after the first two products."""
+        position, block = position_of(self.plan, where), self.plan.config.block_kv
+        inputs = [(scores, _ACC), (d_p, _ACC)]
+        inputs += [(x, t) for x, t in zip(sums, (_ACC, _ROW) * 2, strict=True)]
+        inputs += [*((x, _ROW) for x in fixed), (numbers[0], ())]
+        inputs += [(x, self.columns8) for x in turned]
+        inputs += [(x, _SCALAR) for x in position.values()]
+
+        def product(total, words, ref):
+            a = [words[i : i + 4] for i in range(0, len(words), 4)]
+            b = _k_major(ref, self.columns8[1].swizzle)
+            return accumulate(self.plan.head_dim, a, b, total, "s32.s8.s8")
+
+        def body(scores, d_p, d_k, s_k, d_v, s_v, rows, lines, q_t, d_out_t, *place):
+            scores = _wait(1, scores)
+            if position:
+                fields = dict(zip(position, (x[0] for x in place), strict=True))
+                scores = tile_math.mask_scores(scores, Position(**fields), is_int=True)
+            scale, shift, factor, summand = _rows_are_keys([rows], lines, block)
+            p = probabilities(scores, scale, shift, bool(position))
+            d_v, s_v = grow(d_v, s_v, p, self.top_code)
+            words = _opaque(encode(p, s_v))
+            d_v = product(d_v, words, d_out_t)
+            waited = enumerate(zip(p, _wait(1, d_p), strict=True))
+            d_s = [ptx.fmul(x, ptx.fma(y, factor(i), summand(i))) for i, (x, y) in waited]
+            d_k, s_k = grow(d_k, s_k, d_s, self.top_code)
+            other = _opaque(encode(d_s, s_k))
+            d_k = product(d_k, other, q_t)
+            d_v = _wait(1, d_v, keep=words)
+            return [_wait(0, d_k, keep=other), s_k, d_v, s_v]
+
+        return tuple(_inline(body, inputs, [self.sum_type, self.row_type] * 2))
+
+
+STEPS = {"q": Running, "kv": Early}
 
 
 def _rows_are_queries(fixed, lines):

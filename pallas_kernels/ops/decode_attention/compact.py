@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a cache: which slots have the largest scores, and moving slots to the front."""
+"""Changing a cache: which slots have the largest scores, moving slots, and appending tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._device import current_device
 from pallas_kernels._dispatch import resolve
+from pallas_kernels.ops.decode_attention.api import append_tokens
 from pallas_kernels.ops.decode_attention.spec import device_reason
 
 _UNMEASURED = "was not measured yet; implementation='mosaic' runs it"
@@ -98,6 +99,67 @@ def move_slots(
     return jax.tree.unflatten(tree, moved)
 
 
+def append_to_cache(
+    key: Any,
+    value: Any,
+    positions: jax.Array | None,
+    new_key: jax.Array,
+    new_value: jax.Array,
+    new_positions: jax.Array | None,
+    slots: jax.Array,
+    *,
+    key_offset: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Any, Any, jax.Array | None]:
+    """Appends tokens to both stores of a cache: smoothed, quantised, written at their slots.
+
+    The same as :func:`append_tokens` for key (less its offset) and value, and a write of the
+    positions. "mosaic" does all of it in one launch, in place where the caches are donated.
+
+    Args:
+      key: [B, K, C, H], an array or a QTensor with scales per slot.
+      value: as key.
+      positions: int32 [B, K, C], or None.
+      new_key: floating [B, K, T, H].
+      new_value: as new_key.
+      new_positions: int32 [B, T], or None.
+      slots: int32 [B, K, T], where to write; C or more writes nothing.
+      key_offset: float32 [B, K, 1, H], taken from new keys first; None: nothing.
+      implementation: None, "xla" or "mosaic" (Hopper).
+
+    Returns:
+      Key, value and positions with the tokens written.
+
+    Raises:
+      ValueError: shapes do not fit.
+      NotImplementedError: the implementation does not serve the call.
+
+    >>> empty, one = jnp.zeros((1, 1, 2, 4)), jnp.ones((1, 1, 1, 4))
+    >>> found = append_to_cache(empty, empty, None, one, 2 * one, None, jnp.array([[[1]]]))
+    >>> found[0][0, 0, :, 0].tolist(), found[1][0, 0, :, 0].tolist()
+    ([0.0, 1.0], [0.0, 2.0])
+
+    References: KIVI (arXiv 2402.02750), section 3 (quantised as tokens arrive).
+    """
+    reasons = {
+        "mosaic": _append_reason(key, value, new_key, new_value, implementation),
+        "xla": None,
+    }
+    if resolve("append_to_cache", implementation, reasons) == "mosaic":
+        from pallas_kernels.ops.decode_attention import mosaic_sm90_append
+
+        return mosaic_sm90_append.append(
+            key, value, positions, new_key, new_value, new_positions, slots, key_offset
+        )
+    less = new_key if key_offset is None else new_key.astype(jnp.float32) - key_offset
+    key, value = append_tokens(key, less, slots), append_tokens(value, new_value, slots)
+    if positions is not None:
+        rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
+        fresh = jnp.broadcast_to(new_positions[:, None], slots.shape).astype(positions.dtype)
+        positions = positions.at[rows, heads, slots].set(fresh, mode="drop")
+    return key, value, positions
+
+
 def _moved(x: jax.Array, source: jax.Array, fill: int) -> jax.Array:
     # An index past the end reads the fill value.
     places = jnp.where(source >= 0, source, x.shape[2])
@@ -127,8 +189,23 @@ def _move_reason(arrays, source, implementation: str | None) -> str | None:
     return mosaic_sm90_compact.unsupported_move_reason(arrays) or _unmeasured(implementation)
 
 
+def _append_reason(key, value, new_key, new_value, implementation: str | None) -> str | None:
+    reason = device_reason(current_device())
+    if reason is not None:
+        return reason
+    from pallas_kernels.ops.decode_attention import mosaic_sm90_append  # needs Mosaic
+
+    if jax.tree.structure(key) != jax.tree.structure(value) or new_key.dtype != new_value.dtype:
+        return "the sm90 append kernel takes key and value stored alike and tokens of one dtype"
+    reason = mosaic_sm90_append.unsupported_reason(key, new_key)
+    if reason is None and implementation is None and not APPEND_MEASURED:
+        reason = _UNMEASURED
+    return reason
+
+
 def _unmeasured(implementation: str | None) -> str | None:
     return _UNMEASURED if implementation is None and not MEASURED else None
 
 
-MEASURED = False  # whether `implementation=None` takes these kernels
+APPEND_MEASURED = False
+MEASURED = True  # whether `implementation=None` takes these kernels

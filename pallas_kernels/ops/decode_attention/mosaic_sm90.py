@@ -1017,7 +1017,7 @@ def _finish(plan: Plan, refs, where, state):
 # -- launch ----------------------------------------------------------------------------------------
 
 
-def call(body, outs, grid, args, shared=0):
+def call(body, outs, grid, args, shared=0, inplace=None):
     """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
 
     Args:
@@ -1026,9 +1026,11 @@ def call(body, outs, grid, args, shared=0):
         grid: three numbers of blocks, the first running fastest.
         args: operands by name.
         shared: float32 numbers of shared memory, named "shared"; 0 for none.
+        inplace: arrays by name that the kernel changes where they lie; also among the results.
     """
     axes = ("x", "y", "z")
-    names = (*args, *outs, *(["shared"] if shared else []))
+    changed = {name: jax.new_ref(array) for name, array in (inplace or {}).items()}
+    names = (*changed, *args, *outs, *(["shared"] if shared else []))
 
     def kernel(*refs):
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(names), (_SCALAR,) * 3))
@@ -1047,8 +1049,9 @@ def call(body, outs, grid, args, shared=0):
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(*args.values())
-    return dict(zip(outs, result, strict=True))
+    )(*changed.values(), *args.values())
+    changed = {name: jax.freeze(ref) for name, ref in changed.items()}
+    return dict(zip(outs, result, strict=True)) | changed
 
 
 def attention(

@@ -97,12 +97,15 @@ def _element(shape, index, itemsize: int):
     return _offset(list(zip(index, strides, strict=True)), itemsize)
 
 
-def _load8(ref, offset, ok, space="global.L1::no_allocate"):
-    """Eight 16-bit values as four words; zeros where ``ok`` is false."""
+def _load8(ref, offset, ok, space="global.L1::no_allocate", shift: int = 0):
+    """Eight 16-bit values as four words; zeros where ``ok`` is false.
+
+    ``shift`` is added to the offset as part of the instruction, which saves a 64-bit product.
+    """
     text = (
         "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
-        f"@p ld.{space}.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
+        f"@p ld.{space}.v4.b32 {{$0, $1, $2, $3}}, [$4+{shift}]; }}"
     )
     return ptx.asm(text, "rrrr", [ptx.address(ref, offset), ptx.flag(ok)], effects=True)
 
@@ -263,15 +266,31 @@ def partial_statistics(inputs, outputs, shape, place, limit, chunk: int, is_bf16
     b, head, piece = place
     local, channel, exists = lanes.place()
     token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
-    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
     combine = {"sums": ptx.fadd, "tops": lambda a, b: _abs_max([b], a)}
-    for step in range(0, chunk, lanes.rows):
-        row = ptx.add(token, ptx.i32(step))
-        ok = ptx.both(exists, ptx.lt(row, limit))
-        offset = _element(shape, (b, row, head, channel), 2)
-        for name, ref in inputs.items():
-            values = _floats(_load8(ref, offset, ok), is_bf16)
-            found[name] = [combine[name](a, x) for a, x in zip(found[name], values, strict=True)]
+    row_bytes = 2 * shape[2] * shape[3]
+    unroll = 4  # rows of lanes; all loads at once would take the registers of another block
+
+    def body(i, found):
+        first = ptx.add(token, ptx.mul(i, ptx.i32(unroll * lanes.rows)))
+        offset = _element(shape, (b, first, head, channel), 2)
+        steps = [j * lanes.rows for j in range(unroll)]
+        valid = [ptx.both(exists, ptx.lt(ptx.add(first, ptx.i32(j)), limit)) for j in steps]
+        words = {
+            name: [
+                _load8(ref, offset, ok, shift=j * row_bytes)
+                for j, ok in zip(steps, valid, strict=True)
+            ]
+            for name, ref in inputs.items()
+        }
+        for name, parts in words.items():
+            for word in parts:
+                values = _floats(word, is_bf16)
+                pairs = zip(found[name], values, strict=True)
+                found = {**found, name: [combine[name](a, x) for a, x in pairs]}
+        return found
+
+    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
+    found = ptx.loop(chunk // lanes.rows // unroll, body, found)
     same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
     warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
     slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
@@ -481,30 +500,29 @@ def encode_k(
         inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
         shift = _load_f32x8(mean_ref, _element(ptx.shape(mean_ref), (b, *inside), 4))
 
-    def smoothed(word, ok):
+    def smoothed(word):
         values = _floats(word, is_bf16)
-        if shift is None:  # tokens that are not there were loaded as zeros
+        if shift is None:
             return values
-        values = [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
-        return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
+        return [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
 
     start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
-    rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, stride)]
-    valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
+    steps, row = range(0, scale_block, stride), shape[2] * shape[3]
+    valid = [ptx.both(exists, ptx.lt(ptx.add(start, ptx.i32(j)), limit)) for j in steps]
+    offset = _element(shape, (b, start, head, channel), 2)
     words = [
-        _load8(k_ref, _element(shape, (b, row, head, channel), 2), ok)
-        for row, ok in zip(rows, valid, strict=True)
+        _load8(k_ref, offset, ok, shift=2 * row * j) for j, ok in zip(steps, valid, strict=True)
     ]
     top = ptx.f32(TINY)
-    for word, ok in zip(words, valid, strict=True):
-        top = _abs_max(smoothed(word, ok), top)
+    for word, ok in zip(words, valid, strict=True):  # Tokens that are not there are zeros, less m.
+        top = ptx.fmax(top, ptx.select(ok, _abs_max(smoothed(word)), ptx.f32(0.0)))
     top = _over_lanes(ptx.fmax, top, distances)
     factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-    for row, word, ok in zip(rows, words, valid, strict=True):
-        scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
-        codes = [encode(scaled[:4]), encode(scaled[4:])]
-        where = _element(ptx.shape(codes_ref), (b, row, head, channel), 1)
-        ptx.store(codes_ref, where, codes, exists)
+    offset = _element(ptx.shape(codes_ref), (b, start, head, channel), 1)
+    for j, word, ok in zip(steps, words, valid, strict=True):
+        scaled = [ptx.fmul(x, factor) for x in smoothed(word)]
+        codes = [ptx.select(ok, encode(part), ptx.i32(0)) for part in (scaled[:4], scaled[4:])]
+        ptx.store(codes_ref, offset, codes, exists, shift=row * j)
     where = _element(ptx.shape(scale_ref), (b, head, tile, ptx.rem(residue, ptx.i32(8))), 4)
     first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
     ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
@@ -538,19 +556,18 @@ def encode_v(v_ref, scale_ref, codes_ref, place, lane, there, limit, *, shape, i
     token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
     scales = _load_f32x8(scale_ref, _element(ptx.shape(scale_ref), (b, head, channel), 4))
     factors = [ptx.fdiv(ptx.f32(1.0), scale) for scale in scales]
+    first, row = _element(shape, (b, token, head, channel), 2), 2 * shape[2] * shape[3]
     packed = [[] for _ in range(8)]  # words of four tokens by channel
     for start in range(0, 16, 4):  # as soon as four tokens are there, they take a third of the room
         group = []
         for i in V_ORDER[start : start + 4]:
-            row = ptx.add(token, ptx.i32(i))
-            ok = ptx.both(there, ptx.lt(row, limit))
-            word = _load8(v_ref, _element(shape, (b, row, head, channel), 2), ok)
-            group.append(_floats(word, is_bf16))
+            ok = ptx.both(there, ptx.lt(ptx.add(token, ptx.i32(i)), limit))
+            group.append(_floats(_load8(v_ref, first, ok, shift=i * row), is_bf16))
         for c, values in enumerate(zip(*group, strict=True)):
             packed[c].append(ptx.e4m3x4([ptx.fmul(x, factors[c]) for x in values]))
+    where = _element(ptx.shape(codes_ref), (b, head, channel, token), 1)
     for c, codes in enumerate(packed):
-        where = (b, head, ptx.add(channel, ptx.i32(c)), token)
-        ptx.store(codes_ref, _element(ptx.shape(codes_ref), where, 1), codes, there)
+        ptx.store(codes_ref, where, codes, there, shift=c * ptx.shape(codes_ref)[3])
 
 
 def quantize_columns(x, mean=None, *, block=64):
