@@ -68,8 +68,14 @@ def advance_history(history: Any, seen: Any) -> Any:
     """
 
     def push(old, new):
-        newest = jnp.where(jnp.isfinite(new[..., :1]), new[..., :1], 0.0)
-        return jnp.concatenate([newest.astype(old.dtype), old[..., :-1]], -1)
+        newest = jnp.where(jnp.isfinite(new[..., :1]), new[..., :1], 0.0).astype(old.dtype)
+        # No concatenation: XLA makes one slow kernel of those of all layers.
+        moved = jax.lax.pad(
+            old, jnp.zeros((), old.dtype), [(0, 0, 0)] * (old.ndim - 1) + [(1, -1, 0)]
+        )
+        return jnp.where(
+            jax.lax.broadcasted_iota(jnp.int32, old.shape, old.ndim - 1) == 0, newest, moved
+        )
 
     return jax.tree.map(push, history, seen)
 

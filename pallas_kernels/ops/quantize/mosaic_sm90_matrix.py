@@ -121,10 +121,17 @@ def round_matrix(
     def body(refs, axes):
         x_ref, factor_ref, word_ref, *out_refs = refs
         tile = _Tile(plan, x_ref, axes)
+        rounders = [
+            _Rounder(plan, side, tile, factor_ref, word_ref, index) for side, index in sides
+        ]
+        if len(sides) == 2 and plan.block == 16:
+            return tile.along_both(rounders[0], out_refs[0], rounders[1], out_refs[1])
         # Columns first: their loads are many and independent, and fill the cache for the rows.
-        for (side, index), out_ref in reversed(list(zip(sides, out_refs, strict=True))):
-            rounder = _Rounder(plan, side, tile, factor_ref, word_ref, index)
+        for (_, index), rounder, out_ref in reversed(
+            list(zip(sides, rounders, out_refs, strict=True))
+        ):
             (tile.along_rows if index == 0 else tile.along_columns)(rounder, out_ref)
+        return None
 
     args = (x, factors.astype(jnp.float32), jax.lax.bitcast_convert_type(words, jnp.int32))
     return lanes._call(body, [out] * len(sides), _grid(plan), args)
@@ -265,24 +272,72 @@ class _Tile:
 
     def along_columns(self, rounder, out_ref):
         """Blocks along the first axis: a thread has them whole."""
-        hashes = rounder.row_hashes(range(self.plan.block))
 
         def step(i, state):
-            rows, column, place, ok = self.column_group(i)
-            if rounder.side.signs is not None:
-                rows = self._rotated(rows, rounder.side.signs)
-            columns = list(zip(*rows, strict=True))
-            blocks = [rounder.block_of(lanes._abs_max(values)) for values in columns]
-            marks = [rounder.column_mark(ptx.add(column, ptx.i32(c))) for c in range(len(columns))]
-            for r, (values, hashed) in enumerate(zip(rows, hashes, strict=True)):
-                rounded = [
-                    rounder.round(value, block, hashed, mark)
-                    for value, block, mark in zip(values, blocks, marks, strict=True)
-                ]
-                self._store(out_ref, place, rounded, ok, r)
+            self._round_columns(rounder, out_ref, *self.column_group(i))
             return state
 
         self.over_columns(step, ())
+
+    def along_both(self, by_rows, rows_ref, by_columns, columns_ref):
+        """Blocks of 16 along either axis, from one read."""
+
+        def step(i, state):
+            group = self.column_group(i)
+            self._round_rows(by_rows, rows_ref, *group)
+            self._round_columns(by_columns, columns_ref, *group)
+            return state
+
+        self.over_columns(step, ())
+
+    def _round_columns(self, rounder, out_ref, rows, column, place, ok):
+        """Rounds a group along columns and stores it."""
+        if rounder.side.signs is not None:
+            rows = self._rotated(rows, rounder.side.signs)
+        columns = list(zip(*rows, strict=True))
+        blocks = [rounder.block_of(lanes._abs_max(values)) for values in columns]
+        blocks = [rounder.finished(block) for block in blocks]
+        marks = [rounder.column_mark(ptx.add(column, ptx.i32(c))) for c in range(len(columns))]
+        for r, values in enumerate(rows):
+            (hashed,) = rounder.row_hashes([r])
+            rounded = [
+                rounder.round(value, block, hashed, mark)
+                for value, block, mark in zip(values, blocks, marks, strict=True)
+            ]
+            self._store(out_ref, place, rounded, ok, r)
+
+    def _round_rows(self, rounder, out_ref, rows, column, place, ok):
+        """Rounds a group along rows, where four threads have a block, and stores it."""
+        marks = [rounder.column_mark(ptx.add(column, ptx.i32(c))) for c in range(4)]
+        for first in range(0, len(rows), 4):
+            some = rows[first : first + 4]
+            blocks = self._shared_blocks(rounder, [lanes._abs_max(values) for values in some])
+            hashes = rounder.row_hashes(range(first, first + 4))
+            for r, (values, block, hashed) in enumerate(zip(some, blocks, hashes, strict=True)):
+                rounded = [
+                    rounder.round(value, block, hashed, mark)
+                    for value, mark in zip(values, marks, strict=True)
+                ]
+                self._store(out_ref, place, rounded, ok, first + r)
+
+    def _shared_blocks(self, rounder, tops):
+        """Blocks of four rows from their magnitudes in each thread: every thread makes one."""
+        for distance in (1, 2):
+            half, odd = len(tops) // 2, self._has_bit(distance)
+            pairs = list(zip(tops[:half], tops[half:], strict=True))
+            sent = [ptx.shuffle_xor(ptx.select(odd, a, b), distance) for a, b in pairs]
+            kept = [ptx.select(odd, b, a) for a, b in pairs]
+            tops = [ptx.fmax(a, b) for a, b in zip(kept, sent, strict=True)]
+        own = rounder.block_of(tops[0])
+        start = ptx.land(self.lane, ptx.i32(~3))
+        blocks = []
+        for row in range(4):  # the threads of the four rows: 0, 2, 1, 3
+            where = ptx.add(start, ptx.i32(row // 2 + 2 * (row % 2)))
+            blocks.append(rounder.finished([_from_lane(value, where) for value in own]))
+        return blocks
+
+    def _has_bit(self, distance: int):
+        return ptx.eq(ptx.land(self.lane, ptx.i32(distance)), ptx.i32(distance))
 
     def along_rows(self, rounder, out_ref):
         """Blocks along the last axis: 8 values of a thread, and those of its neighbours."""
@@ -299,7 +354,7 @@ class _Tile:
             hashes = rounder.row_hashes(numbers)
             for r, (values, hashed) in enumerate(zip(rows, hashes, strict=True)):
                 top = lanes._over_lanes(ptx.fmax, lanes._abs_max(values), distances)
-                block = rounder.block_of(top)
+                block = rounder.finished(rounder.block_of(top))
                 rounded = [
                     rounder.round(value, block, hashed, mark)
                     for value, mark in zip(values, marks, strict=True)
@@ -368,8 +423,7 @@ class _Rounder:
         if not self.side.stochastic:
             return [None] * len(numbers)
         numbers = [ptx.i32(n) if isinstance(n, int) else n for n in numbers]
-        text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-        return [ptx.asm(text, "r", [self._hash, n], effects=True)[0] for n in numbers]
+        return [_lane_word(self._hash, n) for n in numbers]
 
     def column_mark(self, column):
         """What a column adds to the hash."""
@@ -378,11 +432,7 @@ class _Rounder:
         return _folded(ptx.add(ptx.mul(column, _word(0x85EBCA77)), self._second))
 
     def block_of(self, top):
-        """What `round` needs of a block, from its largest magnitude; NaN if that is not finite.
-
-        The reciprocal of the scale, the scale, and what makes a multiple of it of a whole number
-        that lies above 2^23.
-        """
+        """Reciprocal and scale of a block from its largest magnitude; NaN if that is not finite."""
         plan = self.plan
         if self.side.overrange != 1.0:
             larger = ptx.fmin(ptx.fmul(top, ptx.f32(self.side.overrange)), ptx.f32(FLOAT32_MAX))
@@ -395,8 +445,14 @@ class _Rounder:
         scale = ptx.select(finite, scale, ptx.f32(math.nan))
         whole = scale if self.decode is None else ptx.fmul(scale, self.decode)
         (reciprocal,) = ptx.asm("rcp.rn.f32 $0, $1;", "f", [whole])
-        reciprocal = ptx.fmin(reciprocal, ptx.f32(FLOAT32_MAX))
-        # A scale of E8M0 may be too large to be multiplied by 2^23 first.
+        return ptx.fmin(reciprocal, ptx.f32(FLOAT32_MAX)), scale
+
+    def finished(self, block):
+        """A block as `round` takes it: with what makes multiples of its scale of whole numbers.
+
+        Those lie above 2^23. A scale of E8M0 may be too large to be multiplied by that.
+        """
+        reciprocal, scale = block
         factor = ptx.f32(1.0) if self.decode is None else scale
         factor = ptx.fmul(factor, ptx.f32(2.0**-self.element.mantissa_bits))
         return reciprocal, scale, factor, ptx.fmul(factor, ptx.f32(-(2.0**23)))
@@ -462,6 +518,16 @@ class _Rounder:
 def _word(value: int):
     """A constant of 32 bits."""
     return ptx.i32(value - (1 << 32) if value >= 1 << 31 else value)
+
+
+def _lane_word(word, lane):
+    """The word of another lane of the warp."""
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+    return ptx.asm(text, "r", [word, lane], effects=True)[0]
+
+
+def _from_lane(value, lane):
+    return ptx.from_bits(_lane_word(ptx.bits(value), lane))
 
 
 def _folded(x):
