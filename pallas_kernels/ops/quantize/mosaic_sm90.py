@@ -843,20 +843,15 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    v_scale = mean = q_scale = row_const = None
-    if smooth_k or pv == "e4m3":
-        from pallas_kernels.ops.quantize.mosaic_sm90_kv import quantize_kv
-
-        k8, k_scale, v8, v_scale, mean = quantize_kv(
-            k, v, kv_limit, scale_block=scale_block, smooth_k=smooth_k, qk=qk,
-            encode_v=pv == "e4m3",
-        )  # fmt: skip
-    else:
-        k8, k_scale = quantize_k(k, kv_limit, scale_block=scale_block, qk=qk)
+    mean, top = kv_statistics(k, v, kv_limit)
+    mean = mean if smooth_k else None
+    k8, k_scale = quantize_k(k, kv_limit, mean, scale_block=scale_block, qk=qk)
+    q_scale = row_const = v_scale = None
     if not leave_q:
         q, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
     if pv == "e4m3":
-        v = v8
+        v_scale = jnp.maximum(top, TINY) / LARGEST["e4m3"]
+        v = quantize_v(v, v_scale, kv_limit)
     elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
         v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
     return AttentionOperands(q, k8, v, q_scale, k_scale, v_scale, row_const, mean)
