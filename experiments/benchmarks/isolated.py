@@ -84,13 +84,14 @@ def results(
 def _ask(process, lines, case: Case, limit: float, deadline: float) -> dict[str, Any]:
     """One answer; "lost" says that the process is of no more use."""
     limit *= 1 if case["stage"] in ("correct", "accurate") else 4
-    limit = min(limit, max(5.0, deadline + 20 - time.monotonic()))
+    left = max(5.0, deadline + 20 - time.monotonic())
+    why, limit = ("hung", limit) if limit <= left else ("the time was up", left)
     try:
         process.stdin.write(json.dumps(case) + "\n")
         process.stdin.flush()
         line = lines.get(timeout=limit)
     except queue.Empty:
-        return {"failed": f"nothing for {limit:.0f} s: hung", "lost": True}
+        return {"failed": f"nothing for {limit:.0f} s: {why}", "lost": True}
     except BrokenPipeError:
         line = None
     if line is None:

@@ -94,7 +94,11 @@ def methods(rank: int) -> dict[str, Any]:
     """LoRA on bfloat16 is what the others are measured against."""
     return {
         "lora": LoRA(rank),
+        "falqon_kernels": dataclasses.replace(
+            FALQON.code(rank), scaling="delayed", implementation="mosaic"
+        ),
         "falqon_code": FALQON.code(rank),
+        "falqon_delayed": dataclasses.replace(FALQON.code(rank), scaling="delayed"),
         "qlora": QLoRA(rank),
         "fp8lora": FP8LoRA(rank),
         "falqon_paper": FALQON.paper(rank),
@@ -110,10 +114,11 @@ def cudnn(query, key, value, **options):
     )
 
 
-def training_step(method: Any, sizes: Sizes) -> dict[str, Any]:
+def training_step(method: Any, sizes: Sizes, details: Path | None = None) -> dict[str, Any]:
     """Median step time and the memory of one method, everything in the step included.
 
-    Steps follow each other without a wait, as in training; a time is the mean of five.
+    Steps follow each other without a wait, as in training; a time is the mean of five. The
+    optimised program and the seconds of all its kernels go to files named after ``details``.
     """
     config = ModelConfig.llama(**sizes.model)
     began = time.perf_counter()
@@ -159,16 +164,24 @@ def training_step(method: Any, sizes: Sizes) -> dict[str, Any]:
         "calls": dict(collections.Counter(re.findall(r'custom_call_target="([^"]+)"', text))),
     }
     if jax.default_backend() == "gpu":
-        result["kernels_ms"] = _kernels(lambda: compiled(state, frozen, tokens))
+        times = _kernel_times(lambda: compiled(state, frozen, tokens))
+        result["kernels_ms"] = _kernels(times)
+        if details is not None:
+            details.with_suffix(".hlo").write_text(text)
+            details.with_suffix(".kernels.json").write_text(json.dumps(times, indent=1))
     return result
 
 
-def _kernels(run: Any) -> dict[str, float]:
-    """Milliseconds of one run by kernel, the longest; kernels that differ in a number are one."""
+def _kernel_times(run: Any) -> dict[str, float]:
+    """Seconds of one run by name of the kernel."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
-        times = kernel_times(Path(folder))
+        return kernel_times(Path(folder))
+
+
+def _kernels(times: dict[str, float]) -> dict[str, float]:
+    """Milliseconds by kernel, the longest; kernels that differ in a number are one."""
     total: collections.Counter[str] = collections.Counter()
     for name, seconds in times.items():
         total[re.sub(r"_\d+$", "", name)[:90]] += 1e3 * seconds
@@ -229,6 +242,9 @@ class Command:
     layers: int | None = None
     """Blocks of the model, instead of the preset's; it is in the result."""
 
+    details: bool = False
+    """Whether to write every method's optimised program and all its kernels beside the result."""
+
     def run(self) -> dict[str, Any]:
         """Measure, print and write."""
         console = Console()
@@ -260,7 +276,8 @@ class Command:
             if time.monotonic() > deadline:
                 results["skipped"].append(f"{kind}/{name}")
                 continue
-            results[kind][name] = measure(what, sizes)
+            options = {"details": folder / name} if self.details and kind == "steps" else {}
+            results[kind][name] = measure(what, sizes, **options)
             _compare(results["steps"])
             (folder / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
             console.print(

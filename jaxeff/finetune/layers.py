@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from jaxeff.finetune.melded import meld_weight, melded_dot
+from jaxeff.finetune.melded_mlp import melded_mlp
 from jaxeff.finetune.methods import FALQON, FP8LoRA, LoRA
 from jaxeff.optim.falqon import Melded
 from jaxeff.quant import quantized_dot_general
@@ -98,13 +99,40 @@ class FalqonLinear(nnx.Module):
             key=key if method.init == "random" else None,
         )
         self.weight = MeldedWeight(melded)
-        # The virtual B: set by the training step for one trace, stored nowhere.
+        # Set by the training step for one trace, stored nowhere: the virtual B, and a function of
+        # the inputs that gives the scales of delayed scaling.
         self.probe = nnx.data(None)
+        self.scales = None
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Map ``[..., in]`` to ``[..., out]``."""
         x, restore = _flatten(self, inputs, out_sharding)
-        return restore(melded_dot(x, self.probe, self.weight.get_value()))
+        scales = None if self.scales is None else self.scales(inputs)
+        return restore(melded_dot(x, self.probe, self.weight.get_value(), scales))
+
+    def gated_mlp(
+        self, inputs: jax.Array, up: nnx.Module, down: nnx.Module, activation: str
+    ) -> jax.Array | None:
+        """The whole gated MLP of which this is the gate, if it can be had in one piece.
+
+        While training with delayed scaling, when all three layers are melded and SwiGLU is what
+        lies between them; None otherwise.
+        """
+        layers = (self, up, down)
+        fits = activation == "silu" and all(
+            isinstance(layer, FalqonLinear)
+            and layer.probe is not None
+            and layer.scales is not None
+            and layer.bias is None
+            for layer in layers
+        )
+        if not fits:
+            return None
+        x, restore = _flatten(self, inputs, None)
+        scales = (self.scales(inputs), up.scales(inputs), down.scales(object()))
+        probes = tuple(layer.probe for layer in layers)
+        weights = tuple(layer.weight.get_value() for layer in layers)
+        return restore(melded_mlp(x, probes, weights, scales, self.method.implementation))
 
     def merged(self) -> jax.Array:
         """The kernel ``[in, out]``, in float32; the adapter is in it already."""

@@ -85,6 +85,9 @@ class FP8LoRA(LoRA):
     backbone: Literal["fp8"] = "fp8"
 
 
+SCALING = ("current", "delayed")
+
+
 @dataclasses.dataclass(frozen=True)
 class FALQON:
     """An adapter melded into FP8 weights, which are rewritten a few rows at a time.
@@ -112,6 +115,12 @@ class FALQON:
         same as a factor on the learning rate.
       multiple_of: layers with a side that this does not divide stay as they are; 16 in the
         released code, whose padded vocabulary excludes the output head that way. 1 takes all.
+      scaling: ``"current"``: activations and gradients are quantised by their own largest
+        magnitudes (published); ``"delayed"``: by the largest of the last 16 steps, so that whoever
+        computes a tensor writes its codes, without a pass for the magnitude before, and a gated
+        MLP keeps codes of its activations for the backward pass (``melded_mlp``).
+      implementation: of the passes between the products of such an MLP: None, ``"mosaic"`` or
+        ``"xla"``.
 
     Raises:
       ValueError: an argument is out of range.
@@ -129,9 +138,13 @@ class FALQON:
     init: Literal["svd", "random"] = "svd"
     alpha: float | None = None
     multiple_of: int = 1
+    scaling: Literal["current", "delayed"] = "current"
+    implementation: Literal["mosaic", "xla"] | None = None
 
     def __post_init__(self):
         _check_rank(self.rank)
+        if self.scaling not in SCALING:
+            raise ValueError(f"scaling must be one of {SCALING}, got {self.scaling!r}")
         if self.requant not in REQUANT:
             raise ValueError(f"requant must be one of {REQUANT}, got {self.requant!r}")
         if self.leftover not in LEFTOVER:

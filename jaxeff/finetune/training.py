@@ -19,20 +19,23 @@ import optax
 from flax import nnx
 
 from jaxeff import checkpoint
+from jaxeff.finetune import head
 from jaxeff.finetune.adapt import adapted_layers
 from jaxeff.finetune.layers import FalqonLinear, MeldedWeight
+from jaxeff.finetune.melded import scales_of
 from jaxeff.finetune.methods import FALQON
-from jaxeff.optim.falqon import FalqonState, Melded, falqon, meld
+from jaxeff.optim.falqon import FalqonState, Melded, falqon, write_rows_of_all
 from jaxeff.quant import fold_step
-from jaxeff.train import TrainConfig, TrainResult, next_token_loss
+from jaxeff.train import TrainConfig, TrainResult
 
 
 class FinetuneState(NamedTuple):
     """Everything that changes during finetuning; a pytree. The frozen weights are not in it.
 
     Fields: ``params`` (nnx State of nnx.Param: the adapters), ``melded`` (FALQON's weights by
-    layer), ``opt_state`` (of the adapters), ``falqon_state`` (FalqonState, or None without FALQON
-    layers), ``step`` (int32 scalar, steps done).
+    layer), ``opt_state`` (of the adapters), ``falqon_state`` (FalqonState over ``[layers, n, r]``
+    by shape of the weight, or None without FALQON layers), ``step`` (int32 scalar, steps done),
+    ``history`` (float32 ``[layers, 2, 16]``, magnitudes for delayed scaling, or None).
     """
 
     params: Any
@@ -40,6 +43,7 @@ class FinetuneState(NamedTuple):
     opt_state: Any
     falqon_state: FalqonState | None
     step: jax.Array
+    history: jax.Array | None = None
 
 
 class Static(NamedTuple):
@@ -102,7 +106,7 @@ def init_state(
         raise ValueError(f"model {type(model).__name__} has no adapted layer: call adapt first")
     graph, params, melded, frozen = nnx.split(model, nnx.Param, MeldedWeight, ...)
     weights = _melded_dict(melded)
-    transform, falqon_state, method = None, None, _common_method(model)
+    transform, falqon_state, history, method = None, None, None, _common_method(model)
     if method is not None:
         transform = falqon(
             optimizer,
@@ -111,10 +115,12 @@ def init_state(
             leftover=method.leftover,
             gain=method.factor,
         )
-        falqon_state = transform.init(_probes(weights))
+        falqon_state = transform.init(_stacked(_probes(weights), weights))
+        if method.scaling == "delayed":
+            history = jnp.zeros((len(weights), 2, _HISTORY), jnp.float32)
     requant = "rtn" if method is None else method.requant
     state = FinetuneState(
-        params, weights, optimizer.init(params), falqon_state, jnp.zeros((), jnp.int32)
+        params, weights, optimizer.init(params), falqon_state, jnp.zeros((), jnp.int32), history
     )
     return Static(graph, optimizer, transform, requant, seed), state, frozen
 
@@ -138,28 +144,71 @@ def train_step(
     """
 
     def loss_of(trained):
-        params, probes = trained
+        params, probes, scales = trained
         model = _merge(static.graph, params, state.melded, fold_step(frozen, state.step))
-        for name, probe in probes.items():
-            adapted_layers(model)[name][1].probe = probe
-        return next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+        layers, leaders = adapted_layers(model), []
+        for index, (name, probe) in enumerate(probes.items()):
+            layers[name][1].probe = probe
+            if scales is not None:
+                layers[name][1].scales = functools.partial(_scales, scales[index], leaders)
+        return head.loss_of(model, tokens)
 
-    trained = (state.params, _probes(state.melded))
-    loss, (grads, probe_grads) = jax.value_and_grad(loss_of)(trained)
+    scales = None if state.history is None else list(scales_of(state.history))
+    trained = (state.params, _probes(state.melded), scales)
+    loss, (grads, probe_grads, seen) = jax.value_and_grad(loss_of)(trained)
+    probe_grads = _stacked(probe_grads, state.melded)
     metrics = {"loss": loss, "grad_norm": _norm((grads, probe_grads))}
     updates, opt_state = static.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    melded, falqon_state = state.melded, state.falqon_state
+    melded, falqon_state, history = state.melded, state.falqon_state, state.history
     if static.falqon is not None:
         _, falqon_state = static.falqon.update(probe_grads, falqon_state)
         key = jax.random.fold_in(jax.random.key(static.seed), state.step)
-        melded = meld(
-            melded,
-            falqon_state,
-            requant=static.requant,
-            key=key if static.requant == "sr" else None,
-        )
-    return FinetuneState(params, melded, opt_state, falqon_state, state.step + 1), metrics
+        melded = _melded_groups(melded, falqon_state, static.requant, key)
+    if history is not None:
+        newest = jnp.stack(seen)
+        newest = jnp.where(jnp.isfinite(newest), newest, 0.0)[..., None]
+        history = jnp.concatenate([newest, history[..., :-1]], -1)
+    return FinetuneState(params, melded, opt_state, falqon_state, state.step + 1, history), metrics
+
+
+_HISTORY = 16  # steps whose largest magnitude makes a scale
+
+
+def _scales(own, leaders, inputs):
+    """A layer's scales; layers with the same inputs share the first one's, and so its codes."""
+    for other, scale in leaders:
+        if other is inputs:
+            return jnp.stack([jax.lax.stop_gradient(scale), own[1]])
+    leaders.append((inputs, own[0]))
+    return own
+
+
+def _groups(weights: dict[str, Melded]) -> dict[str, list[str]]:
+    """Names of the weights of one shape, which are updated together: one kernel for all."""
+    groups: dict[str, list[str]] = {}
+    for name, melded in weights.items():
+        key = "x".join(map(str, (*melded.shape, melded.rank)))
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def _stacked(arrays: dict[str, jax.Array], weights: dict[str, Melded]) -> dict[str, jax.Array]:
+    return {
+        key: jnp.stack([arrays[name] for name in names]) for key, names in _groups(weights).items()
+    }
+
+
+def _melded_groups(weights, state, requant, key):
+    """All weights after a step, in the order they had."""
+    new = {}
+    for index, (group, names) in enumerate(_groups(weights).items()):
+        own = jax.random.fold_in(key, index) if requant == "sr" else None
+        old = [weights[name] for name in names]
+        rows, delta = state.rows[group], state.delta[group]
+        written = write_rows_of_all(old, rows, delta, requant=requant, key=own)
+        new.update(zip(names, written, strict=True))
+    return {name: new[name] for name in weights}
 
 
 def fit(
@@ -278,7 +327,7 @@ def _common_method(model: nnx.Module) -> FALQON | None:
         return None
     first = next(iter(methods.values()))
     for name, method in methods.items():
-        for field in ("k", "requant", "leftover", "factor"):
+        for field in ("k", "requant", "leftover", "factor", "scaling"):
             ours, theirs = getattr(method, field), getattr(first, field)
             if ours != theirs:
                 raise ValueError(

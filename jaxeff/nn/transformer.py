@@ -92,6 +92,12 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Map ``x [..., D]`` to ``[..., D]``."""
+        # A layer that was put in the place of the gate may know all three of them.
+        whole = getattr(self.gate_proj, "gated_mlp", None)
+        if whole is not None and not self.smooth:
+            out = whole(x, self.up_proj, self.down_proj, self.activation)
+            if out is not None:
+                return out
         hidden = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
         return self._smooth_down(hidden) if self.smooth else self.down_proj(hidden)
 

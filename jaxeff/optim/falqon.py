@@ -7,7 +7,7 @@ writes them into the stored codes (``meld``). Between the two stand ``top_rows``
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -118,7 +118,8 @@ def falqon(
       gain: factor on ``A`` (LoRA's ``alpha / r``); 1 in the released code.
 
     Returns:
-      An optax transformation over a tree of arrays ``[n, r]``.
+      An optax transformation over a tree of arrays ``[..., n, r]``: weights of one shape may be
+      stacked, which saves a GPU many small kernels.
 
     Raises:
       ValueError: an argument is none of the above, or a weight has fewer than ``k`` rows.
@@ -146,8 +147,10 @@ def falqon(
 
     def init(params):
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        rows = jax.tree.map(lambda b: jnp.arange(_row_count(k, b.shape), dtype=jnp.int32), zeros)
-        delta = jax.tree.map(lambda b: jnp.zeros((_row_count(k, b.shape), b.shape[1])), zeros)
+        counts = jax.tree.map(lambda b: (*b.shape[:-2], _row_count(k, b.shape)), zeros)
+        first = lambda b, shape: jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)  # noqa: E731
+        rows = jax.tree.map(first, zeros, counts)
+        delta = jax.tree.map(lambda b, shape: jnp.zeros((*shape, b.shape[-1])), zeros, counts)
         return FalqonState(
             inner.init(zeros),
             jax.tree.map(jnp.copy, zeros) if keeps else None,
@@ -166,13 +169,15 @@ def falqon(
         total = jax.tree.map(jnp.add, state.buffer, steps) if keeps else steps
         moved = jax.tree.map(jnp.subtract, total, state.written) if anchored else total
         rows = jax.tree.map(lambda b: top_rows(b, _row_count(k, b.shape)), moved)
-        delta = jax.tree.map(lambda b, i: gain * b[i], total, rows)
+        delta = jax.tree.map(lambda b, i: gain * _taken(b, i), total, rows)
         buffer = written = None
         if anchored:
             buffer = total
-            written = jax.tree.map(lambda w, b, i: w.at[i].set(b[i]), state.written, total, rows)
+            written = jax.tree.map(
+                lambda w, b, i: _put(w, i, _taken(b, i)), state.written, total, rows
+            )
         elif keeps:
-            buffer = jax.tree.map(lambda b, i: b.at[i].set(0.0), total, rows)
+            buffer = jax.tree.map(lambda b, i: _put(b, i, 0.0), total, rows)
         return zeros, FalqonState(new_inner, buffer, written, rows, delta, state.count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -182,11 +187,11 @@ def top_rows(b: jax.Array, count: int) -> jax.Array:
     r"""Rows of the largest ``sum_j |b_ij|``, the largest first.
 
     Args:
-      b: floating ``[n, r]``.
+      b: floating ``[..., n, r]``.
       count: rows to return, in [1, n]; static.
 
     Returns:
-      int32 ``[count]``.
+      int32 ``[..., count]``.
 
     Raises:
       ValueError: ``count`` is out of range.
@@ -195,9 +200,9 @@ def top_rows(b: jax.Array, count: int) -> jax.Array:
       >>> top_rows(jnp.float32([[1, 1], [-4, 0], [0, 3]]), 2).tolist()
       [1, 2]
     """
-    if not 1 <= count <= b.shape[0]:
-        raise ValueError(f"count must lie in [1, {b.shape[0]}] (the rows of b), got {count}")
-    return jax.lax.top_k(jnp.sum(jnp.abs(b), axis=1), count)[1].astype(jnp.int32)
+    if not 1 <= count <= b.shape[-2]:
+        raise ValueError(f"count must lie in [1, {b.shape[-2]}] (the rows of b), got {count}")
+    return jax.lax.top_k(jnp.sum(jnp.abs(b), axis=-1), count)[1].astype(jnp.int32)
 
 
 def write_rows(
@@ -242,21 +247,57 @@ def write_rows(
     References:
       FALQON (arXiv:2510.24061), row-wise proxy update. ``"sr"`` and ``"anchored"`` are ours.
     """
+    return write_rows_of_all([melded], rows[None], delta[None], requant=requant, key=key)[0]
+
+
+def write_rows_of_all(
+    weights: Sequence[Melded],
+    rows: jax.Array,
+    delta: jax.Array,
+    *,
+    requant: str = "rtn",
+    key: jax.Array | None = None,
+) -> list[Melded]:
+    """``write_rows`` for weights of one shape and rank, in a few kernels for all of them.
+
+    Args:
+      weights: the weights.
+      rows: int32 ``[weights, m]``.
+      delta: float32 ``[weights, m, r]``.
+      requant: as for ``write_rows``.
+      key: PRNG key for ``"sr"``.
+
+    Returns:
+      New weights.
+
+    Raises:
+      ValueError: as for ``write_rows``.
+
+    >>> melded = Melded(jnp.float8_e4m3fn([[8], [8], [1]]), jnp.float32(1), None, 1)
+    >>> new = write_rows_of_all([melded, melded], jnp.int32([[0], [1]]), jnp.ones((2, 1, 1)))
+    >>> [m.weight().tolist() for m in new]
+    [[[9.0], [8.0]], [[8.0], [9.0]]]
+    """
     if requant not in REQUANT:
         raise ValueError(f"requant must be one of {REQUANT}, got {requant!r}")
-    if requant == "anchored" and melded.anchor is None:
+    anchored = requant == "anchored"
+    if anchored and any(melded.anchor is None for melded in weights):
         raise ValueError("requant='anchored' needs melded.anchor, the codes before the first step")
     if requant == "sr" and key is None:
         raise ValueError("requant='sr' needs a key, such as jax.random.key(0)")
-    start = melded.anchor if requant == "anchored" else melded.codes
-    a = melded.codes[melded.shape[0] :].astype(jnp.float32)
+    starts = [melded.anchor if anchored else melded.codes for melded in weights]
+    old = jnp.stack([start[own] for start, own in zip(starts, rows, strict=True)])
+    a = jnp.stack([melded.codes[melded.shape[0] :] for melded in weights]).astype(jnp.float32)
     change = jnp.matmul(delta.astype(jnp.float32), a, precision=jax.lax.Precision.HIGHEST)
-    new = start[rows].astype(jnp.float32) + change
+    new = old.astype(jnp.float32) + change
     if requant == "sr":
         new = stochastic_round(new, _E4M3.dtype, key)
     else:
         new = round_to(new, _E4M3).astype(_E4M3.dtype)  # saturates: a bare cast would give NaN
-    return dataclasses.replace(melded, codes=melded.codes.at[rows].set(new))
+    return [
+        dataclasses.replace(melded, codes=melded.codes.at[own].set(codes))
+        for melded, own, codes in zip(weights, rows, new, strict=True)
+    ]
 
 
 def meld(
@@ -312,11 +353,23 @@ def saturated_fraction(melded: Melded) -> jax.Array:
     return jnp.mean(jnp.abs(codes) >= _E4M3.max)
 
 
-def _row_count(k: Rows, shape: tuple[int, int]) -> int:
-    count = {"rank": shape[1], "all": shape[0]}.get(k, k)
-    if count > shape[0]:
-        raise ValueError(f"k is {k!r}, {count} rows; a weight has only {shape[0]}")
+def _row_count(k: Rows, shape: tuple[int, ...]) -> int:
+    n, r = shape[-2:]
+    count = {"rank": r, "all": n}.get(k, k)
+    if count > n:
+        raise ValueError(f"k is {k!r}, {count} rows; a weight has only {n}")
     return count
+
+
+def _taken(b: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows ``[..., m, r]`` of ``b``."""
+    return jnp.take_along_axis(b, rows[..., None], axis=-2)
+
+
+def _put(b: jax.Array, rows: jax.Array, values: jax.Array | float) -> jax.Array:
+    """``b`` with other values in these rows."""
+    places = jnp.broadcast_to(rows[..., None], (*rows.shape, b.shape[-1]))
+    return jnp.put_along_axis(b, places, values, axis=-2, inplace=False)
 
 
 def _check_rows(k: Any) -> None:
