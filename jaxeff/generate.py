@@ -701,8 +701,13 @@ def _draw(sampling, logits, key):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, key, until):
-    """Generate up to step ``until``; stop early once every row has stopped."""
+    """Generate up to step ``until``; stop early once every row has stopped.
+
+    Two loops, where the compressor says when it is due: the inner one only appends to the cache,
+    which XLA does in place. A branch in every step would make it copy the cache.
+    """
     stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
+    tells = compressor.due(cache) is not None
 
     def unfinished(carry):
         (step, _, done, _, _), _ = carry
@@ -710,7 +715,7 @@ def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, 
 
     def one_step(carry):
         (step, token, done, tokens, lengths), cache = carry
-        out, cache = _step(graphdef, state, compressor, cache, token, ~done)
+        out, cache = _append(graphdef, state, cache, token, ~done)
         token = _draw(sampling, out, jax.random.fold_in(key, step))
         token = jnp.where(done, stop[0], token)
         tokens = tokens.at[:, step].set(token)
@@ -718,7 +723,19 @@ def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, 
         done = done | jnp.isin(token, stop) | (lengths >= limits)
         return (step + 1, token, done, tokens, lengths), cache
 
-    return jax.lax.while_loop(unfinished, one_step, (carry, cache))
+    def until_due(carry):
+        begun = carry[0][0]
+
+        def goes_on(carry):
+            return unfinished(carry) & ((carry[0][0] == begun) | ~compressor.due(carry[1]))
+
+        return jax.lax.while_loop(goes_on, one_step, carry) if tells else one_step(carry)
+
+    def segment(carry):
+        carry, cache = until_due(carry)
+        return carry, compressor.after_step(cache)
+
+    return jax.lax.while_loop(unfinished, segment, (carry, cache))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -746,9 +763,15 @@ def _token_score(logits, token):
 
 def _step(graphdef, state, compressor, cache, token, active):
     """Feed one token per row; return f32 logits ``[B, V]`` and the cache, compacted if due."""
+    logits, cache = _append(graphdef, state, cache, token, active)
+    return logits, compressor.after_step(cache)
+
+
+def _append(graphdef, state, cache, token, active):
+    """Feed one token per row; return f32 logits ``[B, V]`` and the cache."""
     model = nnx.merge(graphdef, state)
     logits, cache = model(token[:, None], valid=active[:, None], cache=cache)
-    return logits[:, 0].astype(jnp.float32), compressor.after_step(cache)
+    return logits[:, 0].astype(jnp.float32), cache
 
 
 _EXECUTABLES: OrderedDict[Any, Any] = OrderedDict()

@@ -60,12 +60,12 @@ class Options:
     ended."""
     repeats: int = 10
     """Timed runs of each implementation."""
-    only: str = ""
-    """Cases whose JSON contains this text."""
+    only: tuple[str, ...] = ()
+    """Cases whose JSON contains these texts."""
     skip: str = ""
     """Of these, cases whose JSON contains this text are left out."""
-    done: Path | None = None
-    """JSON of an earlier run whose answers are not asked for again."""
+    done: tuple[Path, ...] = ()
+    """JSON of earlier runs whose answers are not asked for again."""
     dry_run: bool = False
     """Lower the kernels for an abstract H200 instead of running them."""
     workers: int = 1
@@ -414,10 +414,10 @@ def main(options: Options) -> None:
     console, rows, machine = Console(), [], {}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"block_sparse{'_dry_run' * options.dry_run}.json"
-    chosen = [case for case in cases() if options.only in json.dumps(case)]
+    chosen = [x for x in cases() if all(text in json.dumps(x) for text in options.only)]
     chosen = [x for x in chosen if not options.skip or options.skip not in json.dumps(x)]
-    if options.done is not None:
-        known = [x["case"] for x in json.loads(options.done.read_text())["cases"] if "result" in x]
+    for earlier in options.done:
+        known = [x["case"] for x in json.loads(earlier.read_text())["cases"] if "result" in x]
         chosen = [x for x in chosen if x not in known]
     deadline = time.monotonic() + options.time_budget
     for case, result in side_by_side(chosen, options, deadline):

@@ -522,7 +522,7 @@ class Options:
     limit: float = 40.0
     """A process that says nothing for so many seconds is ended."""
     only: str = ""
-    """Cases whose JSON contains this text."""
+    """Cases whose JSON contains this text, or one of several: ``a|b``."""
     dry_run: bool = False
     """Lower every kernel instead of running it."""
     worker: bool = False

@@ -413,9 +413,14 @@ def run_quantizers(batch: int, length: int, heads: int, head_dim: int, sizes) ->
         ),
     }
     if not sizes:
-        timings["q"] = benchmark(lambda q, mean: quantisers.quantize_q(q, lengths, mean), q, mean)
+        timings |= {
+            "q": benchmark(lambda q, m: quantisers.quantize_q(q, lengths, m), q, mean),
+            "statistics": benchmark(lambda k, v: quantisers.kv_statistics(k, v, lengths), k, v),
+            "k": benchmark(lambda k, m: quantisers.quantize_k(k, lengths, m), k, mean),
+            "v": benchmark(lambda v, m: quantisers.quantize_v(v, m, lengths), v, mean + 1),
+        }
     size = float(q.size)
-    moved = {"copy": 4, "q": 3}
+    moved = {"copy": 4, "q": 3, "statistics": 4, "k": 3, "v": 3}
     rates = {
         name: gigabytes_per_second(size * moved.get(name, 6), x) for name, x in timings.items()
     }

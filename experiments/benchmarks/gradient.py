@@ -18,7 +18,12 @@ from experiments.benchmarks import attention as bench
 from pallas_kernels import QUANTS, BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import mosaic_sm90, mosaic_sm90_backward, reference
+from pallas_kernels.ops.attention import (
+    mosaic_sm90,
+    mosaic_sm90_backward,
+    mosaic_sm90_backward_s32,
+    reference,
+)
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Case = dict[str, Any]
@@ -30,7 +35,10 @@ def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
     found = _correct_cases()
     new = [{**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or "")]
-    return [*found, *new, *({**x, "keys": "HalfKeys"} for x in found if x["gradient"] is None)]
+    new += [{**x, "keys": "HalfKeys"} for x in found if x["gradient"] is None]
+    new[1:1] = [new.pop()]  # something in 16 bits early
+    turned = [{**x, "turns": "hold"} for x in new] + [{**x, "turns": "eager"} for x in new[:5]]
+    return [*found, *turned, *new]
 
 
 def _correct_cases() -> list[Case]:
@@ -80,19 +88,19 @@ def fast_cases() -> list[Case]:
     three = {
         "num_compute": 3, "block_kv": 64, "num_stages": 4, "registers": 160, "memory_registers": 32
     }  # fmt: skip
-    sizes = (
-        ["kv", "Running", {}], ["kv", "Early", {}], ["q", "Running", {}], ["q", "Running", three],
-        ["operands", "Running", {}],
-    )  # fmt: skip
-    found += [{**new, "causal": False, "pieces": each} for each in sizes]
-    found += [{**base, "keys": "HalfKeys", "causal": False, "pieces": ["kv", "HalfKeys", {}]}]
-    found += [
-        {**base, "keys": "HalfKeys", "causal": causal, "gradient": None} for causal in (False, True)
-    ]
-    long = {**base, "shape": [1, 16384, 32, 128]}
-    found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
-    found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
-    found += [{**long, "causal": False, "peer": "sdpa"}]
+    new = {**base, "causal": False}
+    both = ("hold", "eager")
+    wanted = [("kv", "Running", x) for x in both] + [("q", "Running", x) for x in both]
+    wanted += [("kv", "HalfKeys", x) for x in (*both, "none")] + [("q", "Half", "hold")]
+    pieces = [[side, kind, {"schedule": turns}] for side, kind, turns in wanted]
+    pieces += [["q", "Running", three | {"schedule": turns}] for turns in (*both, "none")]
+    found += [{**new, "turns": "all", "pieces": each} for each in pieces]
+    found.append({**new, "turns": "all", "pieces": ["operands", "Running", {}]})
+    for schedule in both:
+        for causal in (False, True):
+            case = {**base, "causal": causal, "turns": schedule}
+            found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
+            found += [{**case, "keys": "HalfKeys", "gradient": None}]
     return found
 
 
@@ -108,10 +116,17 @@ SUMS, KEYS = mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps.__name__
 
 def choose_kernels(case: Case) -> None:
     """Takes INT8 kernels that add in the type "sums" and the 16-bit kernel "keys" from now on."""
-    before = mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps
+    modules = mosaic_sm90_backward, mosaic_sm90_backward_s32
+    state = lambda: (mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps,  # noqa: E731
+                     *(tuple(x.CONFIGS.values()) for x in modules))  # fmt: skip
+    before, turns = state(), case.get("turns", "none")
+    for module in modules:
+        for side, config in module.CONFIGS.items():
+            if turns != "all":
+                module.CONFIGS[side] = dataclasses.replace(config, schedule=turns)
     mosaic_sm90.int8_gradient = case.get("sums", SUMS)
     mosaic_sm90_backward.key_steps = getattr(mosaic_sm90_backward, case.get("keys", KEYS))
-    if before != (mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps):
+    if before != state():
         jax.clear_caches()
 
 
@@ -244,7 +259,7 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
     sums = zeros + jnp.log(float(length)), zeros, zeros
-    of_kind = {"Int8": int8, "Running": s32, "Early": s32}.get(kind, half)
+    of_kind = {"Int8": int8, "Running": s32}.get(kind, half)
     if of_kind is not half:
         make = partial(of_kind.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
     if side == "operands":

@@ -116,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             ],
             "steps": 20_000,
             "learning_rates": (5e-4,),  # of the drill 3e-4 to 1e-3 leave the plateau, more does not
-            "share": 0.42,
+            "share": 0.5,
         },
         "dtype": "bfloat16",
         "theta": 10_000.0,

@@ -136,6 +136,15 @@ class Compressor:
         """Return the cache after a decoded token; runs inside the compiled decode loop."""
         return cache
 
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """Return whether :meth:`after_step` would change the cache, a bool scalar.
+
+        ``None``: it may always. A loop that knows runs from one change to the next and leaves the
+        cache alone in between.
+        """
+        del cache
+        return None
+
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """Return a compressed cache with room for a question of ``tokens`` and what follows it."""
         return cache.extend(tokens + room)

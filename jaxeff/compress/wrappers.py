@@ -308,6 +308,10 @@ class Quantized(Compressor):
         """See the method."""
         return self.inner.after_step(cache)
 
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """See the method."""
+        return self.inner.due(cache)
+
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """See the method."""
         return self.inner.before_turn(cache, tokens=tokens, room=room)
@@ -444,6 +448,10 @@ class Compose(Compressor):
     def after_step(self, cache: KVCache) -> KVCache:
         """Return the cache with what was generated held at its budget."""
         return self.generation.after_step(cache)
+
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """Return the answer of the method that generates."""
+        return self.generation.due(cache)
 
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """Return the cache with room for a question."""

@@ -210,6 +210,7 @@ def test_registers_of_keys(window):
         patch.setattr(backward, "_wgmma", product)
         patch.setattr(backward, "accumulate", accumulate)
         patch.setattr(backward, "_wait", lambda left, values, keep=(): values)
+        patch.setattr(backward, "settled", lambda *x: x[:2])
         steps = backward.HalfKeys("kv", plan, scale)
         sums = [[np.zeros(128, np.float32)] * (h // 2) for _ in range(2)]
         for first in range(0, t, config.block_kv):
@@ -218,8 +219,8 @@ def test_registers_of_keys(window):
                 (x[rows], number[rows]) for x, number in zip((query, d_out), numbers, strict=True)
             ]
             where = None if window is None else {"row": 0, "col": first}
-            nothing = lambda part: None  # noqa: E731
-            sums = steps.tile((key, value), ring, [], None, sums, where, nothing, nothing)
+            nothing = lambda *_: None  # noqa: E731
+            sums = steps.tile((key, value), ring, [], None, sums, where, *[nothing] * 4)
         got = [warpgroup.from_accumulator(x, h) for x in sums]
     for x, y, factor in zip(got, want[1:], (scale, 1.0), strict=True):
         y = np.asarray(y)[0, :, 0]

@@ -2,6 +2,7 @@
 """INT8 gradient kernels with integer sums: registers run by NumPy, control flow interpreted."""
 
 import contextlib
+import dataclasses
 import shutil
 
 import jax
@@ -121,6 +122,7 @@ def registers():
         patch.setattr(int8, "_wgmma", wgmma)
         patch.setattr(s32, "accumulate", accumulate)
         patch.setattr(s32, "_wait", lambda left, values, keep=(): values)
+        patch.setattr(s32, "settled", lambda *x: x[:2])
         patch.setattr(plgpu, "load", lambda ref, **_: warpgroup.per_column(ref))
         yield
 
@@ -132,7 +134,7 @@ def run_side(side, found, mask):
     variant, bounds = Variant("int8", "half"), (mask.min_diff, mask.max_diff)
     groups = n // k
     plan = plan_of(side, variant, *shapes, *bounds, s32.CONFIGS[side])
-    steps = s32.STEPS[side](side, plan, SCALE, 1 if side == "q" else groups)
+    steps = s32.Running(side, plan, SCALE, 1 if side == "q" else groups)
     block = plan.config.block_kv
     x = {}
     for name, array in found.items():  # what lies beyond the end is copied as zeros
@@ -162,9 +164,8 @@ def run_side(side, found, mask):
             for start in range(0, plan.kv_len, block):
                 ring = [[piece(name, other, start, block) for name in part] for part in steps.ring]
                 where = {"row": row, "col": start, "first_col": start, "last_col": start + block}
-                sums = steps.tile(
-                    own, ring, fixed, None, sums, where, lambda i: None, lambda i: None
-                )
+                nothing = [lambda *_: None] * 4
+                sums = steps.tile(own, ring, fixed, None, sums, where, *nothing)
         mean = x["k_mean"][head // groups] if side == "q" else None
         for result, total in zip(results, steps.finish(sums, load, mean), strict=True):
             result[row : row + 64, head] = warpgroup.from_accumulator(total, h)
@@ -248,7 +249,7 @@ def test_long_walks_have_smaller_codes():
     for length, heads in ((4096, 1), (131072, 1), (131072, 8)):
         shapes = (1, length, heads, 128), (1, 256, 1, 128)
         plan = plan_of("kv", Variant("int8", "half"), *shapes, None, None, config)
-        steps = s32.STEPS["kv"]("kv", plan, SCALE, heads)
+        steps = s32.Running("kv", plan, SCALE, heads)
         assert heads * length * steps.top_code * 127 <= 2**31
         assert steps.top_code == 127 or heads * length >= 2**17
 
@@ -263,8 +264,9 @@ class Plain(s32.Running):
         zeros = jnp.zeros((64, self.plan.head_dim), jnp.float32)
         return (zeros,) * self.count
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         wait(0)
+        give()
         (a8, a16), (b8, b16, lines) = map(read, own), map(read, ring[0])
         block, plan = self.plan.config.block_kv, self.plan
         scores, d_p = a8 @ b8.T, a16 @ b16.T
@@ -290,6 +292,7 @@ class Plain(s32.Running):
         d_s = p * (d_p * factor + summand)
         release(0)
         wait(1)
+        take()
         out = []
         for total, x, b in zip(sums, (d_s, p), map(read, ring[1]), strict=False):
             b = b.reshape(-1, block // 16, 4, 2, 2).swapaxes(2, 3).reshape(-1, block)  # in order
@@ -306,12 +309,15 @@ class Plain(s32.Running):
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="as in test_mosaic_control")
 @pytest.mark.parametrize("listed", [False, True], ids=["bounds", "lists"])
-def test_control_flow(monkeypatch, case, listed):
+@pytest.mark.parametrize("schedule", ["none", "hold"])
+def test_control_flow(monkeypatch, case, listed, schedule):
     """A window, ragged lengths, two heads per key; lists in quarters of the kernels' tiles."""
+    for side, config in s32.CONFIGS.items():
+        monkeypatch.setitem(s32.CONFIGS, side, dataclasses.replace(config, schedule=schedule))
     arrays, _, sums, found = case
     bounds = {"min_diff": MASK.min_diff, "max_diff": MASK.max_diff}
     blocks = kept_tiles(*SHAPE[1:4], 64, 64, MASK) if listed else None
-    monkeypatch.setattr(s32, "STEPS", dict.fromkeys(("q", "kv"), Plain))
+    monkeypatch.setattr(s32, "Running", Plain)
     monkeypatch.setattr(
         s32, "operands", lambda *_, **__: {k: jnp.asarray(x) for k, x in found.items()}
     )
@@ -331,7 +337,7 @@ def test_control_flow(monkeypatch, case, listed):
 def test_shared_memory_suffices(side):
     config, shapes = s32.CONFIGS[side], ((1, 256, 2, 128), (1, 256, 2, 128))
     plan = plan_of(side, Variant("int8", "half"), *shapes, None, None, config)
-    steps = s32.STEPS[side](side, plan, SCALE, 1)
+    steps = s32.Running(side, plan, SCALE, 1)
     size = lambda x: int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize  # noqa: E731
     used = sum(size(steps.memory(name, (config.num_compute,), 64)) for name in steps.own)
     used += sum(
@@ -350,7 +356,7 @@ def test_registers_suffice(tmp_path, side, masked):
     shapes = (1, 512, 2, 128), (1, 512, 2, 128)
     config, bound = s32.CONFIGS[side], 0 if masked else None
     plan = plan_of(side, Variant("int8", "half"), *shapes, None, bound, config)
-    steps = s32.STEPS[side](side, plan, SCALE, 1)
+    steps = s32.Running(side, plan, SCALE, 1)
     with pytest.MonkeyPatch.context() as patch:
         program = Program(patch)
         inline = lambda body, given, outs=(): body(  # noqa: E731
@@ -359,6 +365,7 @@ def test_registers_suffice(tmp_path, side, masked):
         for module in (s32, int8):
             patch.setattr(module, "_inline", inline)
             patch.setattr(module, "_k_major", lambda ref, *_: program.descriptors(ref))
+        patch.setattr(s32, "settled", lambda *x: x[:2])
         move = {"f": "mov.f32", "r": "mov.b32"}
         sums = [[program.add(move[x.kind], x.kind, x) for x in part] for part in steps.start()]
         fixed = [[program.load("f") for _ in range(2)] for _ in range(steps.fixed)]
@@ -366,5 +373,5 @@ def test_registers_suffice(tmp_path, side, masked):
         program.lines.append("LOOP:")
         ring = [(4, 8, numbers), [config.block_kv // 32] * steps.count]
         where = {"row": 0, "col": 0} if masked else None
-        new = steps.tile((4, 8), ring, fixed, None, sums, where, id, id)
+        new = steps.tile((4, 8), ring, fixed, None, sums, where, *[lambda *_: None] * 4)
         assert spilled(tmp_path / "loop.ptx", program, sums, new, count, config.registers) <= 16

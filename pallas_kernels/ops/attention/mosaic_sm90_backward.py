@@ -51,8 +51,8 @@ HEAD_DIMS = (64, 128)
 PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
 # By the side that is owned; "block_kv" rows are streamed at a time.
 CONFIGS = {
-    "q": Config(block_kv=128, num_stages=2, qk_split=1),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1),
+    "q": Config(block_kv=128, num_stages=2, qk_split=1, schedule="none"),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1, schedule="none"),
 }
 _ACC = plgpu.Layout.WGMMA
 _ROW = _ACC.reduce(1)
@@ -244,7 +244,7 @@ class Half:
         zeros = jnp.zeros((ROWS, self.plan.head_dim), jnp.float32)
         return (plgpu.layout_cast(zeros, _ACC),) * (1 if self.side == "q" else 2)
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """Adds one tile to the sums.
 
         Args:
@@ -256,6 +256,9 @@ class Half:
             where: the tile's place and what counts in it, or None where everything does.
             wait: ``wait(i)`` waits for the i-th part of the tile.
             release: ``release(i)`` gives that part back.
+            take: waits for the turn to multiply, which this warpgroup has when a tile begins and
+                must have when it ends.
+            give: hands it to the next warpgroup.
 
         Returns:
             New sums.
@@ -267,6 +270,7 @@ class Half:
         wait(0)
         wait(1)
         scores, d_p = _products((own[0], first), (own[1], second), shape=shape)
+        give()
         if of_queries:
             release(1)
         p = jnp.exp2(scores * (self.scale * LOG2E) - wide(lse))
@@ -274,6 +278,7 @@ class Half:
         if where is not None:
             ok = self._allowed(**where)
             p, d_s = jnp.where(ok, p, 0.0), jnp.where(ok, d_s, 0.0)
+        take()
         sums = add_half(sums, ((d_s, first),) if of_queries else ((d_s, first), (p, second)))
         if not of_queries:
             release(1)
@@ -310,8 +315,7 @@ class Half:
 class HalfKeys(Half):
     """`Half` for the side of keys, in registers.
 
-    Numbers of the queries come with their tile. Probabilities are made, and their product with dO
-    runs, while ``dO V^T`` is multiplied.
+    Numbers of the queries come with their tile.
 
     Args:
         side: "kv".
@@ -330,6 +334,7 @@ class HalfKeys(Half):
         self.swizzle = _swizzle(2 * head_dim)
         self.rows = _transforms(self.swizzle, 2)
         self.tile_type = _shape((ROWS, block), jnp.float32, _ACC)
+        self.operand_type = _shape((ROWS, block), jnp.dtype(half), _ACC)
         self.sum_type = _shape((ROWS, head_dim), jnp.float32, _ACC)
 
     def memory(self, name: str, lead: tuple[int, ...], rows: int):
@@ -342,7 +347,7 @@ class HalfKeys(Half):
         """As `Half.source`."""
         return ref.at[b, head, rows] if name.startswith("minus") else ref.at[b, rows, head]
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
         del fixed, load
         (q, minus_lse), (d_out, minus_delta) = ring
@@ -350,7 +355,12 @@ class HalfKeys(Half):
         scores = self.issue(own[0], q)
         wait(1)
         d_p = self.issue(own[1], d_out)
-        sums = self.add(sums, scores, d_p, (q, d_out), (minus_lse, minus_delta), where)
+        if self.plan.config.schedule == "hold":
+            scores, d_p = settled(scores, d_p, _ACC)
+        give()
+        operands = self.operands(scores, d_p, (minus_lse, minus_delta), where)
+        take()
+        sums = self.add(sums, operands, (q, d_out))
         release(1)
         release(0)
         return sums
@@ -364,14 +374,13 @@ class HalfKeys(Half):
 
         return _inline(body, [(own, self.rows), (streamed, self.rows)], [self.tile_type])[0]
 
-    def add(self, sums, scores, d_p, streamed, numbers, where):
-        """P and dS, and their products with dO and Q."""
-        position, width = position_of(self.plan, where), self.plan.head_dim
-        inputs = [(x, _ACC) for x in (*sums, scores, d_p)]
-        inputs += [(x, self.rows) for x in streamed] + [(x, ()) for x in numbers]
+    def operands(self, scores, d_p, numbers, where):
+        """dS and P, rounded, as left operands."""
+        position = position_of(self.plan, where)
+        inputs = [(scores, _ACC), (d_p, _ACC), *((x, ()) for x in numbers)]
         inputs += [(x, _SCALAR) for x in position.values()]
 
-        def body(d_k, d_v, scores, d_p, q, d_out, minus_lse, minus_delta, *place):
+        def body(scores, d_p, minus_lse, minus_delta, *place):
             scores = _wait(1, scores)
             if position:
                 fields = dict(zip(position, (x[0] for x in place), strict=True))
@@ -379,21 +388,26 @@ class HalfKeys(Half):
             factor, shift = ptx.f32(self.scale * LOG2E), _numbers_of_columns(minus_lse)
             p = [ptx.exp2(ptx.fma(x, factor, shift(i))) for i, x in enumerate(scores)]
             words = _opaque(self.operand(p))
-            d_v = self.multiply(width, words, d_out, d_v)
-            d_p, minus = _wait(1, d_p), _numbers_of_columns(minus_delta)
-            d_s = [
-                ptx.fmul(x, ptx.fadd(y, minus(i)))
-                for i, (x, y) in enumerate(zip(p, d_p, strict=False))
-            ]
+            pairs = enumerate(zip(p, _wait(0, d_p), strict=True))
+            minus = _numbers_of_columns(minus_delta)
+            d_s = [ptx.fmul(x, ptx.fadd(y, minus(i))) for i, (x, y) in pairs]
             if position:  # what lies beyond the end may be anything
-                d_s = [
-                    ptx.select(ptx.feq(x, ptx.f32(0.0)), ptx.f32(0.0), y)
-                    for x, y in zip(p, d_s, strict=False)
-                ]
-            other = _opaque(self.operand(d_s))
-            d_k = self.multiply(width, other, q, d_k)
-            d_v = _wait(1, d_v, keep=words)
-            return [_wait(0, d_k, keep=other), d_v]
+                zero = ptx.f32(0.0)
+                d_s = [ptx.select(ptx.feq(x, zero), zero, y) for x, y in zip(p, d_s, strict=True)]
+            return [_opaque(self.operand(d_s)), words]
+
+        return _inline(body, inputs, [self.operand_type] * 2)
+
+    def add(self, sums, operands, streamed):
+        """Adds the products of dS and Q, and of P and dO."""
+        inputs = [(x, _ACC) for x in sums] + [(x, self.operand_type.layout) for x in operands]
+        inputs += [(x, self.rows) for x in streamed]
+
+        def body(d_k, d_v, d_s, p, q, d_out):
+            d_v = self.multiply(p, d_out, d_v)
+            d_k = self.multiply(d_s, q, d_k)
+            d_v = _wait(1, d_v, keep=p)
+            return [_wait(0, d_k, keep=d_s), d_v]
 
         return tuple(_inline(body, inputs, [self.sum_type] * 2))
 
@@ -403,10 +417,10 @@ class HalfKeys(Half):
         pairs = [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
         return pairs
 
-    def multiply(self, width: int, words, ref, sums):
+    def multiply(self, words, ref, sums):
         """Starts ``sums + A B`` for 16-bit registers and rows in shared memory."""
-        a = [words[i : i + 4] for i in range(0, len(words), 4)]
-        return accumulate(width, a, _mn_major(ref, self.swizzle, 0), sums, self.kind)
+        a, b = [words[i : i + 4] for i in range(0, len(words), 4)], _mn_major(ref, self.swizzle, 0)
+        return accumulate(self.plan.head_dim, a, b, sums, self.kind)
 
 
 key_steps = Half  # of the kernel of keys
@@ -438,6 +452,16 @@ def shared(ref, offset, count: int):
     if count == 1:
         text = "ld.shared.f32 $0, [$1];"
     return ptx.asm(text, "f" * count, [ptx.address(ref, offset)], effects=True)
+
+
+def settled(scores, d_p, layout):
+    """Two products that are done."""
+
+    def body(scores, d_p):
+        return [_wait(1, scores), _wait(0, d_p)]
+
+    types = [_shape(x.shape, x.dtype, layout) for x in (scores, d_p)]
+    return _inline(body, [(scores, layout), (d_p, layout)], types)
 
 
 def accumulate(n: int, a, b, sums, kind: str):
@@ -588,8 +612,17 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         else:
             lax.fori_loop(i32(0), i32(heads), one_head, i32(0))
 
-    def compute_group(wg, own, ring, refs, ready, free):
+    def compute_group(wg, own, ring, refs, ready, free, turns):
         (own_ready, *ring_ready) = ready
+
+        def take():
+            if config.schedule != "none":
+                plgpu.barrier_wait(turns.at[wg])
+
+        def give():
+            if config.schedule != "none":
+                plgpu.barrier_arrive(turns.at[lax.rem(wg + 1, i32(compute))])
+
         mine = [smem.at[wg] for smem in own]
         tile, b, head = place(refs)
         start = tile * config.block_q + wg * ROWS
@@ -622,10 +655,12 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
 
             def add(sums, where=None):
                 slots = [[smem.at[slot] for smem in part] for part in ring]
-                return steps.tile(mine, slots, fixed, load, sums, where, wait, release)
+                return steps.tile(mine, slots, fixed, load, sums, where, wait, release, take, give)
 
             def skip(sums):
                 """Nothing of the tile is for this warpgroup."""
+                give()
+                take()
                 for part in range(len(free)):
                     wait(part)
                     release(part)
@@ -662,8 +697,11 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
                 state = lax.fori_loop(mid_hi, hi, run(True), state)
             return state[0], state[2]
 
+        pl.when(wg == compute - 1)(give)
+        take()
         state = i32(0), steps.start()
         state = one_head(i32(0), state) if heads == 1 else lax.fori_loop(0, heads, one_head, state)
+        give()
         rows, stage = pl.ds(start, ROWS), mine[1]  # which nothing reads any more
         mean = refs["k_mean"].at[b, streamed_head(head, 0)] if "k_mean" in names else None
         for total, out in zip(steps.finish(state[1], of_owner, mean), refs["out"], strict=True):
@@ -683,7 +721,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         ready += [plgpu.Barrier(num_arrivals=len(part), num_barriers=stages) for part in ring]
         free = [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in ring]
 
-        def body(own, ring, ready, free):
+        def body(own, ring, ready, free, turns):
             wg = lax.axis_index("wg")
 
             @pl.when(wg == compute)
@@ -694,9 +732,10 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
             @pl.when(wg < compute)
             def _compute():
                 plgpu.set_max_registers(config.registers, action="increase")
-                compute_group(wg, own, ring, refs, ready, free)
+                compute_group(wg, own, ring, refs, ready, free, turns)
 
-        pl.run_scoped(body, own, ring, ready, free, collective_axes="wg")
+        turns = plgpu.Barrier(num_barriers=compute)
+        pl.run_scoped(body, own, ring, ready, free, turns, collective_axes="wg")
 
     return entry
 

@@ -41,7 +41,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_backward import (
     accumulate,
     launch,
     plan_of,
-    position_of,
+    settled,
     whole,
 )
 from pallas_kernels.ops.attention.mosaic_sm90_backward_int8 import (
@@ -77,8 +77,12 @@ from pallas_kernels.ops.quantize.mosaic_sm90 import (
 )
 
 CONFIGS = {
-    "q": Config(block_kv=128, num_stages=2, qk_split=1, registers=240, memory_registers=24),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1, registers=240, memory_registers=24),
+    "q": Config(
+        block_kv=128, num_stages=2, qk_split=1, schedule="none", registers=240, memory_registers=24
+    ),
+    "kv": Config(
+        block_kv=64, num_stages=4, qk_split=1, schedule="none", registers=240, memory_registers=24
+    ),
 }
 NUMBERS = 4  # per query: shift and scale of its logits, factor and summand of its dP
 SMALLEST = 2.0**-126  # the scale of sums of nothing
@@ -131,7 +135,7 @@ def gradient(
     for side, config in CONFIGS.items():
         plan = plan_of(side, variant, *shapes, *limits, config)
         heads = 1 if side == "q" else query.shape[2] // key.shape[2]
-        steps = STEPS[side](side, plan, scale, heads)
+        steps = Running(side, plan, scale, heads)
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
     return tuple(results)
@@ -281,15 +285,19 @@ class Running(Int8):
 
         return tuple(_inline(body, [], [self.sum_type, self.row_type] * self.count))
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
         del load
         (first8, first16, *numbers), turned = ring
         wait(0)
         scores, d_p = self.issue(own, (first8, first16))
+        if self.plan.config.schedule == "hold":
+            scores, d_p = settled(scores, d_p, _ACC)
+        give()
         *sums, codes = self.encode(scores, d_p, fixed, numbers, where, sums)
         release(0)
         wait(1)
+        take()
         sums = self.add(sums, codes, turned)
         release(1)
         return sums
@@ -388,59 +396,6 @@ class Running(Int8):
         stored = _shape((ROWS, self.plan.head_dim), jnp.float32, plgpu.Layout.WGMMA)
         inputs = [(x, t) for x, t in zip(sums, (_ACC, _ROW) * self.count, strict=True)]
         return _inline(body, [*inputs, *extra], [stored] * self.count)
-
-
-class Early(Running):
-    """`Running` in which the product of P and dO runs before dS is there."""
-
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
-        """As `Half.tile`."""
-        del load
-        (first8, first16, *numbers), turned = ring
-        wait(0)
-        scores, d_p = self.issue(own, (first8, first16))
-        wait(1)
-        sums = self.all(scores, d_p, fixed, numbers, where, sums, turned)
-        release(0)
-        release(1)
-        return sums
-
-    def all(self, scores, d_p, fixed, numbers, where, sums, turned):
-        """Everything after the first two products."""
-        position, block = position_of(self.plan, where), self.plan.config.block_kv
-        inputs = [(scores, _ACC), (d_p, _ACC)]
-        inputs += [(x, t) for x, t in zip(sums, (_ACC, _ROW) * 2, strict=True)]
-        inputs += [*((x, _ROW) for x in fixed), (numbers[0], ())]
-        inputs += [(x, self.columns8) for x in turned]
-        inputs += [(x, _SCALAR) for x in position.values()]
-
-        def product(total, words, ref):
-            a = [words[i : i + 4] for i in range(0, len(words), 4)]
-            b = _k_major(ref, self.columns8[1].swizzle)
-            return accumulate(self.plan.head_dim, a, b, total, "s32.s8.s8")
-
-        def body(scores, d_p, d_k, s_k, d_v, s_v, rows, lines, q_t, d_out_t, *place):
-            scores = _wait(1, scores)
-            if position:
-                fields = dict(zip(position, (x[0] for x in place), strict=True))
-                scores = tile_math.mask_scores(scores, Position(**fields), is_int=True)
-            scale, shift, factor, summand = _rows_are_keys([rows], lines, block)
-            p = probabilities(scores, scale, shift, bool(position))
-            d_v, s_v = grow(d_v, s_v, p, self.top_code)
-            words = _opaque(encode(p, s_v))
-            d_v = product(d_v, words, d_out_t)
-            waited = enumerate(zip(p, _wait(1, d_p), strict=True))
-            d_s = [ptx.fmul(x, ptx.fma(y, factor(i), summand(i))) for i, (x, y) in waited]
-            d_k, s_k = grow(d_k, s_k, d_s, self.top_code)
-            other = _opaque(encode(d_s, s_k))
-            d_k = product(d_k, other, q_t)
-            d_v = _wait(1, d_v, keep=words)
-            return [_wait(0, d_k, keep=other), s_k, d_v, s_v]
-
-        return tuple(_inline(body, inputs, [self.sum_type, self.row_type] * 2))
-
-
-STEPS = {"q": Running, "kv": Early}
 
 
 def _rows_are_queries(fixed, lines):

@@ -362,11 +362,11 @@ def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
     return result if mean is not None else [*result, None]
 
 
-def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift, tiny: float = TINY):
+def _encode_row(word, is_bf16: bool, lanes: _Lanes, qk: str, shift):
     """Two words of codes, the row's scale, and its product with ``shift`` or None."""
     encode = _int8x4 if qk == "int8" else ptx.e4m3x4
     x = _floats(word, is_bf16)
-    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.distances), ptx.f32(tiny))
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(x), lanes.distances), ptx.f32(TINY))
     factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
     scaled = [ptx.fmul(value, factor) for value in x]
     dot = None
@@ -528,6 +528,33 @@ def encode_k(
     ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
 
+def quantize_v(v, scale, lengths):
+    """FP8 codes of V over ``scale``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
+
+    Args:
+        v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
+        scale: float32 [B, K, H], the channel's largest magnitude over 448.
+        lengths: int32 [B], valid tokens; later ones give zeros.
+
+    Returns:
+        e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
+    """
+    batch, s_len, heads, head_dim = v.shape
+    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
+
+    def body(refs, axes):
+        v_ref, scale_ref, length_ref, codes_ref = refs
+        block, tile, b = axes
+        there, head, part, lane = _place_columns(block, heads, columns)
+        encode_v(
+            v_ref, scale_ref, codes_ref, (b, head, tile, part), lane, there,
+            _load_limit(length_ref, b), shape=v.shape, is_bf16=v.dtype == jnp.bfloat16,
+        )  # fmt: skip
+
+    grid = (pl.cdiv(heads * columns, 4), pl.cdiv(s_len, SEQ_PAD), batch)
+    return _call(body, [v_type(v.shape)], grid, (v, scale, lengths))[0]
+
+
 def v_type(shape) -> jax.ShapeDtypeStruct:
     """Codes of V [B, S, K, H]."""
     batch, length, heads, head_dim = shape
@@ -630,7 +657,7 @@ def quantize_columns(x, mean=None, *, block=64):
 def quantize_turned(x, mean=None, *, keep=True):
     """INT8 codes of rows, also with tokens contiguous, for products that sum over tokens.
 
-    One pass: a thread has 8 channels of 16 tokens.
+    One pass: a warp has 128 tokens of a head, a thread 16 of them and a quarter of the channels.
 
     Args:
         x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
@@ -644,8 +671,8 @@ def quantize_turned(x, mean=None, *, keep=True):
         [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
     """
     batch, length, heads, head_dim = x.shape
-    lanes, is_bf16 = _Lanes(head_dim), x.dtype == jnp.bfloat16
-    padded = pl.cdiv(length, SEQ_PAD) * SEQ_PAD
+    is_bf16, tiles = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD)
+    padded = tiles * SEQ_PAD
     codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8)
     turned = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
     rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
@@ -657,38 +684,56 @@ def quantize_turned(x, mean=None, *, keep=True):
         x_ref, mean_ref = refs.pop(0), refs.pop(0) if mean is not None else None
         codes_ref = refs.pop(0) if keep else None
         turned_ref, scale_ref, *dot_ref = refs
-        head, tile, b = axes
-        row, channel, _ = lanes.place()
-        token = ptx.mul(ptx.add(ptx.mul(tile, ptx.i32(lanes.rows)), row), ptx.i32(16))
-        there, first = ptx.lt(token, ptx.i32(padded)), ptx.eq(channel, ptx.i32(0))
-        shift = None
+        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
+        shift = []
         if mean is not None:
-            kv_head = ptx.div(head, ptx.i32(groups))
-            shift = _load_f32x8(mean_ref, _element(mean.shape, (b, kv_head, channel), 4))
-        rows = [ptx.add(token, ptx.i32(i)) for i in range(16)]
-        words = [
-            _load8(x_ref, _element(x.shape, (b, r, head, channel), 2), ptx.lt(r, ptx.i32(length)))
-            for r in rows
-        ]
-        found = [_encode_row(word, is_bf16, lanes, "int8", shift, tiny) for word in words]
-        for r, (pair, _, _) in zip(rows, found, strict=True):
-            if keep:
-                ptx.store(codes_ref, _element(codes.shape, (b, r, head, channel), 1), pair, there)
-        _store_turned(
-            turned_ref, turned.shape, [pair for pair, _, _ in found], b, head, channel, token, there
-        )
-        mine = ptx.both(there, first)
+            at = lambda c: _element(mean.shape, (b, ptx.div(head, ptx.i32(groups)), c), 4)  # noqa: E731
+            shift = [m for c in channels for m in _load_f32x8(mean_ref, at(c))]
+        pairs, scales, dots = [], [], []
+        for i in range(0, 16, 4):  # so many rows are asked for at a time
+            rows = [ptx.add(token, ptx.i32(i + j)) for j in range(4)]
+            words = []
+            for row in rows:
+                ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
+                at = lambda c, row=row: _element(x.shape, (b, row, head, c), 2)  # noqa: E731
+                words.append([_load8(x_ref, at(c), ok) for c in channels])
+            for row, word in zip(rows, words, strict=True):
+                values = [v for part in word for v in _floats(part, is_bf16)]
+                found, scale = _encode_quarters(values, tiny)
+                pairs.append(found)
+                scales.append(scale)
+                if shift:
+                    dot = ptx.f32(0.0)
+                    for v, m in zip(values, shift, strict=True):
+                        dot = ptx.fma(v, m, dot)
+                    dots.append(_over_lanes(ptx.fadd, dot, (1, 2)))
+                for pair, c in zip(found, channels, strict=True):
+                    if keep:
+                        place = _element(codes.shape, (b, row, head, c), 1)
+                        ptx.store(codes_ref, place, pair, there)
+        _store_turned(turned_ref, turned.shape, pairs, b, head, channels, token, there)
+        first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(0))
         for i in range(0, 16, 4):
-            place = _element(rows_type.shape, (b, head, rows[i]), 4)
-            ptx.store(scale_ref, place, [scale for _, scale, _ in found[i : i + 4]], mine)
-            if dot_ref:
-                ptx.store(dot_ref[0], place, [dot for *_, dot in found[i : i + 4]], mine)
+            place = _element(rows_type.shape, (b, head, ptx.add(token, ptx.i32(i))), 4)
+            ptx.store(scale_ref, place, scales[i : i + 4], ptx.both(there, first))
+            if dots:
+                ptx.store(dot_ref[0], place, dots[i : i + 4], ptx.both(there, first))
 
     outs = [codes] * keep + [turned, rows_type] + [rows_type] * (mean is not None)
     args = (x,) if mean is None else (x, mean)
-    found = _call(body, outs, (heads, pl.cdiv(padded, 16 * lanes.rows), batch), args)
+    found = _call(body, outs, (pl.cdiv(heads, 4), tiles, batch), args)
     found = found if keep else [None, *found]
     return found if mean is not None else [*found, None]
+
+
+def _encode_quarters(values, tiny: float):
+    """Pairs of words of INT8 codes of a row that four lanes share, and its scale."""
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(values), (1, 2)), ptx.f32(tiny))
+    factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
+    scaled = [ptx.fmul(x, factor) for x in values]
+    words = [_int8x4(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
+    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+    return pairs, ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))
 
 
 def turn_codes(codes):
@@ -701,35 +746,46 @@ def turn_codes(codes):
         int8 [B, heads, H, Lp].
     """
     batch, padded, heads, head_dim = codes.shape
-    lanes = _Lanes(head_dim)
     out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
 
     def body(refs, axes):
-        head, tile, b = axes
-        row, channel, _ = lanes.place()
-        token = ptx.mul(ptx.add(ptx.mul(tile, ptx.i32(lanes.rows)), row), ptx.i32(16))
-        there = ptx.lt(token, ptx.i32(padded))
+        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
         pairs = []
         for i in range(16):
-            place = _element(codes.shape, (b, ptx.add(token, ptx.i32(i)), head, channel), 1)
-            pairs.append(ptx.load_words(refs[0], place, 2, there))
-        _store_turned(refs[1], out.shape, pairs, b, head, channel, token, there)
+            at = lambda c, i=i: _element(codes.shape, (b, ptx.add(token, ptx.i32(i)), head, c), 1)  # noqa: E731
+            pairs.append([ptx.load_words(refs[0], at(c), 2, there) for c in channels])
+        _store_turned(refs[1], out.shape, pairs, b, head, channels, token, there)
 
-    grid = (heads, pl.cdiv(padded, 16 * lanes.rows), batch)
+    grid = (pl.cdiv(heads, 4), padded // SEQ_PAD, batch)
     return _call(body, [out], grid, (codes,))[0]
 
 
-def _store_turned(ref, shape, pairs, b, head, channel, token, there):
-    """Stores 16 tokens of 8 channels, two words for each token, with tokens contiguous."""
-    for half in range(2):
-        columns = [[], [], [], []]  # words of four tokens, by channel
-        for i in range(0, 16, 4):
-            quads = _turned_words([pairs[t][half] for t in V_ORDER[i : i + 4]])
-            for words, word in zip(columns, quads, strict=True):
-                words.append(word)
-        for c, words in enumerate(columns):
-            place = (b, head, ptx.add(channel, ptx.i32(4 * half + c)), token)
-            ptx.store(ref, _element(shape, place, 1), words, there)
+def _place_quarters(axes, heads: int, head_dim: int):
+    """(exists, batch, head, first channels of its eights, first of 16 tokens) of a thread."""
+    group, tile, b = axes
+    tid = ptx.thread()
+    warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+    head = ptx.add(ptx.mul(group, ptx.i32(4)), warp)
+    there = ptx.lt(head, ptx.i32(heads))
+    head = ptx.select(there, head, ptx.i32(0))
+    channel = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
+    channels = [ptx.add(channel, ptx.i32(first)) for first in range(0, head_dim, 32)]
+    token = ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16))
+    return there, b, head, channels, ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), token)
+
+
+def _store_turned(ref, shape, pairs, b, head, channels, token, there):
+    """Stores 16 tokens with tokens contiguous; ``pairs[t]`` are two words for each 8 channels."""
+    for part, channel in enumerate(channels):
+        for half in range(2):
+            columns = [[], [], [], []]  # words of four tokens, by channel
+            for i in range(0, 16, 4):
+                quads = _turned_words([pairs[t][part][half] for t in V_ORDER[i : i + 4]])
+                for words, word in zip(columns, quads, strict=True):
+                    words.append(word)
+            for c, words in enumerate(columns):
+                place = (b, head, ptx.add(channel, ptx.i32(4 * half + c)), token)
+                ptx.store(ref, _element(shape, place, 1), words, there)
 
 
 def _turned_words(words):

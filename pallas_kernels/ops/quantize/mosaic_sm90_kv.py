@@ -200,20 +200,17 @@ class _Work:
         counter = lanes._offset([(head, 1)], 4)
         is_last = ptx.arrive(self.refs["counters"], counter, self.plan.pieces)
 
-        def finish():
-            if "sums" in self.refs:
-                count = ptx.to_float(ptx.imax(limit, ptx.i32(1)))
-                self.total("sums", ptx.fadd, "mean", head, lambda x: ptx.fdiv(x, count))
-            if "tops" in self.refs:
-                largest = ptx.f32(LARGEST["e4m3"])
-                scale = lambda x: ptx.fdiv(ptx.fmax(x, ptx.f32(TINY)), largest)  # noqa: E731
-                self.total("tops", ptx.fmax, "v_scale", head, scale)
-            ptx.arrive(self.refs["counters"], counter, self.plan.pieces + 1)
+        ptx.branch(is_last, lambda: self.finish(head, limit, counter), lambda: None)
 
-        ptx.branch(is_last, finish, lambda: None)
-
-    def total(self, source, combine, target, head, final):
-        """``final`` of a head's partial results, a thread or two per channel."""
+    def finish(self, head, limit, counter):
+        """Mean key and scales of V of a head, from all its partial results."""
+        count, largest = ptx.to_float(ptx.imax(limit, ptx.i32(1))), ptx.f32(LARGEST["e4m3"])
+        rules = {
+            "sums": (ptx.fadd, "mean", lambda x: ptx.fdiv(x, count)),
+            "tops": (ptx.fmax, "v_scale",
+                     lambda x: ptx.fdiv(ptx.fmax(x, ptx.f32(TINY)), largest)),
+        }  # fmt: skip
+        rules = {name: rule for name, rule in rules.items() if name in self.refs}
         rows, head_dim = self.plan.pieces * 4, self.shape[3]
         unroll = next(n for n in (32, 16, 8, 4) if rows % n == 0)
         row = lanes._offset([(head, rows * head_dim)], 4)
@@ -222,19 +219,28 @@ class _Work:
             exists = ptx.lt(channel, ptx.i32(head_dim))
             first = ptx.add(row, lanes._offset([(channel, 1)], 4))
 
-            def body(i, total, first=first, exists=exists):
+            def body(i, totals, first=first, exists=exists):
+                """All loads before the first sum: the others wait for this."""
                 place = ptx.add(first, lanes._offset([(i, unroll * head_dim)], 4))
-                found = [
-                    ptx.load_words(self.refs[source], place, 1, exists, shift=4 * head_dim * j)[0]
-                    for j in range(unroll)
-                ]
-                for word in found:
-                    total = combine(total, ptx.from_bits(word))
-                return total
+                steps = [4 * head_dim * j for j in range(unroll)]
+                words = {
+                    name: [
+                        ptx.load_words(self.refs[name], place, 1, exists, shift=step)[0]
+                        for step in steps
+                    ]
+                    for name in rules
+                }
+                for name, found in words.items():
+                    for word in found:
+                        total = rules[name][0](totals[name], ptx.from_bits(word))
+                        totals = {**totals, name: total}
+                return totals
 
-            value = final(ptx.loop(rows // unroll, body, ptx.f32(0.0)))
+            totals = ptx.loop(rows // unroll, body, {name: ptx.f32(0.0) for name in rules})
             place = lanes._offset([(head, head_dim), (channel, 1)], 4)
-            ptx.store(self.refs[target], place, [value], exists)
+            for name, (_, target, final) in rules.items():
+                ptx.store(self.refs[target], place, [final(totals[name])], exists)
+        ptx.arrive(self.refs["counters"], counter, self.plan.pieces + 1)
 
     def encode_k(self, head, index):
         """Eight residues of a tile of keys, or as many as there are rows of lanes."""
