@@ -38,7 +38,7 @@ from jaxeff import train
 from jaxeff.data import batches
 from jaxeff.quant import fold_step
 
-EVALUATION_SHARE = 0.05  # of the budget, kept for the final losses
+EVALUATION_SHARE = 0.03  # of the budget, kept for the final losses
 LEAST = 5.0  # seconds of a phase
 TIMED_EVERY = 50  # steps between those whose arms are timed one by one
 NOISE_POINTS = 16  # measurements of the gradient's noise in a run
