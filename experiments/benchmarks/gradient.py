@@ -37,7 +37,8 @@ def correct_cases() -> list[Case]:
     new = [{**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or "")]
     new += [{**x, "keys": "HalfKeys"} for x in found if x["gradient"] is None]
     new[1:1] = [new.pop()]  # something in 16 bits early
-    turned = [{**x, "turns": "hold"} for x in new] + [{**x, "turns": "eager"} for x in new[:5]]
+    hold, eager = ([{**x, "turns": turns} for x in new] for turns in ("hold", "eager"))
+    turned = [*hold[:5], *eager[:2], *hold[-4:-2], *hold[5:-4], *hold[-2:], eager[3]]
     return [*found, *turned, *new]
 
 
@@ -94,13 +95,12 @@ def fast_cases() -> list[Case]:
     wanted += [("kv", "HalfKeys", x) for x in (*both, "none")] + [("q", "Half", "hold")]
     pieces = [[side, kind, {"schedule": turns}] for side, kind, turns in wanted]
     pieces += [["q", "Running", three | {"schedule": turns}] for turns in (*both, "none")]
+    for causal, schedule in ((False, "hold"), (False, "eager"), (True, "hold"), (True, "eager")):
+        case = {**base, "causal": causal, "turns": schedule}
+        found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
+        found += [{**case, "keys": "HalfKeys", "gradient": None}]
+    pieces.append(["operands", "Running", {}])
     found += [{**new, "turns": "all", "pieces": each} for each in pieces]
-    found.append({**new, "turns": "all", "pieces": ["operands", "Running", {}]})
-    for schedule in both:
-        for causal in (False, True):
-            case = {**base, "causal": causal, "turns": schedule}
-            found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
-            found += [{**case, "keys": "HalfKeys", "gradient": None}]
     return found
 
 
