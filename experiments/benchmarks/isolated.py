@@ -129,14 +129,16 @@ def report(
     Args:
         program: name of the benchmark, and of its JSON.
         options: with output, time_budget, limit, only and dry_run.
-        cases: all of them; those whose JSON contains ``options.only`` run.
+        cases: all of them; those whose JSON contains one of the texts of ``options.only``, which
+            are separated by ``|``, run.
         line: what is said of a row: case, result or failed, seconds.
         compare: sets the rows so far in relation to each other, in place.
     """
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
-    chosen = [case for case in cases if options.only in json.dumps(case)]
+    texts = options.only.split("|")
+    chosen = [case for case in cases if any(text in json.dumps(case) for text in texts)]
     command = f"python -m experiments.benchmarks.{program} --time-budget {options.time_budget:g}"
     command += f" --only {options.only}" * bool(options.only)
     found: dict[str, Any] = {"command": command, "rows": []}

@@ -79,7 +79,20 @@ def cases() -> list[Case]:
         fast("torch bf16", 4096),
         fast("torch bf16", 1),
     ]
+    whole = {"own": 8, "groups": 4, "outputs": 64}  # one block a multiprocessor, no splits
+    whole_blocks = [
+        right("rows", "nvfp4", 16, 1024, 512, config=whole),
+        right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
+        right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
+        *(fast("nvfp4", m, "rows", **c) for m in (1, 16)
+          for c in (whole, {**whole, "table": True}, {**whole, "table": True, "units": 4},
+                    {"outputs": 128, "table": True})),
+        *(fast("mxfp4", m, "rows", **whole, table=True) for m in (1, 16)),
+        *(fast("int4", m, "rows", **whole, units=units) for m in (1, 16) for units in (2, 4)),
+        right("rows", "nvfp4", 16, 8192, 8192, config={**whole, "table": True}),
+    ]  # fmt: skip
     rest = [
+        *whole_blocks,
         *(fast("nvfp4", 1, "rows", **c)
           for c in ({"own": 8}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
         *(fast("nvfp4", 16, "rows", **c)
@@ -296,7 +309,7 @@ class Options:
     limit: float = 40.0
     """A process that says nothing for so many seconds is ended."""
     only: str = ""
-    """Cases whose JSON contains this text."""
+    """Cases whose JSON contains one of these texts, separated by |."""
     first: int | None = None
     """Only so many cases."""
     dry_run: bool = False

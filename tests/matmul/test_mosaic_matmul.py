@@ -53,15 +53,21 @@ def activations(m, k):
     return jnp.asarray(np.random.default_rng(m).normal(size=(m, k)), jnp.bfloat16)
 
 
-def run_blocks(body, outs, grid, args, shared=0):
-    """The kernel's launch: every block in turn."""
+def run_blocks(body, outs, grid, args, shared=0, groups=1):
+    """The kernel's launch: every block in turn.
+
+    Of several warpgroups each runs twice: the second time it finds in shared memory what all of
+    them wrote there before they met.
+    """
 
     def run(*arrays):
         refs = dict(zip(args, map(np.asarray, arrays), strict=True))
         results = {name: np.full(out.shape, np.nan, out.dtype) for name, out in outs.items()}
         for axes in np.ndindex(*grid):
             scratch = {"shared": np.full(shared, np.nan, np.float32)}
-            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
+            for group in range(groups if groups == 1 else 2 * groups):
+                numbers = axes if groups == 1 else (*axes, group % groups)
+                body(refs | results | scratch, [np.full(128, i, np.int32) for i in numbers])
         return results
 
     return jax.pure_callback(run, outs, *args.values())
@@ -87,6 +93,10 @@ def on_numpy(monkeypatch):
         ("int4", 16, 300, 128, "groups", {"own": 8, "units": 8}),
         ("int4_32", 3, 64, 8, "normal", {}),
         ("int4_whole", 4, 50, 130, "normal", {}),
+        ("nvfp4", 3, 1100, 136, "normal", {"own": 8, "groups": 4, "outputs": 64}),
+        ("nvfp4", 7, 200, 128, "groups", {"table": True}),
+        ("int4", 13, 1056, 64, "groups", {"groups": 4, "outputs": 64}),
+        ("mxfp4", 12, 4096, 64, "normal", {"groups": 4, "outputs": 64, "blocks": 3}),
     ],
 )
 def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_numpy):
