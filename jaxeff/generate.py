@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxeff.compress import Compressor, parse
+from jaxeff.compress import Compressor, ContextPass, parse
 from jaxeff.kv_cache import DenseCache, KVCache, store_name
 from jaxeff.kv_cache.flight import read_in_order, was_read
 from jaxeff.nn.rope import rope_frequencies
+from jaxeff.quant import use_fp8
 
 __all__ = [
     "Context",
@@ -520,7 +521,9 @@ def _prepare(
     )
     passes = compressor.context_passes(tokens, lengths, vocab_size=model.config.vocab_size)
     scores, compress_seconds = (), 0.0
-    for item in passes:
+    # A forward over the context takes no more tokens, and so no more memory, than the prefill did.
+    many = side_by_side(passes, compressor.most_passes(cache), prefill_chunk or prompt)
+    for item in many:
         found, seconds = _run(
             _observe,
             (graphdef, compressor),
@@ -625,11 +628,53 @@ def _turn(graphdef, compressor, room, state, cache, tokens, lengths):
     return logits, compressor.after_turn(cache, tokens=count)
 
 
+def side_by_side(passes: list[ContextPass], most: int, tokens: int) -> list[ContextPass]:
+    """Join context passes, so that a forward takes at most ``most`` of them and ``tokens`` tokens.
+
+    Args:
+        passes: all of one shape ``[B, A]``.
+        most: of a forward; 1 leaves them as they are.
+        tokens: of a forward, if more than one pass.
+
+    Returns:
+        Passes of one shape ``[B, P * A]`` with starts ``[P]``; empty ones fill the last up.
+
+    Examples:
+        >>> one = ContextPass(np.zeros((1, 4), np.int32), np.ones((1, 4), bool), 0)
+        >>> [item.tokens.shape for item in side_by_side([one] * 5, 100, 11)]
+        [(1, 8), (1, 8), (1, 8)]
+        >>> side_by_side([one], 1, 11)[0].start
+        0
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.4 (chunks bound the memory of the scoring).
+    """
+    if not passes or most < 2:
+        return passes
+    count = max(1, min(most, len(passes), tokens // passes[0].tokens.shape[1]))
+    count = -(-len(passes) // -(-len(passes) // count))  # as even as can be
+    joined = []
+    for begin in range(0, len(passes), count):
+        part = passes[begin : begin + count]
+        empty = part[-1]._replace(valid=np.zeros_like(part[-1].valid))
+        part = [*part, *[empty] * (count - len(part))]
+        rows, valid = (np.concatenate(x, axis=1) for x in list(zip(*part, strict=True))[:2])
+        joined.append(ContextPass(rows, valid, np.asarray([x.start for x in part], np.int32)))
+    return joined
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _observe(graphdef, compressor, state, cache, tokens, valid, start):
-    """Run one context pass; return the scores that it recorded. The cache stays as it is."""
+    """Run context passes; return the scores that they recorded. The cache stays as it is."""
     model = nnx.merge(graphdef, state)
-    _, seen = model(tokens, valid=valid, cache=compressor.observe(cache, start))
+    if compressor.pass_format is not None:
+        use_fp8(model)
+    where = {}
+    if start.ndim:  # every pass counts on from the context
+        steps = jnp.cumsum(valid.reshape(valid.shape[0], start.shape[0], -1), axis=-1) - 1
+        steps = jnp.maximum(steps, 0).reshape(valid.shape)
+        where["positions"] = cache.seen[:, None] + steps.astype(jnp.int32)
+    _, seen = model(tokens, valid=valid, cache=compressor.observe(cache, start), **where)
     return compressor.collect(seen)
 
 
@@ -656,8 +701,13 @@ def _draw(sampling, logits, key):
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5, 6))
 def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, key, until):
-    """Generate up to step ``until``; stop early once every row has stopped."""
+    """Generate up to step ``until``; stop early once every row has stopped.
+
+    Two loops, where the compressor says when it is due: the inner one only appends to the cache,
+    which XLA does in place. A branch in every step would make it copy the cache.
+    """
     stop = jnp.asarray(sampling.stop_tokens or (-1,), jnp.int32)
+    tells = compressor.due(cache) is not None
 
     def unfinished(carry):
         (step, _, done, _, _), _ = carry
@@ -665,7 +715,7 @@ def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, 
 
     def one_step(carry):
         (step, token, done, tokens, lengths), cache = carry
-        out, cache = _step(graphdef, state, compressor, cache, token, ~done)
+        out, cache = _append(graphdef, state, cache, token, ~done)
         token = _draw(sampling, out, jax.random.fold_in(key, step))
         token = jnp.where(done, stop[0], token)
         tokens = tokens.at[:, step].set(token)
@@ -673,7 +723,19 @@ def _decode(graphdef, compressor, sampling, steps, state, cache, carry, limits, 
         done = done | jnp.isin(token, stop) | (lengths >= limits)
         return (step + 1, token, done, tokens, lengths), cache
 
-    return jax.lax.while_loop(unfinished, one_step, (carry, cache))
+    def until_due(carry):
+        begun = carry[0][0]
+
+        def goes_on(carry):
+            return unfinished(carry) & ((carry[0][0] == begun) | ~compressor.due(carry[1]))
+
+        return jax.lax.while_loop(goes_on, one_step, carry) if tells else one_step(carry)
+
+    def segment(carry):
+        carry, cache = until_due(carry)
+        return carry, compressor.after_step(cache)
+
+    return jax.lax.while_loop(unfinished, segment, (carry, cache))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
@@ -701,9 +763,15 @@ def _token_score(logits, token):
 
 def _step(graphdef, state, compressor, cache, token, active):
     """Feed one token per row; return f32 logits ``[B, V]`` and the cache, compacted if due."""
+    logits, cache = _append(graphdef, state, cache, token, active)
+    return logits, compressor.after_step(cache)
+
+
+def _append(graphdef, state, cache, token, active):
+    """Feed one token per row; return f32 logits ``[B, V]`` and the cache."""
     model = nnx.merge(graphdef, state)
     logits, cache = model(token[:, None], valid=active[:, None], cache=cache)
-    return logits[:, 0].astype(jnp.float32), compressor.after_step(cache)
+    return logits[:, 0].astype(jnp.float32), cache
 
 
 _EXECUTABLES: OrderedDict[Any, Any] = OrderedDict()

@@ -21,11 +21,14 @@ from pallas_kernels.ops.attention.api import dot_product_attention
 from pallas_kernels.ops.attention.ring import ring_attention
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionConfig, AttentionQuant
 from pallas_kernels.ops.decode_attention import (
+    append_to_cache,
     append_tokens,
     decode_attention,
+    largest_slots,
     last_similar_keys,
     max_attention_weights,
     merge_attention,
+    move_slots,
     window_attention_weights,
 )
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
@@ -46,6 +49,7 @@ __all__ = [
     "BlockMask",
     "Mask",
     "QTensor",
+    "append_to_cache",
     "append_tokens",
     "decode_attention",
     "dequantize",
@@ -55,10 +59,12 @@ __all__ = [
     "fake_quantize_both",
     "get_format",
     "inverse_rht",
+    "largest_slots",
     "last_similar_keys",
     "matmul",
     "max_attention_weights",
     "merge_attention",
+    "move_slots",
     "quantize",
     "quantize_fp8_both",
     "rht",

@@ -153,6 +153,50 @@ def test_side_by_side_steps_all_arms_until_the_time_is_over(tmp_path, monkeypatc
     assert json.loads((tmp_path / "runs.json").read_text())["records"].keys() == records.keys()
 
 
+def test_calls_with_a_seed_each_are_put_together(tmp_path):
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        records = {
+            arm: [
+                {
+                    "seed": seed,
+                    "validation": 1.0 + gap,
+                    "curve": [[8 * i, 1.0 + gap, 0.1] for i in range(10 + seed)],
+                    "seconds_per_step": 0.01,
+                }
+            ]
+            for arm, gap in (("bf16", 0.0), ("rtn", 0.04), ("sr", 0.06), ("split", 0.01))
+        }
+        content = {"environment": {"device": "some GPU"}, "sizes": {}, "seconds": 1.0, "text": {}}
+        path = folder / "rounding_runs.json"
+        path.write_text(json.dumps(content | {"records": records}))
+    where = ["--collect", *map(str, folders), "--output", str(tmp_path), "--no-plots"]
+    run.main(["rounding", "--preset", "minutes", "--seeds", "2", *where])
+    result = json.loads((tmp_path / "rounding.json").read_text())
+    assert result["environment"] == {"device": "some GPU"}
+    assert result["table"]["rtn"]["seeds"] == [0, 1]
+    assert abs(result["late_gaps"]["sr"]["gap"] - 0.06) < 1e-9
+    assert all(claim["passed"] for claim in result["claims"])
+
+
+def test_the_measured_step_trains_with_every_recipe(tmp_path, monkeypatch):
+    """Rows for all recipes, whose losses fall, and agree at the start."""
+    monkeypatch.setattr(speed, "kernel_times", lambda folder: {"nvjet_hsh": 2e-3, "fusion": 1e-3})
+    sizes = speed.Sizes(
+        layers=1, dim=32, heads=2, kv_heads=1, mlp=32, vocab=64, batch=2, seq_len=16,
+        attention="xla",
+    )  # fmt: skip
+    path = tmp_path / "speed_step.json"
+    speed.measure_steps(speed.Report(path, 1e9, lambda text: None), sizes, blocks=1, length=4)
+    rows = json.loads(path.read_text())["rows"]
+    losses = {row["recipe"]: row["losses"] for row in rows}
+    assert set(losses) == {"bf16", "fp8_delayed", "fp8_current", "fp4_all_the_way"}
+    for first, last in losses.values():
+        assert last < first and abs(first - losses["bf16"][0]) < 0.1
+    assert rows[0]["parts"]["products"] == 2.0 and rows[0]["parts"]["rest"] == 1.0
+
+
 def test_speed_refuses_a_cpu(tmp_path):
     if jax.default_backend() != "cpu":
         pytest.skip("for machines without a GPU")

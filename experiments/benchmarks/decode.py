@@ -12,7 +12,6 @@ kernel that hangs costs one case. ``--dry-run`` lowers every kernel for an abstr
 
 import dataclasses
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,12 @@ import tyro
 from experiments.benchmarks.attention import machine
 from experiments.benchmarks.isolated import Case, report, work
 from pallas_kernels import (
-    append_tokens,
+    append_to_cache,
     decode_attention,
+    largest_slots,
     last_similar_keys,
     max_attention_weights,
+    move_slots,
     quantize,
     testing,
 )
@@ -102,6 +103,13 @@ def cases() -> list[Case]:
         fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
         fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
     ]
+    # One row of 124K leaves little to read, so that what does not shrink with it shows.
+    single = [
+        fast(batch=1, capacity=124032, config=config, **layout)
+        for config in ({}, {"at_once": 16}, {"at_once": 16, "blocks": 396},
+                       {"at_once": 16, "blocks": 264}, {"at_once": 32, "blocks": 1056})
+        for layout in ({}, {"layout": "kept", "tile": 16})
+    ]  # fmt: skip
     scores = {"stage": "scores", "batch": 1, "steps": 2048, "heads": 32, "kv_heads": 8,
               "head_dim": 128}  # fmt: skip
     scored = [
@@ -117,9 +125,15 @@ def cases() -> list[Case]:
     searched = [{**similar, "store": s, "batch": 2, "check": True} for s in ("bfloat16", "int8")]
     searched += [{**similar, "store": "bfloat16", "batch": b} for b in (8, 32)]
     searched += [{**similar, "store": "bfloat16", "batch": 32, "implementation": "xla"}]
+    cut = [
+        {"stage": "cut", "store": "bfloat16", "heads": 32, "kv_heads": 8, "head_dim": 128,
+         "capacity": 1152, "budget": 1024, "batch": b, "implementation": name}
+        for name in ("mosaic", "xla") for b in (8, 32)
+    ]  # fmt: skip
     appended = [
-        {"stage": "append", "store": s, **LARGE, "capacity": 4096}
-        for s in ("bfloat16", "int8", "int4")
+        {"stage": "append", "store": s, **LARGE, "capacity": 4096, "implementation": name}
+        for s in ("int8", "bfloat16", "int4", "fp8_e4m3")
+        for name in ("mosaic", "xla")
     ]
     rest = [
         fast(store="int8", head_dim=64),
@@ -133,7 +147,9 @@ def cases() -> list[Case]:
         *core,
         *scored[:4],
         *searched,
+        *cut,
         *judged,
+        *single,
         *appended,
         *sizes,
         *features,
@@ -393,39 +409,83 @@ def similar_call(case: Case):
     return functools.partial(last_similar_keys, implementation=name), (keys,)
 
 
-def run_append(case: Case) -> dict[str, float]:
-    """Microseconds to quantise and write one token of every row and head, in place."""
+def run_cut(case: Case) -> dict[str, float]:
+    """R-KV's choice and its copy: milliseconds of each; the kernels' results are those of XLA."""
+    calls = cut_calls(case)
+    result = {}
+    for (name, (function, args)), (_, (exact, _)) in zip(
+        calls.items(), cut_calls({**case, "implementation": "xla"}).items(), strict=True
+    ):
+        got, want = jax.jit(function)(*args), jax.jit(exact)(*args)
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), got, want)
+        if not all(jax.tree.leaves(same)):
+            raise RuntimeError(f"{name} differs from XLA")
+        result[f"{name}_ms"] = benchmark(function, *args, repeats=5, warmup=1).median * 1e3
+    return result
+
+
+def cut_calls(case: Case):
+    """What is timed, and its arrays: scores with ties and a window, and both of K and V."""
     b, k, c, h = (case[x] for x in ("batch", "kv_heads", "capacity", "head_dim"))
-    keys, _ = stores(case["store"], (b, k, c, h))
-    new = jax.random.normal(jax.random.key(1), (b, k, 1, h)).astype(jnp.bfloat16)
-    write = jax.jit(_appends, donate_argnums=0)
-    keys = jax.tree.map(jnp.copy, keys)
-    times = []
-    for _ in range(6):
-        begin = time.perf_counter()
-        keys = jax.block_until_ready(write(keys, new))
-        times.append(time.perf_counter() - begin)
-    stores.cache_clear()
-    return {"us": min(times[1:]) / APPENDS * 1e6}
+    scores = jnp.round(jax.random.normal(jax.random.key(0), (b, k, c)), 3)
+    scores = scores.at[..., -8:].set(jnp.inf)
+    layer = dict(zip("kv", stores(case["store"], (b, k, c, h)), strict=True))
+    layer["positions"] = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32), (b, k, c)) + 0
+    kept = jax.jit(functools.partial(largest_slots, budget=case["budget"], implementation="xla"))
+    source = jnp.pad(kept(scores), ((0, 0), (0, 0), (0, c - case["budget"])), constant_values=-1)
+    fill = jax.tree.map(lambda _: 0, layer) | {"positions": -1}
+    name = case["implementation"]
+    choose = functools.partial(largest_slots, budget=case["budget"], implementation=name)
+    move = functools.partial(move_slots, fill=fill, implementation=name)
+    return {"choose": (choose, (scores,)), "move": (move, (layer, source))}
+
+
+def run_append(case: Case) -> dict[str, float]:
+    """Microseconds to quantise and write one token of every row and head to K and V, in place."""
+    loop, args = append_call(case)
+    if case["implementation"] == "mosaic":
+        exact, _ = append_call({**case, "implementation": "xla"})
+        got, want = (jax.jit(f)(*args) for f in (loop, exact))
+        if not all(jax.tree.leaves(jax.tree.map(_same_bits, got, want))):
+            raise RuntimeError("the kernel's cache differs from XLA's")
+        del got, want
+    timing = benchmark(loop, *args, repeats=5, warmup=1)
+    copied = benchmark(lambda *x: jax.tree.map(lambda y: y + 0, x[:3]), *args, repeats=3, warmup=1)
+    # The loop copies the cache once, since nothing is donated to it.
+    return {"us": (timing.median - copied.median) / APPENDS * 1e6, "copy_us": copied.median * 1e6}
 
 
 APPENDS = 256
 
 
-def _appends(keys, new):
-    """Many appends in one program, so that launching it is not what is timed."""
+def append_call(case: Case):
+    """Many appends in one program, so that neither launching nor copying it is what is timed."""
+    b, k, c, h = (case[x] for x in ("batch", "kv_heads", "capacity", "head_dim"))
+    keys, values = stores(case["store"], (b, k, c, h))
+    places = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32), (b, k, c)) + 0
+    new = [jax.random.normal(jax.random.key(n), (b, k, 1, h)).astype(jnp.bfloat16) for n in (1, 2)]
+    name = case["implementation"]
 
-    def one(keys, slot):
-        slots = jnp.full(new.shape[:3], slot)
-        return append_tokens(keys, new, slots), None
+    def loop(keys, values, places, *new):
+        def one(cache, slot):
+            slots, at = jnp.full((b, k, 1), slot), jnp.full((b, 1), slot)
+            return append_to_cache(*cache, *new, at, slots, implementation=name), None
 
-    return jax.lax.scan(one, keys, jnp.arange(APPENDS))[0]
+        return jax.lax.scan(one, (keys, values, places), jnp.arange(APPENDS))[0]
+
+    return loop, (keys, values, places, *new)
+
+
+def _same_bits(a, b) -> bool:
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+    return bool(
+        (jax.lax.bitcast_convert_type(a, kind) == jax.lax.bitcast_convert_type(b, kind)).all()
+    )
 
 
 def lower(case: Case) -> dict[str, str]:
     """Lowers what a case would run, for an abstract H200."""
-    other = case.get("implementation", "mosaic") != "mosaic" or case["stage"] == "append"
-    if case.get("copy") or other:
+    if case.get("copy") or case.get("implementation", "mosaic") != "mosaic":
         return {"lowered": "no kernel"}
     if case["stage"] == "correct":
         args, kwargs = correct_call(case)
@@ -434,6 +494,13 @@ def lower(case: Case) -> dict[str, str]:
         call, args = scores_call(case)
     elif case["stage"] == "similar":
         call, args = similar_call({**case, "batch": 1})
+    elif case["stage"] == "append":
+        call, args = append_call({**case, "batch": 1, "capacity": 512})
+    elif case["stage"] == "cut":
+        calls, args = zip(*cut_calls({**case, "batch": 1}).values(), strict=True)
+
+        def call(*args):
+            return [function(*each) for function, each in zip(calls, args, strict=True)]
     else:
         call, args = fast_call({**case, "batch": 1, "capacity": 4096})
     with abstract_gpu():
@@ -455,7 +522,7 @@ class Options:
     limit: float = 40.0
     """A process that says nothing for so many seconds is ended."""
     only: str = ""
-    """Cases whose JSON contains this text."""
+    """Cases whose JSON contains this text, or one of several: ``a|b``."""
     dry_run: bool = False
     """Lower every kernel instead of running it."""
     worker: bool = False
@@ -470,6 +537,7 @@ def run(case: Case) -> dict[str, Any]:
         "scores": run_scores,
         "similar": run_similar,
         "append": run_append,
+        "cut": run_cut,
     }
     return {"machine": machine(), **runners[case["stage"]](case)}
 

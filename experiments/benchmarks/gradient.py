@@ -18,7 +18,12 @@ from experiments.benchmarks import attention as bench
 from pallas_kernels import QUANTS, BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import reference
+from pallas_kernels.ops.attention import (
+    mosaic_sm90,
+    mosaic_sm90_backward,
+    mosaic_sm90_backward_s32,
+    reference,
+)
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Case = dict[str, Any]
@@ -28,6 +33,15 @@ BOUNDS = {None: (0.01, 0.9999), "sage_bwd": (0.06, 0.998), "sage_bwd_fp8": (0.08
 
 def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
+    found = _correct_cases()
+    new = [{**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or "")]
+    new += [{**x, "keys": "HalfKeys"} for x in found if x["gradient"] is None]
+    new[1:1] = [new.pop()]  # something in 16 bits early
+    turned = [{**x, "turns": "hold"} for x in new] + [{**x, "turns": "eager"} for x in new[:5]]
+    return [*found, *turned, *new]
+
+
+def _correct_cases() -> list[Case]:
     base = {"group": "gradient", "stage": "correct", "shape": [2, 1000, 777, 4, 2, 128]}
     small, spread = [2, 1000, 777, 4, 2, 64], [1, 2048, 2048, 2, 2, 128]
 
@@ -45,6 +59,9 @@ def correct_cases() -> list[Case]:
         case("sage_bwd", "none", kind="k_bias"), case(None, "window"),
         case(None, "causal", dtype="float16"), case("sage_bwd", "causal", dtype="float16"),
         case("sage_bwd", "lengths", shape=[2, 300, 300, 4, 2, 128]),
+        case("sage_bwd", "window", shape=small), case("sage_bwd", "sinks", shape=small),
+        case("sage_bwd", "none", [128, 128], shape=small, dtype="float16"),
+        case("sage_bwd", "sinks", dtype="float16"),
     ]  # fmt: skip
 
 
@@ -55,16 +72,35 @@ def fast_cases() -> list[Case]:
     for causal in (False, True):
         each = {**base, "causal": causal}
         found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
+        found += [{**each, "peer": "cudnn"}]
         found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
     sizes = (
-        ["kv", "Int8", [32, 2]], ["q", "Int8", [64, 2]], ["q", "Half", []], ["kv", "Half", []],
-        ["operands", "Int8", []], ["kv", "Int8", [128, 1]],
+        ["kv", "Int8", {}], ["q", "Int8", {}], ["q", "Half", {}], ["kv", "Half", {}],
+        ["operands", "Int8", {}],
     )  # fmt: skip
-    found[1:1] = [{**base, "causal": False, "pieces": each} for each in sizes]
-    long = {**base, "shape": [1, 16384, 32, 128]}
-    found += [{**long, "lists": quant, "block": [128, 128]} for quant in (None, "sage_bwd")]
-    found += [{**long, "causal": False, "gradient": quant} for quant in (None, "sage_bwd")]
-    found += [{**long, "causal": False, "peer": "sdpa"}]
+    found += [{**base, "causal": False, "pieces": each} for each in sizes]
+    new = {**base, "sums": "int32"}
+    found += [
+        {**new, "causal": causal, "gradient": quant}
+        for causal in (False, True)
+        for quant in ("sage_bwd", "sage_bwd_fp8")
+    ]
+    three = {
+        "num_compute": 3, "block_kv": 64, "num_stages": 4, "registers": 160, "memory_registers": 32
+    }  # fmt: skip
+    new = {**base, "causal": False}
+    both = ("hold", "eager")
+    wanted = [("kv", "Running", x) for x in both] + [("q", "Running", x) for x in both]
+    wanted += [("kv", "HalfKeys", x) for x in (*both, "none")] + [("q", "Half", "hold")]
+    pieces = [[side, kind, {"schedule": turns}] for side, kind, turns in wanted]
+    pieces += [["q", "Running", three | {"schedule": turns}] for turns in (*both, "none")]
+    found += [{**new, "turns": "all", "pieces": each} for each in pieces]
+    found.append({**new, "turns": "all", "pieces": ["operands", "Running", {}]})
+    for schedule in both:
+        for causal in (False, True):
+            case = {**base, "causal": causal, "turns": schedule}
+            found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
+            found += [{**case, "keys": "HalfKeys", "gradient": None}]
     return found
 
 
@@ -73,6 +109,25 @@ def quant_of(name: str | None):
     if name == "sage_bwd_fp8":  # values in FP8 in the forward
         return dataclasses.replace(QUANTS["sage2"], name=name, backward="int8")
     return name
+
+
+SUMS, KEYS = mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps.__name__
+
+
+def choose_kernels(case: Case) -> None:
+    """Takes INT8 kernels that add in the type "sums" and the 16-bit kernel "keys" from now on."""
+    modules = mosaic_sm90_backward, mosaic_sm90_backward_s32
+    state = lambda: (mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps,  # noqa: E731
+                     *(tuple(x.CONFIGS.values()) for x in modules))  # fmt: skip
+    before, turns = state(), case.get("turns", "none")
+    for module in modules:
+        for side, config in module.CONFIGS.items():
+            if turns != "all":
+                module.CONFIGS[side] = dataclasses.replace(config, schedule=turns)
+    mosaic_sm90.int8_gradient = case.get("sums", SUMS)
+    mosaic_sm90_backward.key_steps = getattr(mosaic_sm90_backward, case.get("keys", KEYS))
+    if before != state():
+        jax.clear_caches()
 
 
 def rules_of(case: Case) -> dict[str, Any]:
@@ -128,6 +183,7 @@ def exact(query, key, value, d_out, mask, sinks=None, lengths=None):
 
 def run_correct(case: Case) -> dict[str, Any]:
     """Relative L1 and cosine of O, dQ, dK and dV; raises out of bounds or if two runs differ."""
+    choose_kernels(case)
     b, t, s, n, k, h = case["shape"]
     sizes = {"batch": b, "q_len": t, "num_heads": n, "head_dim": h}
     sizes["dtype"] = jnp.dtype(case.get("dtype", "bfloat16"))
@@ -145,6 +201,8 @@ def run_correct(case: Case) -> dict[str, Any]:
     run = partial(exact, sinks=rules.get("sinks"), lengths=rules.get("key_value_seq_lengths"))
     want = jax.jit(run)(q, key, v, d_out, mask)
     found, (limit, least) = {}, BOUNDS[case["gradient"]]
+    if case.get("sums") == "int32":  # one scale for each row of P and dS: that of SageBwd's tiles
+        limit, least = 0.1, 0.997
     if sigma > 1:  # the aim of SageBwd's paper, whose table has .9970
         limit, least = 1.0, 0.997
     for name, x, y in zip(("out", "d_query", "d_key", "d_value"), got, want, strict=True):
@@ -177,8 +235,9 @@ def row(case: Case, name: str, timing, units: float, density: float = 1.0) -> di
 
 def run_fast(case: Case, repeats: int) -> list[dict[str, Any]]:
     """Rows of one case."""
+    choose_kernels(case)
     if "peer" in case:
-        return run_peer(case, repeats)
+        return {"sdpa": run_peer, "cudnn": run_cudnn}[case["peer"]](case, repeats)
     if "pieces" in case:
         return run_pieces(case, repeats)
     if "lists" in case:
@@ -192,32 +251,40 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     """One kernel of a backward on random operands, or making these."""
     from pallas_kernels.ops.attention import mosaic_sm90_backward as half
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
+    from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as s32
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
-    side, kind, part = case["pieces"]
+    side, kind, changed = case["pieces"]
     batch, length, heads, head_dim = shape = tuple(case["shape"])
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
     sums = zeros + jnp.log(float(length)), zeros, zeros
-    make = partial(int8.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
+    of_kind = {"Int8": int8, "Running": s32}.get(kind, half)
+    if of_kind is not half:
+        make = partial(of_kind.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
     if side == "operands":
         timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
-        return [{"name": "operands", "milliseconds": timing.median * 1e3}]
-    of_kind = int8 if kind != "Half" else half
-    config = of_kind.CONFIGS[side]
+        return [{"name": f"operands of {kind}", "milliseconds": timing.median * 1e3}]
+    config = dataclasses.replace(of_kind.CONFIGS[side], **changed)
     plan = half.plan_of(side, Variant("int8", "half"), shape, shape, None, None, config)
-    steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5)
-    if part:
-        steps.part, steps.depth = part
-    if kind == "Half":
+    one = [1] * (of_kind is s32)  # query head of each key head
+    steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5, *one)
+    if of_kind is half:
         own = {"q": q, "k": k, "v": v, "d_out": d_out}
-        own |= {name: jnp.pad(zeros, ((0, 0), (0, 0), (0, 384))) for name in ("lse", "delta")}
+        own |= {name: zeros for name in steps.names if name not in own}
     else:
         types = jax.eval_shape(make, q, k, v, d_out, *sums)
         own = {name: random_like(types[name]) for name in steps.names}
+    if config.block_q > half.PAD:
+        own = {name: beyond_the_end(x) for name, x in own.items()}
     timing = benchmark(lambda x: half.launch(steps, x, None), own, repeats=repeats)
     # Products of two: S, dP and dQ, or S, dP, dV and dK.
     return [row(case, f"{kind} of {side}", timing, {"q": 1.5, "kv": 2.0}[side])]
+
+
+def beyond_the_end(x: jax.Array) -> jax.Array:
+    """An array with room for the last tile; one of numbers per row has it at the end."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 384))) if x.ndim == 3 else x
 
 
 def random_like(kind: jax.ShapeDtypeStruct) -> jax.Array:
@@ -277,8 +344,23 @@ def run_peer(case: Case, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def run_cudnn(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """cuDNN through JAX, forward + backward."""
+
+    def run(query, key, value, d_out):
+        call = partial(
+            jax.nn.dot_product_attention, is_causal=case["causal"], implementation="cudnn"
+        )
+        out, pull = jax.vjp(call, query, key, value)
+        return out, *pull(d_out)
+
+    timing = benchmark(run, *inputs(case), repeats=repeats)
+    return [row(case, "cuDNN through JAX, forward + backward", timing, 3.5)]
+
+
 def lower(case: Case) -> dict[str, Any]:
     """Lowers what a case would run, for an abstract H200."""
+    choose_kernels(case)
     if "peer" in case:
         return {"lowered": "not needed"}
     shape = case["shape"]

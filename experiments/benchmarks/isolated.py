@@ -59,13 +59,14 @@ def results(
 def _ask(process, lines, case: Case, limit: float, deadline: float) -> dict[str, Any]:
     """One answer; "lost" says that the process is of no more use."""
     limit *= 1 if case["stage"] in ("correct", "accurate") else 4
-    limit = min(limit, max(5.0, deadline + 20 - time.monotonic()))
+    left = max(5.0, deadline + 20 - time.monotonic())
+    why, limit = ("hung", limit) if limit <= left else ("the time was up", left)
     try:
         process.stdin.write(json.dumps(case) + "\n")
         process.stdin.flush()
         line = lines.get(timeout=limit)
     except queue.Empty:
-        return {"failed": f"nothing for {limit:.0f} s: hung", "lost": True}
+        return {"failed": f"nothing for {limit:.0f} s: {why}", "lost": True}
     except BrokenPipeError:
         line = None
     if line is None:
@@ -129,18 +130,17 @@ def report(
     Args:
         program: name of the benchmark, and of its JSON.
         options: with output, time_budget, limit, only and dry_run.
-        cases: all of them; those whose JSON contains one of the texts of ``options.only``, which
-            are separated by ``|``, run.
+        cases: all of them; those run whose JSON contains a text of ``options.only`` (``a|b``).
         line: what is said of a row: case, result or failed, seconds.
         compare: sets the rows so far in relation to each other, in place.
     """
     console = Console()
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.time_budget
-    texts = options.only.split("|")
-    chosen = [case for case in cases if any(text in json.dumps(case) for text in texts)]
+    wanted = options.only.split("|")
+    chosen = [case for case in cases if any(text in json.dumps(case) for text in wanted)]
     command = f"python -m experiments.benchmarks.{program} --time-budget {options.time_budget:g}"
-    command += f" --only {options.only}" * bool(options.only)
+    command += f" --only '{options.only}'" * bool(options.only)
     found: dict[str, Any] = {"command": command, "rows": []}
     for case, answer in results(chosen, options, deadline, program):
         found |= answer.get("result", {}).pop("machine", {})

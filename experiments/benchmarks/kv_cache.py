@@ -15,6 +15,7 @@ Cases run in a process of their own, see ``experiments.benchmarks.isolated``.
 
 import dataclasses
 import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from flax import nnx
 from experiments.benchmarks.attention import machine
 from experiments.benchmarks.isolated import Case, report, work
 from experiments.kv_cache import efficiency
-from jaxeff.compress import parse
-from jaxeff.generate import _observe, _prefill
+from jaxeff.compress import KVzip, parse
+from jaxeff.generate import _observe, _prefill, side_by_side
 from jaxeff.kv_cache import DenseCache
 from jaxeff.models import Decoder, ModelConfig
 from pallas_kernels._interpret import abstract_gpu
-from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
+from pallas_kernels.benchmarking import benchmark, gigabytes_per_second, kernel_times
+from pallas_kernels.ops.decode_attention import compact as compaction
 
 KV_HEADS, HEADS, HEAD_DIM = efficiency.KV_HEADS, efficiency.HEADS, efficiency.HEAD_DIM
 
@@ -43,12 +45,23 @@ def cases() -> list[Case]:
         {"stage": "attend", "store": s, "ratio": r, "layout": "tiled" if r < 1 else "bucketed"}
         for s, r in (("bfloat16", 1.0), ("bfloat16", 0.3), ("int8", 0.3), ("bfloat16", 0.1))
     ]
-    score = [{"stage": "score", "tokens": tokens} for tokens in (8192, 4096)]
+    score = [
+        {"stage": "score", "tokens": tokens, "joined": joined, "format": form, "quant": quant}
+        for tokens, joined, form, quant in (
+            (8192, True, "fp8", None),
+            (8192, True, None, None),
+            (8192, True, "fp8", "sage2"),
+            (8192, False, None, None),
+            (32768, True, "fp8", "sage2"),
+            (32768, True, None, None),
+        )
+    ]
     compact = [
-        {"stage": "compact", "batch": batch, "budget": 1024, "buffer": 128} for batch in (8, 32, 1)
+        {"stage": "compact", "batch": batch, "budget": 1024, "buffer": 128, "kernels": kernels}
+        for batch, kernels in ((8, True), (32, True), (8, False), (32, False), (1, True))
     ]
     rows = [{"stage": "rows", "output": 8192, "text": t} for t in ("full", RKV)]
-    return [*attend[:2], *score[:1], *compact[:2], *rows, *attend[2:], *score[1:], *compact[2:]]
+    return [*attend[:2], *compact[:4], *score[:3], *rows, *attend[2:], *score[3:], *compact[4:]]
 
 
 RKV = "rkv(budget=1024, buffer=128)"
@@ -83,6 +96,20 @@ def attend_call(case: Case, tokens: int = efficiency.CONTEXT):
     return (lambda q, layer: layer.attend(q, positions=at)), (query, layer)
 
 
+def longest(function, args, count: int = 14) -> dict[str, float]:
+    """Milliseconds of the kernels of a run that take longest, and of the others."""
+    compiled = jax.jit(function).lower(*args).compile()
+    for _ in range(2):
+        jax.block_until_ready(compiled(*args))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(compiled(*args))
+        times = kernel_times(Path(folder))
+    named = {name[:80]: seconds * 1e3 for name, seconds in list(times.items())[:count]}
+    others = sum(times.values()) * 1e3 - sum(named.values())
+    return {name: round(ms, 4) for name, ms in {**named, "others": others}.items()}
+
+
 def _model(layers: int) -> Decoder:
     config = ModelConfig.llama(
         vocab_size=1024,
@@ -108,6 +135,7 @@ def run_score(case: Case) -> dict[str, float]:
         args = (prefill[1][0], cache, *observe[1])
         pair = ((prefill[0], prefill[1]), (observe[0], args))
         times.append([benchmark(f, *a, repeats=3, warmup=1).median * 1e3 for f, a in pair])
+        parts = {n: longest(f, a) for n, (f, a) in zip(("prefill", "pass"), pair, strict=True)}
         analysed = [jax.jit(f).lower(*a).compile().memory_analysis() for f, a in pair]
         temp = [x.temp_size_in_bytes for x in analysed]
     first, second = (np.subtract(*times[::-1]) / 2).tolist()
@@ -120,17 +148,21 @@ def run_score(case: Case) -> dict[str, float]:
         "prefill_temp": temp[0],
         "pass_temp": temp[1],
         "extra_memory": max(temp[1] - temp[0], 0) / whole,
+        "kernels_of_three_layers": parts,
     }
 
 
 def score_calls(case: Case):
     """Prefill and one pass, each with its arguments, and the number of passes."""
     tokens, chunk = case["tokens"], 2048
-    method = parse(f"kvzip(ratio=0.3, chunk={chunk})")
+    method = KVzip(ratio=0.3, chunk=chunk, pass_format=case["format"], pass_quant=case["quant"])
     graphdef, state = nnx.split(_model(case["layers"]))
     text = np.random.default_rng(0).integers(1024, size=(1, tokens)).astype(np.int32)
     lengths = np.full(1, tokens, np.int32)
     passes = method.context_passes(text, lengths, vocab_size=1024)
+    if case["joined"]:
+        cache = jax.eval_shape(lambda: DenseCache.init(1, 1, tokens, KV_HEADS, HEAD_DIM))
+        passes = side_by_side(passes, method.most_passes(cache), tokens)
     one = passes[len(passes) // 2]
 
     def prefill(state, text, lengths):
@@ -146,6 +178,7 @@ def score_calls(case: Case):
 
 def run_compact(case: Case) -> dict[str, float]:
     """Milliseconds of a layer's compaction, of its decode step, and their ratio over a buffer."""
+    compaction.MEASURED = case["kernels"]
     calls = compact_calls(case)
     compact, attend, block = (
         benchmark(f, *args, repeats=5, warmup=1).median * 1e3 for f, args in calls
@@ -155,6 +188,7 @@ def run_compact(case: Case) -> dict[str, float]:
         "attend_ms": attend,
         "block_ms": block,
         "share": compact / (case["buffer"] * (attend + block)),
+        "kernels": longest(*calls[0]),
     }
 
 
@@ -185,21 +219,25 @@ def compact_calls(case: Case):
 
 
 def run_rows(case: Case) -> dict[str, float]:
-    """The largest batch whose cache of 32 layers fits beside the weights; it is really made."""
+    """The largest batch whose cache of 32 layers fits beside the weights; all of it is made."""
     one = efficiency.generation_bytes(case["text"], 128, case["output"])
-    weights = jnp.zeros(int(efficiency.WEIGHT_BYTES), jnp.int8)
-    fitting, failing = 0, None
+    weights = jax.block_until_ready(jnp.zeros(int(efficiency.WEIGHT_BYTES), jnp.int8))
+    fitting, failing = 0, 0
     low, high = 1, int(150e9 // one)
     while low <= high:
         batch = (low + high) // 2
+        shapes = efficiency.generation_cache(case["text"], 128, case["output"], batch)
+        made = []
         try:
-            made = jax.block_until_ready(jnp.zeros(one * batch, jnp.int8))
-            del made
+            for x in jax.tree.leaves(shapes):
+                made.append(jnp.zeros(x.shape, x.dtype))
+            jax.block_until_ready(made)
             fitting, low = batch, batch + 1
         except Exception:  # out of memory, in whichever words
             failing, high = batch, batch - 1
+        del made
     del weights
-    return {"bytes_per_row": one, "rows": fitting, "rows_too_many": failing or 0}
+    return {"bytes_per_row": one, "rows": fitting, "rows_too_many": failing}
 
 
 def lower(case: Case) -> dict[str, Any]:
@@ -209,10 +247,11 @@ def lower(case: Case) -> dict[str, Any]:
     if case["stage"] == "attend":
         calls = [attend_call(case, 2048)]
     elif case["stage"] == "score":
-        first, second, _ = score_calls({**case, "layers": 1, "tokens": 2048})
+        first, second, _ = score_calls({**case, "layers": 2, "tokens": 6144})
         _, cache = jax.eval_shape(first[0], *first[1])
         calls = [first, (second[0], (first[1][0], cache, *second[1]))]
     else:
+        compaction.MEASURED = case["kernels"]
         calls = compact_calls({**case, "batch": 1, "budget": 64, "buffer": 64})
     found = []
     with abstract_gpu():
@@ -235,7 +274,7 @@ class Options:
     limit: float = 20.0
     """A process that says nothing for four times as many seconds is ended."""
     only: str = ""
-    """Cases whose JSON contains this text."""
+    """Cases whose JSON contains this text, or one of several: ``a|b``."""
     dry_run: bool = False
     """Lower every kernel instead of running it."""
     worker: bool = False

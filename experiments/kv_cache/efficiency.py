@@ -38,17 +38,24 @@ def dense_bytes(tokens: int, dtype: Any = jnp.bfloat16, query_window: int = 0) -
     return tree_bytes(jax.eval_shape(make))
 
 
-def generation_bytes(text: str, prompt: int, output: int) -> int:
-    """Bytes of the cache that decodes ``output`` tokens after a prompt, one row."""
+def generation_cache(text: str, prompt: int, output: int, batch: int = 1) -> KVCache:
+    """Shapes of the cache that decodes ``output`` tokens after a prompt."""
     method = parse(text).fit(prompt=prompt, room=output - 1)
 
     def start() -> KVCache:
         capacity = method.prefill_capacity(prompt=prompt, room=output - 1)
         options = {"query_window": method.query_window, "observer": method.observer}
-        cache = DenseCache.init(LAYERS, 1, capacity, KV_HEADS, HEAD_DIM, num_heads=HEADS, **options)
+        cache = DenseCache.init(
+            LAYERS, batch, capacity, KV_HEADS, HEAD_DIM, num_heads=HEADS, **options
+        )
         return method.after_prefill(cache)
 
-    return tree_bytes(jax.eval_shape(start))
+    return jax.eval_shape(start)
+
+
+def generation_bytes(text: str, prompt: int, output: int) -> int:
+    """Bytes of the cache that decodes ``output`` tokens after a prompt, one row."""
+    return tree_bytes(generation_cache(text, prompt, output))
 
 
 def head_lengths(ratio: float, tokens: int, seed: int = 0) -> np.ndarray:

@@ -21,6 +21,7 @@ RECALL_METHODS = {
     "kvzip_head": f"kvzip(ratio={{r}}, {_REPEAT}, level='head', layout='tiled', bucket=4)",
     "kvzip_plus": f"kvzip(ratio={{r}}, {_REPEAT}, kvzip_plus=True, layout='tiled', bucket=4)",
     "kvzip_pair_int8": f"kvzip(ratio={{r}}, {_REPEAT}, layout='tiled', bucket=4, storage='int8')",
+    "kvzip_pair_fp8": f"kvzip(ratio={{r}}, {_REPEAT}, layout='tiled', bucket=4, pass_format='fp8')",
     "snap_agnostic": "snapkv(budget={b}, window={w}, variant='kvzip', num_sinks=2, buffer={room})",
     "snap_reuse": "snapkv(budget={b}, window=3, variant='kvzip', num_sinks=2, buffer={room})",
     "snap_oracle": "snapkv(budget={b}, window=3, variant='kvzip', num_sinks=2, buffer={room})",
@@ -128,7 +129,22 @@ def recall_cell(
         (np.asarray(answer(made, questions[:, n], max_new_tokens=2).tokens) == values[:, n]).all(-1)
         for n in asked
     ]
-    return _cell(np.stack(hits), full, made.cache)
+    more = {}
+    if "pass_format" in text:  # what rounding the scores changes
+        exact = prepare(model, seen, compression=RECALL_METHODS["kvzip_pair"].format(r=ratio))
+        more["kept_as_by_exact_scores"] = round(_shared(exact.cache, made.cache), 4)
+    return _cell(np.stack(hits), full, made.cache, **more)
+
+
+def _shared(one: Any, other: Any) -> float:
+    """Return the share of the entries of ``one`` that ``other`` keeps too."""
+    same = total = 0
+    for a, b in zip(one.layers, other.layers, strict=True):
+        a, b = (np.asarray(x.positions).reshape(-1, x.positions.shape[-1]) for x in (a, b))
+        for mine, its in zip(a, b, strict=True):
+            mine = mine[mine >= 0]
+            same, total = same + int(np.isin(mine, its).sum()), total + mine.size
+    return same / total
 
 
 def needle_cell(

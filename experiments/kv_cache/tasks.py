@@ -159,7 +159,7 @@ class Trace:
     """A program run step by step, every step restated a few times (E3, E4).
 
     The prompt lists start values ``VAL x d``, the program ``k y' c x'`` (line ``k``: ``x = y + c``
-    modulo ``base``, a fresh ``x`` each), ``CHECKS n``, ``QUERY x'``, ``TRACE``. Program and
+    modulo ``base``), ``CHECKS n``, ``QUERY x'``, ``TRACE``. Program and
     question name variables in an alphabet of their own (``x'`` is ``x``), so that whatever follows
     an ``x`` is its value. Lines are numbered: without numbers a model counts the steps that it can
     see, which no cache that forgets some survives.
@@ -167,7 +167,7 @@ class Trace:
     The trace has ``k y v c x d`` per line (``y`` is ``v``, plus ``c``, so ``x`` is ``d``), then
     ``n`` restatements ``m AGAIN y v c x d OK`` (``m`` counts down, so that greedy decoding knows
     when to stop) and, with them, a filler phrase of four tokens. It ends with ``ANS x d DONE`` for
-    a variable written in the first half.
+    a variable written in the first half, or, with ``overwrite``, the one not written for longest.
 
     Args:
         starts: variables with a start value.
@@ -176,6 +176,9 @@ class Trace:
         constants: ``c`` is below this.
         names: ids for variables, at least ``starts + steps``.
         checks: restatements seen in training, ``0 … checks``.
+        overwrite: lines write the variables that have start values, again and again, as the
+            specification has it: what was said of a variable before is of no more use. Otherwise
+            every line writes a fresh one, and no value ever loses its use.
     """
 
     starts: int = 3
@@ -184,6 +187,12 @@ class Trace:
     constants: int = 4
     names: int = 24
     checks: int = 3
+    overwrite: bool = False
+
+    @property
+    def variables(self) -> int:
+        """Variables of a program of ``steps`` lines."""
+        return self.starts + (0 if self.overwrite else self.steps)
 
     @property
     def vocab_size(self) -> int:
@@ -242,35 +251,48 @@ class Trace:
             steps: lines of the program; ``None``: the task's.
         """
         steps = self.steps if steps is None else steps
-        total = self.starts + steps
+        total = self.starts + (0 if self.overwrite else steps)
         if total > self.names:
             raise ValueError(f"names={self.names}; {total} variables need as many")
         names = np.argsort(rng.random((batch, self.names)), axis=1)[:, :total]
         values = np.zeros((batch, total), int)
         values[:, : self.starts] = rng.integers(self.base, size=(batch, self.starts))
-        source = np.zeros((batch, steps), int)
+        begun = values[:, : self.starts].copy()
+        source, target = np.zeros((2, batch, steps), int)
+        before, after = np.zeros((2, batch, steps), int)
         plus = rng.integers(self.constants, size=(batch, steps))
         row = np.arange(batch)
+        written = np.full((batch, total), steps)  # the last line that writes a variable
         for step in range(steps):
-            source[:, step] = rng.integers(self.starts + step, size=batch)
-            made = values[row, source[:, step]] + plus[:, step]
-            values[:, self.starts + step] = made % self.base
-        x = self._name + names[:, self.starts :]
-        y = self._name + np.take_along_axis(names, source, axis=1)
-        c, d = self._constant + plus, self._value + values
+            target[:, step] = self.starts + step
+            if self.overwrite:
+                target[:, step] = rng.integers(total, size=batch)
+                source[:, step] = target[:, step] + 1 + rng.integers(total - 1, size=batch)
+                source[:, step] %= total
+            else:
+                source[:, step] = rng.integers(self.starts + step, size=batch)
+            before[:, step] = values[row, source[:, step]]
+            after[:, step] = (before[:, step] + plus[:, step]) % self.base
+            values[row, target[:, step]] = after[:, step]
+            written[row, target[:, step]] = step
+        x, y = (self._name + np.take_along_axis(names, z, axis=1) for z in (target, source))
+        c, d = self._constant + plus, self._value + after
         ones = np.ones((batch, steps, 1), int)
 
         def flat(*parts):
             return np.concatenate([np.reshape(p, (batch, -1)) for p in parts], axis=1)
 
         known = self._name + names[:, : self.starts]
-        starts = np.stack([VAL * np.ones_like(known), known, d[:, : self.starts]], -1)
+        starts = np.stack([VAL * np.ones_like(known), known, self._value + begun], -1)
         prime = self._line_name - self._name
         begin = rng.integers(self.names - steps + 1, size=(batch, 1, 1))  # lines count on from here
         number = self._line + begin + np.arange(steps)[:, None]
         lines = np.stack([number[..., 0], y + prime, c, x + prime], axis=-1)
-        asked = rng.integers(max(steps // 2, 1), size=batch)
-        wanted = x[row, asked]
+        if self.overwrite:
+            asked = np.argmin(written, axis=1)
+        else:
+            asked = self.starts + rng.integers(max(steps // 2, 1), size=batch)
+        wanted = self._name + names[row, asked]
         tail = np.stack(
             [
                 *np.tile([[CHECKS], [self._counter + checks], [QUERY]], (1, batch)),
@@ -280,15 +302,15 @@ class Trace:
             axis=-1,
         )
         prompt = flat(np.full((batch, 1), BOS), starts, lines, tail)
-        before = self._value + np.take_along_axis(values, source, axis=1)
-        said = np.stack([y, before, c, x, d[:, self.starts :]], axis=-1)
+        said = np.stack([y, self._value + before, c, x, d], axis=-1)
         parts = [number, said]
         for left in range(checks, 0, -1):
             parts += [(self._counter + left) * ones, AGAIN * ones, said, OK * ones]
         if checks:
             parts += [np.tile(self._filler + np.arange(4), (batch, steps, 1))]
         body = np.concatenate(parts, axis=-1)
-        last = np.stack([np.full(batch, ANS), wanted, d[row, self.starts + asked]], axis=-1)
+        told = self._value + values[row, asked]
+        last = np.stack([np.full(batch, ANS), wanted, told], axis=-1)
         return prompt, flat(body, last, np.full((batch, 1), DONE))
 
     def drill(
@@ -303,24 +325,29 @@ class Trace:
             batch: rows.
             length: tokens of a text.
         """
-        count = rng.integers(2, min(self.starts + self.steps, length // 6) + 1)
+        count = rng.integers(2, min(self.variables, length // 6) + 1)
         names = np.argsort(rng.random((batch, self.names)), axis=1)[:, :count]
-        values = rng.integers(self.base, size=(batch, count))
         asked = rng.integers(count, size=(batch, (length - 1) // 3 - count))
         which = np.concatenate([np.tile(np.arange(count), (batch, 1)), asked], axis=1)
-        mark = np.where(np.arange(which.shape[1]) < count, VAL, STEP)
+        writes = np.broadcast_to(np.arange(which.shape[1]) < count, which.shape)
+        if self.overwrite:
+            writes = writes | (rng.random(which.shape) < 0.3)
+        values = rng.integers(self.base, size=which.shape)
+        row, held = np.arange(batch), np.zeros((batch, count), int)
+        for step in range(which.shape[1]):
+            old = held[row, which[:, step]]
+            values[:, step] = np.where(writes[:, step], values[:, step], old)
+            held[row, which[:, step]] = values[:, step]
         parts = [
-            np.broadcast_to(mark, which.shape),
+            np.where(writes, VAL, STEP),
             self._name + np.take_along_axis(names, which, axis=1),
-            self._value + np.take_along_axis(values, which, axis=1),
+            self._value + values,
         ]
         body = np.stack(parts, axis=-1).reshape(batch, -1)
         text = np.concatenate([np.full((batch, 1), BOS), body], axis=1)
-        place = np.arange(length)
-        weights = LOOKUP_WEIGHT * ((place % 3 == 0) & (place > 3 * count))
-        weights = np.where(place < text.shape[1], weights, 0.0)
-        text = np.pad(text, ((0, 0), (0, length - text.shape[1])))
-        return text, np.broadcast_to(weights, text.shape)
+        weights = np.zeros((batch, length))
+        weights[:, 3 : text.shape[1] : 3] = LOOKUP_WEIGHT * ~writes
+        return np.pad(text, ((0, 0), (0, length - text.shape[1]))), weights
 
     def batch(
         self,

@@ -57,6 +57,9 @@ class Command:
     setting: Literal["normal", "forced"] = "normal"
     """Of qaf with preset "minutes": NVFP4, or a format that makes the noise large."""
 
+    collect: tuple[Path, ...] = ()
+    """Folders of calls with preset "minutes" and one seed each: puts them together, no training."""
+
     output: Path | None = None
     """Folder, by default ``results/PRESET`` beside this file (``results/gpu`` for speed)."""
 
@@ -292,8 +295,27 @@ def _session(command: Command, folder: Path) -> side_by_side.Session:
     return side_by_side.Session(PRESETS[command.preset], budget, path, _say)
 
 
+def _collected(command: Command, folder: Path) -> dict[str, list]:
+    """Records of several calls, by arm; written as those of one call are."""
+    name = f"{command.experiment}_runs.json"
+    parts = [json.loads((part / name).read_text()) for part in command.collect]
+    same = ("environment", "sizes")
+    if any(part[key] != parts[0][key] for part in parts for key in same):
+        raise SystemExit("collect: the folders hold runs of other sizes or on other machines")
+    records = {
+        arm: [run for part in parts for run in part["records"].get(arm, [])]
+        for arm in parts[0]["records"]
+    }
+    texts = [{"seconds": part["seconds"], **part["text"]} for part in parts]
+    content = {key: parts[0][key] for key in same} | {"calls": texts, "records": records}
+    (folder / name).write_text(json.dumps(content) + "\n")
+    return records
+
+
 def _branch(command: Command, folder: Path) -> dict[str, list]:
     """The modes of finetuning side by side, one seed."""
+    if command.collect:
+        return _collected(command, folder)
     session = _session(command, folder)
     branches = arms.branch_arms(command.setting)
     return side_by_side.branch(session, branches, command.first_seed)
@@ -301,6 +323,8 @@ def _branch(command: Command, folder: Path) -> dict[str, list]:
 
 def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str, dict[str, list]]:
     """Runs of every arm and seed, seed by seed, so that a cut-off study compares what it has."""
+    if command.collect:
+        return {"": _collected(command, folder)}
     seeds = range(command.first_seed, command.first_seed + command.seeds)
     if command.arms:
         known = {arm.name for chosen in groups.values() for arm in chosen}
@@ -357,9 +381,11 @@ def main(arguments: list[str] | None = None) -> None:
     except OutOfTime:
         CONSOLE.print("the time budget is spent; the same command goes on from here")
         sys.exit(3)
-    settings = asdict(command) | {"output": None}
+    settings = asdict(command) | {"output": None, "collect": len(command.collect)}
     # The parent of timed processes has no device of its own, and must not take memory of it.
     here = {} if command.experiment == "speed" else environment()
+    if command.collect:
+        here = json.loads((folder / f"{command.experiment}_runs.json").read_text())["environment"]
     content = {
         "experiment": command.experiment,
         "command": f"python -m experiments.low_precision.run {command.experiment} "

@@ -10,14 +10,14 @@ Sections, each of which writes ``speed_<section>.json`` after every row:
 * ``sweep``: the linear layer over sizes, for the break-even.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import re
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,35 @@ from experiments.low_precision.training import environment
 from jaxeff.nn.rope import RopeConfig, apply_rope
 from jaxeff.quant import RECIPES, Recipe, advance_history, dot_general, init_history
 from pallas_kernels import QTensor, fake_quantize, matmul, quantize_fp8_both
-from pallas_kernels.benchmarking import Timing, benchmark, matmul_flops, teraflops
+from pallas_kernels.benchmarking import (
+    Timing,
+    benchmark,
+    kernel_times,
+    matmul_flops,
+    teraflops,
+)
 from pallas_kernels.formats import TE_SIGNS, get_format, rht
 from pallas_kernels.formats.block_format import tensor_encode_scale
 from pallas_kernels.formats.counter_random import counter_key
-from pallas_kernels.ops.quantize import spec as spec_lib
 
 PLAIN = (((1,), (0,)), ((), ()))
 SECTIONS = ("cast", "quantize", "linear", "gemm", "step", "sweep")
 ISOLATED = ("cast", "quantize", "gemm")  # kernels that may hang run in a process of their own
 # The two shapes of the acceptance test: tokens, inputs, outputs.
 FIRST = ((8192, 8192, 8192), (16384, 4096, 4096))
-SWEEP = tuple((t, k, k) for t, k in itertools.product((16384, 4096), (2048, 1024)))
+SWEEP = tuple(
+    (t, k, k)
+    for t, k in (
+        (4096, 4096),
+        (16384, 2048),
+        (4096, 2048),
+        (2048, 2048),
+        (16384, 1024),
+        (4096, 1024),
+    )
+)
+# Products by cuBLASLt, which XLA prefers in the end: it tries Triton's for a minute before.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -76,10 +93,10 @@ class Report:
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
     def compiled(self, name: str, function: Any, *args) -> Any:
-        """A compiled program. One at a time, and said before and after: compilers may hang."""
+        """A compiled program; said before and after, as compilers may hang."""
         began = time.monotonic()
         self.say(f"compiling {name}")
-        program = function.lower(*args).compile()
+        program = function.lower(*args).compile(compiler_options=OPTIONS)
         self.say(f"compiled {name} in {time.monotonic() - began:.1f} s")
         return program
 
@@ -116,17 +133,6 @@ def layer_step(recipe: Recipe) -> Callable:
     return step
 
 
-@contextlib.contextmanager
-def cast_by_kernel(wanted: bool = True) -> Iterator[None]:
-    """Programs traced inside cast to FP8 by the kernel, or by XLA."""
-    reason = spec_lib.UNMEASURED_CAST
-    spec_lib.UNMEASURED_CAST = None if wanted else "not in this program"
-    try:
-        yield
-    finally:
-        spec_lib.UNMEASURED_CAST = reason
-
-
 def history_of(recipe: Recipe) -> jax.Array | None:
     """What delayed scaling remembers: an argument, so that no scale is a constant."""
     return None if recipe.delayed is None else init_history(recipe).at[:, 0].set(4.0)
@@ -156,10 +162,9 @@ def measure_linear(
         for name in names:
             if report.is_late:
                 return
-            recipe = recipes()[name.split(",")[0]]
+            recipe = recipes()[name]
             given = (*operands, history_of(recipe))
-            with cast_by_kernel("kernel" in name):
-                compiled = report.compiled(name, layer_step(recipe), *given)
+            compiled = report.compiled(name, layer_step(recipe), *given)
             outs = compiled(*given)[:3]
             timing = benchmark(compiled, *given, repeats=repeats)
             if name == "bf16":
@@ -375,22 +380,23 @@ def measure_gemm(report: Report, side: int = 8192) -> None:
         a, b = (QTensor(x, scale, qtype="fp8_e4m3") for x in (a, b))
         return matmul(a, b, preferred_element_type=jnp.bfloat16, implementation="mosaic")
 
+    def run(name, function, *operands):
+        return report.compiled(name, jax.jit(function), *operands)(*operands)
+
     a, b = codes(2, (200, 1280)), codes(3, (1280, 192))
-    row = {
-        "check": "one scale",
-        "error": float(_relative(jax.jit(one_scale)(a, b), exact_one(a, b))),
-    }
-    report.add(row)
+    got, want = run("one scale", one_scale, a, b), run("oracle", exact_one, a, b)
+    report.add({"check": "one scale", "error": float(_relative(got, want))})
     for m, n, k, squares in (
         (200, 384, 256, True),
         (200, 192, 1280, False),
         (1024, 512, 4096, True),
     ):
         operands = given(m, n, k, squares)
-        run = jax.jit(functools.partial(block_scaled, out_dtype="float32"))
-        got, want = run(*operands), jax.jit(exact)(*operands)
+        kernel = functools.partial(block_scaled, out_dtype="float32")
+        compiled = report.compiled(f"kernel {m, n, k}", jax.jit(kernel), *operands)
+        got, want = compiled(*operands), run("oracle", exact, *operands)
         row = {"check": [m, n, k], "squares": squares, "error": float(_relative(got, want))}
-        report.add(row | {"same": bool((got == run(*operands)).all())})
+        report.add(row | {"same": bool((got == compiled(*operands)).all())})
     flops = matmul_flops(side, side, side)
     a, b = codes(2, (side, side)), codes(3, (side, side))
     wide = [x.astype(jnp.bfloat16) for x in (a, b)]
@@ -452,69 +458,85 @@ class Sizes:
         }
 
 
-def init_parameters(sizes: Sizes) -> dict[str, jax.Array]:
-    """Float32 weights, the layers' stacked along a leading axis."""
-    shapes = {name: (sizes.layers, *shape) for name, shape in sizes.kernels().items()}
-    shapes |= {"embed": (sizes.vocab, sizes.dim), "head": (sizes.dim, sizes.vocab)}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    parameters = {
-        name: jax.random.normal(key, shape) * shape[-2] ** -0.5
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-    return parameters | {
-        "norms": jnp.ones((sizes.layers, 2, sizes.dim)),
-        "norm": jnp.ones(sizes.dim),
-    }
+def init_parameters(sizes: Sizes) -> dict[str, Any]:
+    """Float32 weights; those of the layers apart, as the layers are not a scan."""
+
+    def drawn(key, shapes):
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: jax.random.normal(one, shape) * shape[0] ** -0.5
+            for one, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    ends = {"embed": (sizes.vocab, sizes.dim), "head": (sizes.dim, sizes.vocab)}
+    first, *keys = jax.random.split(jax.random.key(0), sizes.layers + 1)
+    norms = {"norms": jnp.ones((2, sizes.dim))}
+    layers = [drawn(key, sizes.kernels()) | norms for key in keys]
+    return drawn(first, ends) | {"norm": jnp.ones(sizes.dim), "layers": layers}
 
 
-def init_histories(sizes: Sizes, recipe: Recipe) -> dict[str, jax.Array]:
+def init_histories(sizes: Sizes, recipe: Recipe) -> list[dict[str, jax.Array]]:
     """What delayed scaling remembers of every product; empty for other recipes."""
     one = history_of(recipe)
-    if one is None:
-        return {}
-    return {name: jnp.broadcast_to(one, (sizes.layers, *one.shape)) for name in sizes.kernels()}
+    names = () if one is None else sizes.kernels()
+    # Copies: a step may overwrite each of them.
+    return [{name: jnp.copy(one) for name in names} for _ in range(sizes.layers)]
 
 
 def loss_of(parameters, histories, tokens, step, recipe: Recipe, sizes: Sizes) -> jax.Array:
-    """Next-token loss; the layers are a scan, so that one of them is compiled."""
+    """Next-token loss. What lies between products is computed again for its gradient.
+
+    So memory holds, and passes over memory move, little else than what products read and write.
+    The layers are no scan, which would copy all that the backward pass needs.
+    """
     names = list(sizes.kernels())
     positions = jnp.broadcast_to(jnp.arange(sizes.seq_len), (sizes.batch, sizes.seq_len))
 
-    def layer(x, given):
-        weights, norms, seen, index = given
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index)
-
+    def layer(x, weights, seen, key):
         def product(name, value):
             own = jax.random.fold_in(key, names.index(name)) if recipe.needs_key else None
             numbers = (((value.ndim - 1,), (0,)), ((), ()))
             rounded = dot_general(recipe, own, amax_history=seen.get(name))
             return rounded(value, weights[name].astype(value.dtype), numbers)
 
-        h = _normed(x, norms[0])
-        qkv = product("qkv", h).reshape(*x.shape[:2], -1, sizes.head_dim)
+        qkv = product("qkv", _normed(x, weights["norms"][0]))
+        qkv = qkv.reshape(*x.shape[:2], -1, sizes.head_dim)
         q, k, v = jnp.split(qkv, (sizes.heads, sizes.heads + sizes.kv_heads), axis=2)
         q, k = (apply_rope(part, positions, RopeConfig()) for part in (q, k))
         out = jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation=sizes.attention
         ).reshape(x.shape)
         x = x + product("out", out)
-        h = _normed(x, norms[1])
-        gate, up = jnp.split(product("gate_up", h), 2, axis=-1)
-        return x + product("down", jax.nn.silu(gate) * up), None
+        return x + product("down", _gated(product("gate_up", _normed(x, weights["norms"][1]))))
 
-    x = parameters["embed"].astype(jnp.bfloat16)[tokens[:, :-1]]
-    stacked = {name: parameters[name] for name in names}
-    given = (stacked, parameters["norms"], histories, jnp.arange(sizes.layers))
-    x, _ = jax.lax.scan(layer, x, given)
+    x = parameters["embed"][tokens[:, :-1]].astype(jnp.bfloat16)
+    for index, weights in enumerate(parameters["layers"]):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index)
+        x = layer(x, weights, histories[index], key)
     logits = _normed(x, parameters["norm"]) @ parameters["head"].astype(jnp.bfloat16)
-    logits = logits.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    return _cross_entropy(logits, tokens[:, 1:])
 
 
+@jax.checkpoint
 def _normed(x, scale):
     wide = x.astype(jnp.float32)
     factor = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
     return (wide * factor * scale).astype(x.dtype)
+
+
+@jax.checkpoint
+def _gated(gate_up):
+    gate, up = (x.astype(jnp.float32) for x in jnp.split(gate_up, 2, axis=-1))
+    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+@jax.checkpoint
+def _cross_entropy(logits, targets):
+    wide = logits.astype(jnp.float32)
+    # Not taken by index: the gradient of that scatters into an array of all logits.
+    is_target = jax.lax.broadcasted_iota(targets.dtype, wide.shape, 2) == targets[..., None]
+    chosen = jnp.where(is_target, wide, 0).sum(-1)
+    return (jax.nn.logsumexp(wide, -1) - chosen).mean()
 
 
 OPTIMIZER = optax.adamw(1e-4)
@@ -532,48 +554,93 @@ def train_step(state, tokens, step, recipe: Recipe, sizes: Sizes):
     return (optax.apply_updates(parameters, updates), moments, histories), loss
 
 
-def measure_steps(report: Report, sizes: Sizes = Sizes(), repeats: int = 8) -> None:
-    """Adds a row for bf16, FP8 and emulated FP4, timed by the host over whole steps."""
+def measure_steps(report: Report, sizes: Sizes = Sizes(), blocks: int = 4, length: int = 4) -> None:
+    """Adds a row for bf16, FP8 and emulated FP4, timed by the host over blocks of whole steps.
+
+    All programs are compiled first, in threads, and none is timed while another one compiles. A row
+    says where the time of a step goes, by the profiler.
+    """
     tokens = jax.random.randint(
         jax.random.key(1), (sizes.batch, sizes.seq_len + 1), 0, sizes.vocab, jnp.int32
     )
     initial = jax.jit(lambda: (p := init_parameters(sizes), OPTIMIZER.init(p)))
     types = jax.eval_shape(initial)
-    names = ("bf16", "fp8_delayed", "fp4_all_the_way", "fp8_current")
     plain = None
-    for name in names:
+    for name, compiled in _step_programs(report, types, tokens, sizes).items():
         if report.is_late:
             return
-        recipe = recipes()[name]
-        state = (*types, jax.eval_shape(lambda: init_histories(sizes, recipe)))  # noqa: B023
-        given = (tokens, jnp.int32(0), recipe, sizes)
-        with cast_by_kernel():
-            compiled = report.compiled(name, train_step, state, *given)
-        state = (*initial(), init_histories(sizes, recipe))
+        state, number = (*initial(), init_histories(sizes, recipes()[name])), itertools.count()
+
+        def steps(count, state, compiled=compiled, number=number):
+            for _ in range(count):
+                state, loss = compiled(state, tokens, jnp.int32(next(number)))
+            return state, float(loss)
+
+        state, first_loss = steps(2, state)
         times = []
-        for step in range(repeats + 2):
+        for _ in range(blocks):
             began = time.perf_counter()
-            state, loss = compiled(state, tokens, jnp.int32(step))
-            loss = float(loss)
-            times.append(time.perf_counter() - began)
-        timing = Timing(tuple(times[2:]), times[0], "wall")
+            state, loss = steps(length, state)
+            times.append((time.perf_counter() - began) / length)
+        timing = Timing(tuple(times), 0.0, "wall")
         plain = timing.median if name == "bf16" else plain
         weights = sizes.layers * sum(k * n for k, n in sizes.kernels().values())
         flops = 6.0 * tokens.size * (weights + sizes.dim * sizes.vocab)
         row = {
             "recipe": name,
-            "loss": loss,
+            "losses": [first_loss, loss],
             "parameters": sum(x.size for x in jax.tree.leaves(state[0])),
         }
-        report.add(row | _numbers(timing, flops, plain, compiled))
+        row |= _numbers(timing, flops, plain, compiled)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                state, _ = steps(1, state)
+            row |= {"parts": _parts(kernel_times(Path(folder)))}
+        report.add(row)
         del state
+
+
+def _step_programs(report: Report, types, tokens, sizes: Sizes) -> dict[str, Any]:
+    """Compiled steps by recipe; those that are not ready in time are left out."""
+    pool = ThreadPoolExecutor(4)
+    began, programs = time.monotonic(), {}
+    for name in ("bf16", "fp8_delayed", "fp4_all_the_way", "fp8_current"):
+        recipe = recipes()[name]
+        state = (*types, jax.eval_shape(functools.partial(init_histories, sizes, recipe)))
+        lowered = train_step.lower(state, tokens, jnp.int32(0), recipe, sizes)
+        programs[name] = pool.submit(lowered.compile, compiler_options=OPTIONS)
+        report.say(f"{time.monotonic() - began:.0f} s: {name} traced")
+    ready = {}
+    for name, program in programs.items():
+        try:
+            ready[name] = program.result(max(0.0, report.deadline - time.monotonic() - 20))
+            report.say(f"{time.monotonic() - began:.0f} s: {name} compiled")
+        except (TimeoutError, RuntimeError) as error:
+            report.say(f"{name} left out: {str(error)[:300] or 'not compiled in time'}")
+    pool.shutdown(wait=False)
+    return ready
+
+
+def _parts(times: dict[str, float]) -> dict[str, Any]:
+    """Milliseconds of a step by kind of kernel, and the largest kernels."""
+    kinds = {
+        "attention": ("sdpa", "flash", "fmha", "attention"),
+        "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
+        "rounding": ("mosaic", "kernel_mosaic", "mpmd"),
+    }
+    parts = dict.fromkeys((*kinds, "rest"), 0.0)
+    for name, seconds in times.items():
+        found = (kind for kind, marks in kinds.items() if any(m in name.lower() for m in marks))
+        parts[next(found, "rest")] += 1e3 * seconds
+    largest = [[name[:60], round(1e3 * seconds, 3)] for name, seconds in list(times.items())[:16]]
+    return parts | {"largest": largest, "kernels": len(times)}
 
 
 def run_section(section: str, report: Report) -> None:
     """Runs one of ``SECTIONS``."""
-    kernels = ("fp8_delayed, cast by the kernel", "fp8_current, cast by the kernel")
+    eight = ("fp8_delayed", "fp8_current")
     if section == "linear":
-        measure_linear(FIRST, ("bf16", "fp8_current", *kernels, "fp4_all_the_way"), report)
+        measure_linear(FIRST, ("bf16", *eight, "fp4_all_the_way"), report)
     elif section == "cast":
         measure_cast(report)
     elif section == "gemm":
@@ -583,4 +650,4 @@ def run_section(section: str, report: Report) -> None:
     elif section == "step":
         measure_steps(report)
     else:
-        measure_linear(SWEEP, ("bf16", *kernels), report, repeats=5)
+        measure_linear(SWEEP, ("bf16", *eight), report, repeats=5)

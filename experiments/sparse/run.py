@@ -6,7 +6,9 @@ and writes ``results/cpu.json`` and a plot. ``--preset gpu`` takes long sequence
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,7 @@ FOLDER = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of the inputs and of the search."""
+    """Sizes of the inputs and of the search; a ``pv_tolerance`` of None: no second stage."""
 
     video: tuple[int, int, int]
     text: int
@@ -39,14 +41,15 @@ class Preset:
     block_kv: int
     sims: tuple[float, ...]
     cdf_tolerance: float
-    pv_tolerance: float
+    pv_tolerance: float | None
     repeats: int
 
 
 PRESETS = {
     "cpu": Preset((8, 16, 16), 2048, 4, 64, 64, 64, (-1.0, 0.0, 0.3, 0.6, 0.8), 0.01, 1.0, 5),
+    # Tiles and stages that the sm90 kernel has; its tiles of 128 x 128 are faster than 64 x 128.
     "gpu": Preset(
-        (22, 30, 32), 32768, 8, 128, 64, 128, tuple(i / 8 for i in range(-8, 8)), 1e-3, 0.1, 20
+        (22, 30, 32), 32768, 8, 128, 128, 128, (-1.0, 0.0, 0.3, 0.6, 0.8), 0.01, None, 20
     ),
 }
 
@@ -73,6 +76,8 @@ class Options:
     """Inputs whose name contains this; the others keep what the existing file has."""
     retime: bool = False
     """Only measure the times again, with the thresholds of the existing file."""
+    tune_only: bool = False
+    """Measure no times: inputs may be tuned side by side (``--only``), and then ``--retime``."""
     time_budget: float = 3000.0
     """Seconds after which no further case starts; those left out are listed."""
 
@@ -98,10 +103,11 @@ def cases(preset: Preset) -> dict[str, dict[str, Any]]:
         "sample": lambda seed: inputs.text(preset.text, seed=seed, **heads),
         "rules": {"is_causal": True},
     }
-    rng = np.random.default_rng(5)
-    shape = (1, size, preset.num_heads, preset.head_dim)
+    shape = (3, 1, size, preset.num_heads, preset.head_dim)
     table["white noise"] = {
-        "sample": lambda seed: tuple(rng.normal(size=shape).astype(np.float32) for _ in range(3)),
+        "sample": lambda seed: tuple(
+            np.random.default_rng((5, seed)).normal(size=shape).astype(np.float32)
+        ),
         "rules": {},
     }
     return table
@@ -110,30 +116,32 @@ def cases(preset: Preset) -> dict[str, dict[str, Any]]:
 def measure(case: dict, preset: Preset, options: Options, console: Console) -> dict[str, Any]:
     """Tune on some samples, then error and sparsity on others."""
     sizes = {"block_q": preset.block_q, "block_kv": preset.block_kv}
-    count = options.samples + options.held_out
-    samples = [tuple(jnp.asarray(x, jnp.bfloat16) for x in case["sample"](s)) for s in range(count)]
+    with ThreadPoolExecutor() as pool:
+        drawn = pool.map(case["sample"], range(options.samples + options.held_out))
+        samples = [tuple(jnp.asarray(x, jnp.bfloat16) for x in each) for each in drawn]
+    second = preset.pv_tolerance is not None
     kept = 1.0 - options.margin
     started = time.perf_counter()
     found = tune_sparge(
-        samples[: options.samples], l1=kept * options.l1, pv_l1=kept * options.pv_l1,
-        sims=preset.sims,
-        cdf_tolerance=preset.cdf_tolerance, pv_tolerance=preset.pv_tolerance, console=console,
-        **sizes, **case["rules"],
+        samples[: options.samples], l1=kept * options.l1,
+        pv_l1=kept * options.pv_l1 if second else None, sims=preset.sims,
+        cdf_tolerance=preset.cdf_tolerance, pv_tolerance=preset.pv_tolerance or 0.0,
+        console=console, **sizes, **case["rules"],
     )  # fmt: skip
     seconds = time.perf_counter() - started
     thresholds = {k: v for k, v in found.thresholds._asdict().items() if v is not None}
 
-    def sparse(q, k, v, pvthreshd=thresholds["pvthreshd"]):
+    def sparse(q, k, v, **changed):
         return sparge_attention(
-            q, k, v, **{**thresholds, "pvthreshd": pvthreshd}, attention_sink=True,
-            return_sparsity=True, **sizes, **case["rules"],
+            q, k, v, **thresholds | changed, attention_sink=True, return_sparsity=True,
+            **sizes, **case["rules"],
         )  # fmt: skip
 
     errors, over_all, sparsities, of_qk = [], [], [], []
     for query, key, value in samples[options.samples :]:
         out, sparsity = sparse(query, key, value)
         sparsities.append(np.asarray(sparsity[0]))
-        of_qk.append(np.asarray(sparse(query, key, value, None)[1][0]))
+        of_qk.append(np.asarray(sparse(query, key, value, pvthreshd=None)[1][0]))
         exact = dot_product_attention(
             *(x.astype(jnp.float32) for x in (query, key, value)), **case["rules"]
         )
@@ -160,7 +168,8 @@ def times(
 ) -> dict[str, Any]:
     """Seconds of dense attention, sparse attention and its prediction, on one sample.
 
-    On a CPU the processor's seconds over all threads, which other programs do not change much.
+    Dense is the same implementation over all tiles, and on a GPU the dense kernel of "sage2". On a
+    CPU the processor's seconds over all threads, which other programs do not change much.
     """
     sizes = {"block_q": preset.block_q, "block_kv": preset.block_kv}
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in case["sample"](seed))
@@ -168,8 +177,13 @@ def times(
     grid = -(-length // preset.block_q), -(-length // preset.block_kv)
     whole = BlockMask.from_blocks(jnp.ones(grid), length, length, **sizes)
     chosen = {k: jnp.asarray(v) for k, v in thresholds.items() if k != "pvthreshd"}
+    if max(thresholds["simthreshd1"]) < 0:  # known to refuse no block, which saves a pass
+        chosen["simthreshd1"] = -1.0
+    dense = partial(sparge_attention, blocks=whole, **case["rules"])
+    if jax.default_backend() != "cpu":
+        dense = partial(dot_product_attention, quant="sage2", **case["rules"])
     runs = {
-        "dense": lambda q, k, v: sparge_attention(q, k, v, blocks=whole, **case["rules"]),
+        "dense": dense,
         "sparse": lambda q, k, v: sparge_attention(
             q, k, v, **chosen, attention_sink=True, **sizes, **case["rules"]
         ),
@@ -220,17 +234,19 @@ def main(options: Options) -> None:
     console, preset = Console(), PRESETS[options.preset]
     output = options.output or FOLDER / f"{options.preset}.json"
     started, found, left_out = time.monotonic(), {}, []
-    known = json.loads(output.read_text())["cases"] if options.retime or options.only else {}
+    known = json.loads(output.read_text())["cases"] if output.exists() else {}
     for name, case in cases(preset).items():
         if time.monotonic() - started > options.time_budget:
             left_out.append(name)
             continue
-        if options.only not in name:
-            found[name] = known[name]
+        if options.only not in name or (options.retime and name not in known):
+            found |= {name: known[name]} if name in known else {}
             continue
         console.print(name)
         row = known[name] if options.retime else measure(case, preset, options, console)
-        found[name] = row | times(case, preset, row["thresholds"], options.samples)
+        if options.retime or not options.tune_only:
+            row |= times(case, preset, row["thresholds"], options.samples)
+        found[name] = row
     results = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -243,6 +259,8 @@ def main(options: Options) -> None:
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.tune_only:
+        return
     plot(results, output.with_suffix(".svg"))
     table = Table("input", "sparsity", "error (held out)", "time saved")
     for name, row in found.items():

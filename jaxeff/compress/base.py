@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxeff.kv_cache import KVCache, Observer
+from pallas_kernels import largest_slots
 
 
 class ContextPass(NamedTuple):
@@ -106,8 +107,21 @@ class Compressor:
         del tokens, lengths, vocab_size
         return []
 
+    @property
+    def pass_format(self) -> str | None:
+        """Format of the products in a context pass, ``"fp8"``; ``None``: as the model computes."""
+        return None
+
+    def most_passes(self, cache: KVCache) -> int:
+        """Return how many passes one forward may take side by side over this cache."""
+        del cache
+        return 1
+
     def observe(self, cache: KVCache, start: jax.Array) -> KVCache:
-        """Return a view of the cache that records scores while the model runs over it."""
+        """Return a view of the cache that records scores while the model runs over it.
+
+        ``start`` is that of a pass, or ``[P]`` of passes side by side, ``tokens [B, P * A]``.
+        """
         raise NotImplementedError(f"{self.name} asks for no context passes")
 
     def collect(self, cache: KVCache) -> tuple[jax.Array, ...]:
@@ -121,6 +135,15 @@ class Compressor:
     def after_step(self, cache: KVCache) -> KVCache:
         """Return the cache after a decoded token; runs inside the compiled decode loop."""
         return cache
+
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """Return whether :meth:`after_step` would change the cache, a bool scalar.
+
+        ``None``: it may always. A loop that knows runs from one change to the next and leaves the
+        cache alone in between.
+        """
+        del cache
+        return None
 
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """Return a compressed cache with room for a question of ``tokens`` and what follows it."""
@@ -175,12 +198,11 @@ def select(
         raise ValueError(f"budget={budget} must be in [0, {slots}], the number of scored slots")
     if slot_order not in ("time", "score"):
         raise ValueError(f"slot_order={slot_order!r}; expected 'time' or 'score'")
+    if slot_order == "time":
+        return largest_slots(scores, budget, count)
     values, indices = jax.lax.top_k(scores, budget)  # [B, K, budget]
     if count is not None:
         values = jnp.where(jnp.arange(budget) < count[..., None], values, -jnp.inf)
-    if slot_order == "time":
-        kept = jnp.sort(jnp.where(values > -jnp.inf, indices, slots), axis=-1)
-        return jnp.where(kept < slots, kept, -1).astype(jnp.int32)
     key = jnp.where(values == jnp.inf, budget + indices, jnp.arange(budget))
     if frozen is not None:
         key = jnp.where(indices < frozen[..., None], indices - slots, key)

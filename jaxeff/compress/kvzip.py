@@ -15,7 +15,7 @@ from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import evictable_layers, with_evictable
 from jaxeff.kv_cache import DenseLayer, KVCache, TiledLayer
 from jaxeff.kv_cache.base import LayerCache
-from jaxeff.kv_cache.flight import attend_with_input
+from jaxeff.kv_cache.flight import attend_passes, attend_with_input, fold_heads
 from pallas_kernels import dot_product_attention, explain, max_attention_weights
 
 REPEAT_FIRST = "\n\nRepeat the previous context exactly."
@@ -228,6 +228,75 @@ def _max_over_rows(
     return jax.lax.scan(one_block, first, (jnp.arange(blocks), parts, real, norms))[0]
 
 
+def _scores_side_by_side(
+    queries: jax.Array,
+    keys: jax.Array,
+    lse: jax.Array,
+    own_lse: jax.Array,
+    *,
+    starts: jax.Array,
+    length: jax.Array,
+    input_valid: jax.Array,
+    chunk: int,
+    num_sinks: int,
+    norm: str,
+    scale: float | None,
+) -> jax.Array:
+    """Return :func:`reconstruction_scores` of several passes at once, from what attention found.
+
+    Args:
+        queries: ``[B, P * A, N, H]``.
+        keys: ``[B, K, S, H]``, cached.
+        lse, own_lse: f32 ``[B, P * A, N]``, over cache and input, and over the input alone.
+        starts: int32 ``[P]``, first slots of the chunks, none of them a sink.
+        length: int32 ``[B, K]``.
+        input_valid: bool ``[B, P * A]``.
+        chunk, num_sinks, norm, scale: as there; ``norm`` is ``"chunk"`` or ``"full"``.
+
+    Returns:
+        f32 ``[B, K, S]``, ``-inf`` outside all chunks.
+    """
+    batch, heads, slots, head_dim = keys.shape
+    passes = starts.shape[0]
+    columns = starts[:, None] + jnp.arange(chunk)  # [P, m]
+
+    def take(columns):  # [B * K * P, columns, 1, H]
+        found = jnp.take(keys, columns, axis=2, mode="clip")
+        return found.reshape(-1, columns.shape[1], 1, head_dim)
+
+    apart = lambda x: x.reshape(-1, x.shape[1] // passes, *x.shape[2:])  # noqa: E731
+    by_head = apart(fold_heads(queries, heads))  # [B * K * P, A, G, H]
+    if norm == "chunk":
+        sinks = jnp.broadcast_to(jnp.arange(num_sinks), (passes, num_sinks))
+        seen = take(jnp.concatenate([sinks, columns], axis=1))
+        counts = jnp.minimum(length, num_sinks)[..., None]
+        counts = counts + jnp.clip(length[..., None] - starts, 0, chunk)  # [B, K, P]
+        _, part = dot_product_attention(
+            by_head,
+            seen,
+            seen,  # nobody wants the output
+            key_value_seq_lengths=counts.reshape(-1),
+            scale=scale,
+            return_residual=True,
+        )
+        lse = jnp.logaddexp(part, apart(fold_heads(own_lse, heads)))
+    else:
+        lse = apart(fold_heads(lse, heads))
+    real = jnp.broadcast_to(input_valid[:, None], (batch, heads, input_valid.shape[1]))
+    best = max_attention_weights(
+        by_head,
+        jnp.swapaxes(take(columns), 1, 2),
+        lse,
+        query_valid=real.reshape(lse.shape[:2]),
+        scale=scale,
+    )
+    best = best.reshape(batch, heads, -1)  # [B, K, P * m]
+    column = columns.reshape(-1)
+    target = jnp.where(column < length[..., None], column, slots)  # out of range: dropped
+    b, k = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    return jnp.full((batch, heads, slots), -jnp.inf).at[b, k, target].max(best, mode="drop")
+
+
 _LOWEST = -1e30  # hides a logit; finite, so that a row with nothing to see has no NaN
 
 
@@ -238,12 +307,14 @@ class RecordingLayer:
 
     Args:
         inner: the cache that is scored; never changed.
-        start: int32 scalar, first slot of the chunk.
+        start: int32 scalar, first slot of the chunk; or ``[P]`` for ``P`` passes side by side.
         scores: f32 ``[B, K, S]`` after ``update``, else ``None``.
         k, v: the input's keys and values ``[B, A, K, H]`` after ``update``, else ``None``.
         positions: int32 ``[B, A]``, positions of the input, -1 where padding.
         row_norms: f32 ``[B, A]``, norms of the layer's input, for KVzip+.
         output_gram: f32 ``[N, H, H]``, ``W_O W_Oᵀ`` of each query head, for KVzip+.
+        output: ``[B, P * A, N, H]``, the attention of passes side by side, after ``update``.
+        quant: variant of their attention over the cache; static.
         options: static arguments of :func:`reconstruction_scores`, as sorted pairs.
 
     Examples:
@@ -265,7 +336,9 @@ class RecordingLayer:
     positions: jax.Array | None = None
     row_norms: jax.Array | None = None
     output_gram: jax.Array | None = None
+    output: jax.Array | None = None
     plus: bool = dataclasses.field(default=False, metadata={"static": True})
+    quant: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def length(self) -> jax.Array:
@@ -293,6 +366,8 @@ class RecordingLayer:
             raise ValueError("queries is None; scoring by reconstruction needs them")
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
+        if self.start.ndim:
+            return self._update_passes(k, v, jnp.where(valid, positions, -1), queries)
         # As attention sees them; in the cache's precision, which the kernels take.
         keys, values = self.inner.read(jnp.float32 if self.plus else queries.dtype)
         if self.plus and self.output_gram is None:
@@ -311,6 +386,28 @@ class RecordingLayer:
         positions = jnp.where(valid, positions, -1)
         return dataclasses.replace(self, scores=scores, k=k, v=v, positions=positions)
 
+    def _update_passes(self, k, v, positions, queries) -> RecordingLayer:
+        """Do the same for passes side by side, whose attention is part of the scoring."""
+        options = dict(self.options)
+        keys, values = (jnp.swapaxes(x, 1, 2) for x in self.inner.read(queries.dtype))
+        output, lse, own_lse = attend_passes(
+            *(queries, keys, values, k, v),
+            length=self.inner.length,
+            passes=self.start.shape[0],
+            scale=options["scale"],
+            quant=self.quant,
+        )
+        scores = _scores_side_by_side(
+            *(queries, keys, lse, own_lse),
+            starts=self.start,
+            length=self.inner.length,
+            input_valid=positions >= 0,
+            **options,
+        )
+        return dataclasses.replace(
+            self, scores=scores, k=k, v=v, positions=positions, output=output
+        )
+
     @property
     def attends_many(self) -> bool:
         """Whether :meth:`attend` takes any number of queries: where it needs no mask array."""
@@ -318,6 +415,8 @@ class RecordingLayer:
 
     def attend(self, queries, *, positions, window=None, scale=None) -> jax.Array:
         """Return the attention of the input over the cache and itself, ``[B, A, N, H]``."""
+        if self.output is not None and window is None:
+            return self.output
         if window is not None or not self.attends_many:
             mask = jnp.repeat(self.mask(positions, window), queries.shape[2] // self.k.shape[2], 1)
             return dot_product_attention(queries, *self.read(queries.dtype), mask=mask, scale=scale)
@@ -346,6 +445,9 @@ class RecordingLayer:
         visible = (own >= 0) & (own <= query)
         if window is not None:
             visible = visible & (query - own < window)
+        if self.start.ndim:
+            number = jnp.arange(own.shape[-1]) // (own.shape[-1] // self.start.shape[0])
+            visible = visible & (number == number[:, None])
         shape = (*cached.shape[:3], own.shape[-1])
         return jnp.concatenate([cached, jnp.broadcast_to(visible[:, None], shape)], axis=-1)
 
@@ -467,6 +569,11 @@ class KVzip(Compressor):
         scale: softmax scale; ``None``: ``H ** -0.5``.
         bucket: capacities are multiples of this many tokens, before the room is added; with
             ``layout="tiled"`` the slots of a tile.
+        pass_format: ``"fp8"``: the linear layers of the passes compute in FP8 (see
+            ``jaxeff.quant.fp8_dot_general``), so that the scores, and nothing else, have its
+            rounding; ``None``: as the model computes.
+        pass_quant: variant of the passes' attention over the cache, such as ``"sage2"``; the
+            softmax that scores stays in full precision.
         layout: ``"dense"``: every head of a layer gets the capacity of the longest. ``"tiled"``:
             heads own tiles of a pool, so that allocated bytes follow what each head keeps.
         storage: how the cache is stored; ``None``: as the caller asks. With ``"int8"`` prefill,
@@ -502,6 +609,8 @@ class KVzip(Compressor):
     scale: float | None = None
     bucket: int = 16
     layout: str = "dense"
+    pass_format: str | None = None
+    pass_quant: str | None = None
 
     name: ClassVar[str] = "kvzip"
     primary: ClassVar[str] = "ratio"
@@ -512,6 +621,8 @@ class KVzip(Compressor):
             raise ValueError(f"norm={self.norm!r}; expected 'chunk', 'full' or 'none'")
         if self.kvzip_plus and self.norm == "none":
             raise ValueError("norm='none' gives logits; kvzip_plus needs 'chunk' or 'full'")
+        if self.pass_format not in (None, "fp8"):
+            raise ValueError(f"pass_format={self.pass_format!r}; expected None or 'fp8'")
         if self.layout not in ("dense", "tiled"):
             raise ValueError(f"layout={self.layout!r}; expected 'dense' or 'tiled'")
         for field, least in (("chunk", 1), ("bucket", 1), ("num_sinks", 0), ("num_recent", 0)):
@@ -590,12 +701,18 @@ class KVzip(Compressor):
             prompts.append(np.asarray(ids, np.int32))
         return prompts[0], prompts[1]
 
+    def most_passes(self, cache: KVCache) -> int:
+        """Return how many passes one forward may take side by side over this cache."""
+        alone = self.kvzip_plus or self.norm == "none"
+        dense = all(type(layer) is DenseLayer for layer in cache.layers)
+        return 1 if alone or not dense else 2**30
+
     def observe(self, cache: KVCache, start: jax.Array, *, chunk: int | None = None) -> KVCache:
         """Return a view of the cache that scores the chunk at ``start`` as the model runs.
 
         Args:
             cache: the cache of the whole context, slot ``i`` holding position ``i``.
-            start: int32 scalar, first slot of the chunk.
+            start: int32 scalar, first slot of the chunk; or ``[P]`` for inputs side by side.
             chunk: slots in the chunk; ``None``: ``self.chunk``, at most the context.
 
         Returns:
@@ -615,7 +732,9 @@ class KVzip(Compressor):
         pairs = tuple(sorted(options.items()))
         # A ring answers for itself; the caller keeps the cache from before the pass.
         views = [
-            RecordingLayer(layer, jnp.asarray(start), pairs, plus=self.kvzip_plus)
+            RecordingLayer(
+                layer, jnp.asarray(start), pairs, plus=self.kvzip_plus, quant=self.pass_quant
+            )
             for layer in inner
         ]
         return with_evictable(cache, views)

@@ -103,24 +103,32 @@ class Budgeted(Compressor):
     def after_step(self, cache: KVCache) -> KVCache:
         """Return the cache with every full row compacted to ``budget`` entries."""
         layers = evictable_layers(cache)
-        budgets = self.budgets(len(layers))
-        for layer, budget in zip(layers, budgets, strict=True):
+        for layer, budget in zip(layers, self.budgets(len(layers)), strict=True):
             if layer.capacity < self.slots(budget):
                 raise ValueError(
                     f"the cache has capacity={layer.capacity}; budget={budget} plus "
                     f"buffer={self.buffer} need {budget + self.buffer} slots"
                 )
-        ready = (cache.seen >= self.query_window)[:, None]
-        full = [
-            ready & self.over(layer, budget, self.buffer)
-            for layer, budget in zip(layers, budgets, strict=True)
-        ]
-        if not full:
+        if not layers:
             return cache
         # A branch, not a mask: between compactions nothing of the quadratic work is done. Rows
         # that are not full pass through a compaction unchanged.
-        due = jnp.any(jnp.stack(full))
-        return jax.lax.cond(due, lambda c: self.compact(c, full), lambda c: c, cache)
+        full = self._full(cache)
+        return jax.lax.cond(self.due(cache), lambda c: self.compact(c, full), lambda c: c, cache)
+
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """Return whether any head is full."""
+        full = self._full(cache)
+        return jnp.any(jnp.stack(full)) if full else jnp.array(False)
+
+    def _full(self, cache: KVCache) -> list[jax.Array]:
+        """Return which heads wait for a compaction, bool ``[B, K]`` per layer."""
+        layers = evictable_layers(cache)
+        ready = (cache.seen >= self.query_window)[:, None]
+        return [
+            ready & self.over(layer, budget, self.buffer)
+            for layer, budget in zip(layers, self.budgets(len(layers)), strict=True)
+        ]
 
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """Return the cache with room for the question; what follows it is held at the budget."""

@@ -266,6 +266,7 @@ class Quantized(Compressor):
     query_window = property(lambda self: self.method.query_window, doc="Queries remembered.")
     observer = property(lambda self: self.method.observer, doc="What runs along.")
     evicts_context = property(lambda self: self.method.evicts_context, doc="See the method.")
+    pass_format = property(lambda self: self.method.pass_format, doc="See the method.")
 
     def bind(self, **facts: Any) -> Compressor:
         """Return the bound method with this storage."""
@@ -287,6 +288,10 @@ class Quantized(Compressor):
         """See the method."""
         return self.inner.context_passes(tokens, lengths, vocab_size=vocab_size)
 
+    def most_passes(self, cache: KVCache) -> int:
+        """See the method."""
+        return self.inner.most_passes(cache)
+
     def observe(self, cache: KVCache, start: jax.Array) -> KVCache:
         """See the method."""
         return self.inner.observe(cache, start)
@@ -302,6 +307,10 @@ class Quantized(Compressor):
     def after_step(self, cache: KVCache) -> KVCache:
         """See the method."""
         return self.inner.after_step(cache)
+
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """See the method."""
+        return self.inner.due(cache)
 
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """See the method."""
@@ -379,6 +388,7 @@ class Compose(Compressor):
 
     query_window = property(lambda self: self.generation.query_window, doc="Queries remembered.")
     observer = property(lambda self: self.generation.observer, doc="What runs along.")
+    pass_format = property(lambda self: self.context.pass_format, doc="Of the context method.")
 
     @property
     def evicts_context(self) -> bool:
@@ -411,6 +421,10 @@ class Compose(Compressor):
         """Return the passes of the context method."""
         return self.context.context_passes(tokens, lengths, vocab_size=vocab_size)
 
+    def most_passes(self, cache: KVCache) -> int:
+        """Return the answer of the context method."""
+        return self.context.most_passes(cache)
+
     def observe(self, cache: KVCache, start: jax.Array) -> KVCache:
         """Return the view of the context method."""
         return self.context.observe(cache, start)
@@ -434,6 +448,10 @@ class Compose(Compressor):
     def after_step(self, cache: KVCache) -> KVCache:
         """Return the cache with what was generated held at its budget."""
         return self.generation.after_step(cache)
+
+    def due(self, cache: KVCache) -> jax.Array | None:
+        """Return the answer of the method that generates."""
+        return self.generation.due(cache)
 
     def before_turn(self, cache: KVCache, *, tokens: int, room: int) -> KVCache:
         """Return the cache with room for a question."""

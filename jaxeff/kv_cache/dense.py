@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxeff.kv_cache.base import KVCache, Observer, tree_bytes
 from jaxeff.kv_cache.storage import check_head_dim, decode, encode, float_dtype, store_name
-from pallas_kernels import append_tokens, decode_attention
+from pallas_kernels import append_to_cache, decode_attention, move_slots
 
 
 @jax.tree_util.register_dataclass
@@ -179,13 +179,15 @@ class DenseLayer:
         # Slot `capacity` is out of range, and the scatter drops it.
         slots = jnp.where(valid[:, None], slots, capacity)
         count = jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]  # [B, 1]
-        per_head = jnp.broadcast_to(positions[:, None], slots.shape).astype(jnp.int32)
         ring, ring_positions = remember_queries(self, positions, valid, queries)
+        stored_k, stored_v, stored_positions = append_to_cache(
+            self.k, self.v, self.positions, k, v, positions, slots, key_offset=offset
+        )
         layer = dataclasses.replace(
             self,
-            k=append_tokens(self.k, k if offset is None else k - offset, slots),
-            v=append_tokens(self.v, v, slots),
-            positions=scatter(self.positions, slots, per_head),
+            k=stored_k,
+            v=stored_v,
+            positions=stored_positions,
             length=jnp.minimum(self.length + count, capacity),
             overflow=self.overflow | jnp.any(lost, axis=(1, 2)),
             queries=ring,
@@ -293,16 +295,12 @@ class DenseLayer:
         padding = ((0, 0), (0, 0), (0, capacity - amount))
         indices = jnp.pad(indices, padding, constant_values=-1)
         length = jnp.sum(indices >= 0, axis=-1, dtype=jnp.int32)
-        # An index past the end reads the fill value, which empties the slot.
-        source = jnp.where(indices >= 0, indices, self.capacity)
+        moved = {"k": self.k, "v": self.v, "positions": self.positions}
+        moved["slot_state"] = self.slot_state
+        fill = jax.tree.map(lambda _: 0, moved) | {"positions": -1}
+        moved = move_slots(moved, indices, fill=fill)
         return dataclasses.replace(
-            self,
-            k=jax.tree.map(lambda x: _gather(x, source, 0), self.k),
-            v=jax.tree.map(lambda x: _gather(x, source, 0), self.v),
-            positions=_gather(self.positions, source, -1),
-            length=length,
-            frozen=jnp.minimum(self.frozen, length),
-            slot_state=jax.tree.map(lambda x: _gather(x, source, 0), self.slot_state),
+            self, **moved, length=length, frozen=jnp.minimum(self.frozen, length)
         )
 
     def resize(self, capacity: int) -> DenseLayer:
@@ -496,12 +494,6 @@ def scatter(store: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
     rows = jnp.arange(slots.shape[0])[:, None, None]
     heads = jnp.arange(slots.shape[1])[None, :, None]
     return store.at[rows, heads, slots].set(new.astype(store.dtype), mode="drop")
-
-
-def _gather(x: jax.Array, indices: jax.Array, fill: int) -> jax.Array:
-    """Read ``indices [B, K, M]`` of ``x [B, K, C, ...]``, ``fill`` where out of range."""
-    indices = indices.reshape(indices.shape + (1,) * (x.ndim - 3))
-    return jnp.take_along_axis(x, indices, axis=2, mode="fill", fill_value=fill)
 
 
 def _check_sizes(batch, capacity, num_kv_heads, head_dim, query_window, num_heads):

@@ -185,3 +185,101 @@ def attend_with_input(
         return jnp.moveaxis(x, 1, 2).reshape(batch, rows, num_heads, *x.shape[4:])
 
     return unfold(out).astype(queries.dtype), unfold(lse)
+
+
+def attend_passes(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    input_keys: jax.Array,
+    input_values: jax.Array,
+    *,
+    length: jax.Array,
+    passes: int,
+    scale: float | None = None,
+    quant: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of several inputs side by side, each over the whole cache and, causally, itself.
+
+    All inputs share one call over the cache, which fills a GPU better than a call each; what an
+    input says to itself is a second call. Both parts are joined by their log-sum-exp.
+
+    Args:
+        queries: float ``[B, P * A, N, H]``, of ``P`` inputs of ``A`` tokens, padded on the right.
+        keys, values: ``[B, K, S, H]``, heads before slots, in the dtype of the queries.
+        input_keys, input_values: ``[B, P * A, K, H]``.
+        length: int32 ``[B, K]``, live slots of the cache.
+        passes: ``P``.
+        scale: multiplies the logits; ``None``: ``H ** -0.5``.
+        quant: variant of the attention over the cache; ``None``: in full precision.
+
+    Returns:
+        Output ``[B, P * A, N, H]``, and f32 ``[B, P * A, N]`` each: the log-sum-exp over cache and
+        input, and that over the input alone. What padding gets has no meaning.
+
+    Examples:
+        >>> one, own = jnp.ones((1, 1, 3, 4)), jnp.ones((1, 4, 1, 4))
+        >>> live = jnp.full((1, 1), 3)
+        >>> _, every, alone = attend_passes(own, one, one, own, own, length=live, passes=2)
+        >>> [round(float(x), 4) for x in jnp.exp(every[0, :, 0] - 2.0)]  # so many keys are seen
+        [4.0, 5.0, 4.0, 5.0]
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.3; FlashInfer (arXiv 2501.01005), section 2.2 (joining).
+    """
+    batch, rows, _, head_dim = queries.shape
+    heads, slots = keys.shape[1:3]
+    by_head = fold_heads(queries, heads)  # [B * K, P * A, G, H]
+    past, past_lse = dot_product_attention(
+        by_head,
+        keys.reshape(batch * heads, slots, 1, head_dim),
+        values.reshape(batch * heads, slots, 1, head_dim),
+        key_value_seq_lengths=length.reshape(-1),
+        scale=scale,
+        quant=quant,
+        return_residual=True,
+    )
+    apart = lambda x: x.reshape(-1, rows // passes, *x.shape[2:])  # noqa: E731
+    own, own_lse = dot_product_attention(
+        apart(by_head),
+        apart(fold_heads(input_keys.astype(queries.dtype), heads)),
+        apart(fold_heads(input_values.astype(queries.dtype), heads)),
+        is_causal=True,  # padding comes last, so this hides it
+        scale=scale,
+        return_residual=True,
+    )
+    own, own_lse = own.reshape(past.shape), own_lse.reshape(past_lse.shape)
+    lse = jnp.logaddexp(past_lse, own_lse)
+    share = jnp.exp(past_lse - lse)[..., None]
+    out = past.astype(jnp.float32) * share + own.astype(jnp.float32) * (1 - share)
+    unfold = lambda x: unfold_heads(x, batch)  # noqa: E731
+    return unfold(out.astype(queries.dtype)), unfold(lse), unfold(own_lse)
+
+
+def fold_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Return ``[B * K, T, G, ...]`` of ``[B, T, K * G, ...]``: key heads as rows of the batch.
+
+    Examples:
+        >>> fold_heads(jnp.zeros((2, 3, 8, 4)), 2).shape
+        (4, 3, 4, 4)
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.3.
+    """
+    x = x.reshape(*x.shape[:2], heads, -1, *x.shape[3:])
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def unfold_heads(x: jax.Array, batch: int) -> jax.Array:
+    """Undo :func:`fold_heads`.
+
+    Examples:
+        >>> unfold_heads(jnp.zeros((4, 3, 4, 4)), 2).shape
+        (2, 3, 8, 4)
+
+    References:
+        KVzip (arXiv 2505.23416), section 3.3.
+    """
+    x = jnp.moveaxis(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])

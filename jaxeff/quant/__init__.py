@@ -19,6 +19,7 @@ from jaxeff.quant.calibrate import (
 from jaxeff.quant.delayed import AmaxHistory, advance_history, init_history
 from jaxeff.quant.dot import dot_general, quantized_dot_general
 from jaxeff.quant.einsum import quantized_einsum
+from jaxeff.quant.forward import fp8_dot_general, use_fp8
 from jaxeff.quant.operand import round_operand
 from jaxeff.quant.recipe import (
     POINTS,
@@ -54,6 +55,7 @@ __all__ = [
     "calibrate_attention",
     "dot_general",
     "fold_step",
+    "fp8_dot_general",
     "init_history",
     "quantize_weights",
     "quantized_dot_general",
@@ -62,5 +64,6 @@ __all__ = [
     "round_operand",
     "set_attention",
     "set_phase",
+    "use_fp8",
     "weight_bytes",
 ]

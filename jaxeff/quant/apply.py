@@ -22,9 +22,11 @@ from pallas_kernels.formats.counter_random import counter_key
 # Embeddings and the output head stay in high precision in every published FP4 recipe.
 EXEMPT = r"(^|\.)(embed\w*|embedder|lm_head|unembed|output_head)(\.|$)"
 
-# Below this in any dimension of a product, FP8's quantisation costs more than the product gains. A
-# rule of thumb for Hopper; `experiments.low_precision.run speed` measures the device at hand.
+# Measured on an H200 (speed_sweep.json of the experiment; a layer forward and backward, delayed and
+# current scaling): 1024 by 1024 has .98 and .85 times bfloat16's speed with 16,384 tokens, .78 and
+# .71 with 4,096; 2048 by 2048 1.40 and 1.27, 1.12 and 1.01, with 2,048 tokens .99 and .89.
 FP8_BREAK_EVEN = 2048
+FP8_BREAK_EVEN_TOKENS = 4096
 
 Rule = tuple[str, "str | Recipe | None"]
 
@@ -297,8 +299,9 @@ def _warn_of_small_products(layers: dict[str, Any], plan: dict[str, Recipe]) -> 
     if small:
         warnings.warn(
             f"{len(small)} layers with real FP8 products have a dimension below {FP8_BREAK_EVEN}, "
-            f"where bf16 is usually faster: {', '.join(small[:4])}{', …' * (len(small) > 4)}. "
-            "Exempt them by rules",
+            "where bf16 is faster (with fewer than "
+            f"{FP8_BREAK_EVEN_TOKENS} tokens a step also at it): "
+            f"{', '.join(small[:4])}{', …' * (len(small) > 4)}. Exempt them by rules",
             stacklevel=3,
         )
 

@@ -68,8 +68,14 @@ def advance_history(history: Any, seen: Any) -> Any:
     """
 
     def push(old, new):
-        newest = jnp.where(jnp.isfinite(new[..., :1]), new[..., :1], 0.0)
-        return jnp.concatenate([newest.astype(old.dtype), old[..., :-1]], -1)
+        newest = jnp.where(jnp.isfinite(new[..., :1]), new[..., :1], 0.0).astype(old.dtype)
+        # No concatenation: XLA makes one slow kernel of those of all layers.
+        moved = jax.lax.pad(
+            old, jnp.zeros((), old.dtype), [(0, 0, 0)] * (old.ndim - 1) + [(1, -1, 0)]
+        )
+        return jnp.where(
+            jax.lax.broadcasted_iota(jnp.int32, old.shape, old.ndim - 1) == 0, newest, moved
+        )
 
     return jax.tree.map(push, history, seen)
 
@@ -91,10 +97,29 @@ def delayed_scale(history: jax.Array, tensor: str, qtype: str, how: DelayedScali
       >>> float(delayed_scale(history, "x", "fp8_e4m3", DelayedScaling(2)))
       32.0
     """
-    row = history[TENSORS.index(tensor)]
-    amax = row[0] if how.algorithm == "most_recent" else row.max()
-    largest = get_format(qtype).element_type.max * 2.0**-how.margin
-    scale = largest / jnp.where(amax > 0, amax, 1.0)
+    return delayed_scales(history, (qtype,) * len(TENSORS), how)[TENSORS.index(tensor)]
+
+
+def delayed_scales(history: jax.Array, qtypes: tuple[str, ...], how: DelayedScaling) -> jax.Array:
+    """The encode scales of all three tensors; one small kernel where three would cost more.
+
+    Args:
+      history: float32 ``[3, history_length]``.
+      qtypes: formats of ``x``, ``w`` and ``d``.
+      how: margin and algorithm.
+
+    Returns:
+      float32 ``[3]``.
+
+    Example:
+      >>> history = jnp.float32([[7, 14], [0, 0], [1, 0]])
+      >>> formats = ("fp8_e4m3", "fp8_e4m3", "fp8_e5m2")
+      >>> delayed_scales(history, formats, DelayedScaling(2)).tolist()
+      [32.0, 1.0, 57344.0]
+    """
+    amax = history[:, 0] if how.algorithm == "most_recent" else history.max(-1)
+    tops = [get_format(qtype).element_type.max * 2.0**-how.margin for qtype in qtypes]
+    scale = jnp.float32(tops) / jnp.where(amax > 0, amax, 1.0)
     return jnp.where((amax > 0) & jnp.isfinite(scale), scale, 1.0)
 
 

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxeff.quant.delayed import TENSORS, delayed_scale, record_amax, round_delayed
+from jaxeff.quant.delayed import (
+    TENSORS,
+    delayed_scale,
+    delayed_scales,
+    record_amax,
+    round_delayed,
+)
 from jaxeff.quant.operand import quantizer_options, round_operand
 from jaxeff.quant.recipe import NATIVE_TILE, POINTS, Recipe, resolve_recipe
 from pallas_kernels.formats import QTensor, get_format, inverse_rht, rht
@@ -282,7 +288,9 @@ def _coded(recipe: Recipe, point: str, value, given: _Given) -> _Coded:
     quant = getattr(recipe, point)
     kind = get_format(quant.format)
     if recipe.delayed is not None:
-        scale = 1 / delayed_scale(given.history, point[-1], quant.format, recipe.delayed)
+        kinds = tuple(getattr(recipe, p).format for p in ("fwd_x", "fwd_w", "bwd_d"))
+        scales = 1 / delayed_scales(given.history, kinds, recipe.delayed)
+        scale = scales[TENSORS.index(point[-1])]
     else:
         amax = jnp.max(jnp.abs(value), initial=0.0).astype(jnp.float32) * quant.overrange
         rule = quant.scale_rule or kind.scale_rule
@@ -296,10 +304,17 @@ def _product_of_codes(a, of_a: _Coded, b, of_b: _Coded, precision, result_type):
     """``a bᵀ`` of codes ``[rows, contracted]``, with the scales of their tensors.
 
     Codes as they are make XLA call cuBLASLt (as of jax 0.11.2 it does not where their scales stand
-    before the product). The result comes in 16 bits and is scaled in float32.
+    before the product). A factor right behind the product, in its dtype, goes into that call, in
+    float32, as XLA leaves out the rounding of the factor. Elsewhere it is avoided here.
     """
     product = _contract(a, 1, b, 1, precision, result_type)
-    return (product.astype(jnp.float32) * (of_a.scale * of_b.scale)).astype(result_type)
+    scale = of_a.scale * of_b.scale
+    return lax.platform_dependent(
+        product,
+        scale,
+        cuda=lambda product, scale: product * scale.astype(product.dtype),
+        default=lambda product, scale: (product.astype(jnp.float32) * scale).astype(product.dtype),
+    )
 
 
 def _contract_native(recipe, points, operands, given, precision, result_type):

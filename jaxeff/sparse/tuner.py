@@ -27,7 +27,7 @@ class TuneResult(NamedTuple):
     """What the tuner found.
 
     Args:
-        thresholds: f32 ``[N]`` each; ``topk`` is ``None``.
+        thresholds: f32 ``[N]`` each; ``topk`` is ``None``, and ``pvthreshd`` without that stage.
         error: f32 ``[N]``, relative L1 with these thresholds, the worst calibration input.
         sparsity: f32 ``[N]``, share of the products left out, mean over the inputs.
         dense: bool ``[N]``, heads for which sparsity did not pay.
@@ -43,7 +43,7 @@ def tune_sparge(
     inputs: Sequence[tuple[Array, Array, Array]],
     *,
     l1: float = 0.07,
-    pv_l1: float = 0.08,
+    pv_l1: float | None = 0.08,
     sims: Sequence[float] = DEFAULT_SIMS,
     cdf_tolerance: float = 1e-3,
     pv_tolerance: float = 0.1,
@@ -71,7 +71,8 @@ def tune_sparge(
         inputs: calibration inputs ``(query [B, T, N, H], key [B, S, K, H], value)``, best of equal
             shapes (each shape compiles).
         l1: bound on the relative L1 error of the first stage.
-        pv_l1: bound with both stages, at least ``l1``.
+        pv_l1: bound with both stages, at least ``l1``; ``None`` leaves the second stage out, which
+            the sm90 kernel does not have.
         sims: values of ``simthreshd1`` to try, ascending.
         cdf_tolerance: where the bisection of ``cdfthreshd`` stops.
         pv_tolerance: where that of ``pvthreshd`` stops, in powers of two.
@@ -101,7 +102,8 @@ def tune_sparge(
     """
     inputs = [tuple(jnp.asarray(x) for x in each) for each in inputs]
     sims = [float(sim) for sim in sims]
-    if not inputs or not 0 < l1 <= pv_l1 or not sims or sorted(set(sims)) != sims:
+    bounds = (l1, l1 if pv_l1 is None else pv_l1)
+    if not inputs or not 0 < l1 <= bounds[1] or not sims or sorted(set(sims)) != sims:
         raise ValueError(
             f"expected inputs, 0 < l1 <= pv_l1 and ascending sims; got {len(inputs)} inputs, "
             f"l1={l1}, pv_l1={pv_l1}, sims={sims}"
@@ -112,9 +114,9 @@ def tune_sparge(
     @jax.jit
     def measure(each, truth, sim, cdf, pv):
         out, sparsity = sparge_attention(
-            *each, simthreshd1=sim, cdfthreshd=cdf, pvthreshd=pv, attention_sink=attention_sink,
-            quant=quant, block_q=block_q, block_kv=block_kv, implementation=implementation,
-            return_sparsity=True, **rules,
+            *each, simthreshd1=sim, cdfthreshd=cdf, pvthreshd=None if pv_l1 is None else pv,
+            attention_sink=attention_sink, quant=quant, block_q=block_q, block_kv=block_kv,
+            implementation=implementation, return_sparsity=True, **rules,
         )  # fmt: skip
         axes = (0, 1, 3)
         difference = jnp.abs(out.astype(jnp.float32) - truth).sum(axes)
@@ -129,21 +131,25 @@ def tune_sparge(
             for each, truth in zip(inputs, truths, strict=True):
                 row.append(_tune_one(
                     functools.partial(measure, each, truth, np.full(heads, sim, np.float32)),
-                    heads, l1, pv_l1, cdf_tolerance, pv_tolerance,
+                    heads, *bounds, cdf_tolerance, None if pv_l1 is None else pv_tolerance,
                 ))  # fmt: skip
                 bar.advance(task)
             points.append(row)
             if max(sparsity.max() for *_, sparsity in row) < min_sparsity:
                 break  # a higher threshold computes even more
         bar.update(task, completed=len(sims) * len(inputs))
-    return _choose(points, sims, inputs, truths, measure, min_sparsity)
+    found = _choose(points, sims, inputs, truths, measure, min_sparsity)
+    if pv_l1 is None:
+        found = found._replace(thresholds=found.thresholds._replace(pvthreshd=None))
+    return found
 
 
 def _tune_one(measure: Callable, heads: int, l1, pv_l1, cdf_tolerance, pv_tolerance):
     """cdf, pv and sparsity ``[N]`` of one input at one self-similarity threshold."""
-    off = np.full(heads, NO_PV_SKIP, np.float32)
-    cdf = _bisect(lambda cdf: measure(cdf, off)[0] < l1, heads, 1.0, 0.1, cdf_tolerance)
-    pv = _bisect(lambda pv: measure(cdf, pv)[0] < pv_l1, heads, NO_PV_SKIP, 20.0, pv_tolerance)
+    pv = np.full(heads, NO_PV_SKIP, np.float32)
+    cdf = _bisect(lambda cdf: measure(cdf, pv)[0] < l1, heads, 1.0, 0.1, cdf_tolerance)
+    if pv_tolerance is not None:
+        pv = _bisect(lambda pv: measure(cdf, pv)[0] < pv_l1, heads, NO_PV_SKIP, 20.0, pv_tolerance)
     error, sparsity = (np.asarray(x) for x in measure(cdf, pv))
     # A head that misses the bound even with everything kept gains nothing from this threshold.
     return cdf, pv, np.where(error < pv_l1, sparsity, 0.0)

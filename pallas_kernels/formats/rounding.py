@@ -63,7 +63,7 @@ def _in_steps(magnitude: jax.Array, kind: NumberType) -> tuple[jax.Array, jax.Ar
 
 def _round_stochastic(units: jax.Array, noise: jax.Array) -> jax.Array:
     lower = jnp.floor(units)
-    return lower + (noise >= 1 - (units - lower))
+    return lower + (units - lower >= 1 - noise)  # both differences are exact
 
 
 def _round_wide(x: jax.Array, kind: FloatType, noise: jax.Array | None) -> jax.Array:

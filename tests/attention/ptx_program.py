@@ -25,6 +25,7 @@ INSTRUCTIONS = {
     "eq": ("setp.eq.s32", "p"), "both": ("and.pred", "p"), "fadd": ("add.f32", "f"),
     "fsub": ("sub.f32", "f"), "fmul": ("mul.f32", "f"), "fdiv": ("div.rn.f32", "f"),
     "fmax": ("max.NaN.f32", "f"), "fabs": ("abs.f32", "f"), "feq": ("setp.eq.f32", "p"),
+    "bits": ("mov.b32", "r"), "from_bits": ("mov.b32", "f"),
     "to_float": ("cvt.rn.f32.s32", "f"), "widen": ("cvt.s64.s32", "l"),
 }  # fmt: skip
 
@@ -145,14 +146,14 @@ def close(program, count, results):
         f"add.s32 {count.name}, {count.name}, -1;\n"
         f"setp.gt.s32 %more, {count.name}, 0; @%more bra LOOP;"
     )
-    program.lines += [f"st.global.f32 [%base+{4 * i}], {x.name};" for i, x in enumerate(results)]
+    program.lines += [f"st.global.b32 [%base+{4 * i}], {x.name};" for i, x in enumerate(results)]
 
 
 def spilled(path, program, old, new, count, registers):
     """Bytes that ptxas spills in a loop that carries lists of registers."""
     old, new = ([x for registers in lists for x in registers] for lists in (old, new))
     for x, y in zip(old, new, strict=True):
-        program.lines.append(f"mov.f32 {x.name}, {y.name};")
+        program.lines.append(f"mov.b32 {x.name}, {y.name};")
     close(program, count, old)
     return assembled(path, program, registers)
 

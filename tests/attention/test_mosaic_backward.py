@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warpgroup
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_mosaic_control import read
 
@@ -14,6 +15,8 @@ from pallas_kernels._interpret import abstract_gpu, gpu_interpret_mode
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90, reference, xla
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
+from pallas_kernels.ops.attention.mosaic_sm90_kernel import _SCALAR
+from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, Variant
 from pallas_kernels.ops.attention.spec import QUANTS, AttentionSpec
 
 
@@ -170,3 +173,55 @@ def test_lowers_for_cuda(shape, bounds):
         traced = jax.jit(lambda *x: backward.gradient(*x, scale=0.1, **bounds)).trace(*arrays)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("window", [None, 40], ids=["whole", "window"])
+def test_registers_of_keys(window):
+    """What a warpgroup does for 64 keys, run by NumPy."""
+    (b, t, s, n, k, h), scale = (1, 128, 64, 1, 1, 64), 0.125
+    mask = Mask() if window is None else Mask.window(window, window)
+    arrays = inputs(b, t, s, n, k, h)
+    want, lse, delta = exact(arrays, mask, scale)
+    variant, config = Variant("half", "half", "bfloat16"), backward.CONFIGS["kv"]
+    bounds = None if window is None else -window, window
+    plan = backward.plan_of("kv", variant, (b, t, n, h), (b, s, k, h), *bounds, config)
+    query, key, value, d_out = (np.asarray(x, np.float32)[0, :, 0] for x in arrays)
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2E  # rows without keys have P = 0
+    numbers = [-np.asarray(x, np.float32)[0, 0] for x in (lse, delta)]
+
+    def product(width, a, b_rows, acc, kind):
+        assert (acc, kind, width) == ("f", "f32.bf16.bf16", config.block_kv)
+        return warpgroup.accumulator((a @ b_rows.T).astype(np.float32))
+
+    def accumulate(width, a, rows, sums, kind):
+        words = [word for step in a for word in step]
+        tile = warpgroup.from_operand(words, np.dtype(jnp.bfloat16)) @ rows[:, :width]
+        tile = warpgroup.accumulator(tile.astype(np.float32))
+        return [x + y for x, y in zip(sums, tile, strict=True)]
+
+    def inline(body, given, outs=()):
+        scalar = lambda x: [np.full(128, int(x), np.int32)]  # noqa: E731
+        return body(*[scalar(x) if kind is _SCALAR else x for x, kind in given])
+
+    with warpgroup.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward, "_inline", inline)
+        for name in ("_k_major", "_mn_major"):
+            patch.setattr(backward, name, lambda ref, *_: ref)
+        patch.setattr(backward, "_wgmma", product)
+        patch.setattr(backward, "accumulate", accumulate)
+        patch.setattr(backward, "_wait", lambda left, values, keep=(): values)
+        patch.setattr(backward, "settled", lambda *x: x[:2])
+        steps = backward.HalfKeys("kv", plan, scale)
+        sums = [[np.zeros(128, np.float32)] * (h // 2) for _ in range(2)]
+        for first in range(0, t, config.block_kv):
+            rows = slice(first, first + config.block_kv)
+            ring = [
+                (x[rows], number[rows]) for x, number in zip((query, d_out), numbers, strict=True)
+            ]
+            where = None if window is None else {"row": 0, "col": first}
+            nothing = lambda *_: None  # noqa: E731
+            sums = steps.tile((key, value), ring, [], None, sums, where, *[nothing] * 4)
+        got = [warpgroup.from_accumulator(x, h) for x in sums]
+    for x, y, factor in zip(got, want[1:], (scale, 1.0), strict=True):
+        y = np.asarray(y)[0, :, 0]
+        assert np.abs(factor * x - y).sum() < 0.01 * np.abs(y).sum()

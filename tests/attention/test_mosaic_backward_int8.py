@@ -146,9 +146,8 @@ def run_side(side, found, mask):
             for start in range(0, plan.kv_len, block):
                 ring = [[piece(name, other, start, block) for name in part] for part in steps.ring]
                 where = {"row": row, "col": start, "first_col": start, "last_col": start + block}
-                sums = steps.tile(
-                    own, ring, fixed, None, sums, where, lambda i: None, lambda i: None
-                )
+                nothing = [lambda *_: None] * 4
+                sums = steps.tile(own, ring, fixed, None, sums, where, *nothing)
         mean = x["k_mean"][head // groups] if side == "q" else None
         for result, total in zip(results, steps.finish(sums, load, mean), strict=True):
             result[row : row + 64, head] = warpgroup.from_accumulator(total, h)
@@ -223,11 +222,13 @@ class PlainInt8(int8.Int8):
         zeros = jnp.zeros((64, self.plan.head_dim), jnp.float32)
         return (zeros,) * self.count
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         wait(0)
+        give()
         p, d_s = plain_tile(self, own, ring[0], fixed, where)
         release(0)
         wait(1)
+        take()
         *turned, scales = map(read, ring[1])
         out, block = [], self.plan.config.block_kv
         for i, (total, x, b) in enumerate(zip(sums, (d_s, p), turned, strict=False)):
@@ -302,5 +303,5 @@ def test_registers_suffice(tmp_path, side):
         program.lines.append("LOOP:")
         own, turned = (4, 8), [config.block_kv // 32] * steps.count
         ring = [(*own, numbers, numbers)[: 3 + (side == "kv")], (*turned, numbers)]
-        new = steps.tile(own, ring, fixed, None, sums, {"row": 0, "col": 0}, id, id)
+        new = steps.tile(own, ring, fixed, None, sums, {"row": 0, "col": 0}, *[lambda *_: None] * 4)
         assert spilled(tmp_path / "loop.ptx", program, sums, new, count, config.registers) <= 16

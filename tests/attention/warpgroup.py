@@ -116,7 +116,20 @@ def branch(condition, yes, no):
     (yes if condition[0] else no)()
 
 
-CONTROL = {"loop": loop, "branch": branch}
+def counter(ref, offset):
+    return ref.reshape(-1)[int(offset[0]) // 4 :]
+
+
+def arrive(ref, offset, count):
+    counter(ref, offset)[0] += 1
+    return np.full(128, counter(ref, offset)[0] == count)
+
+
+def wait(ref, offset, count):
+    assert counter(ref, offset)[0] >= count, "waits for a block that comes later"
+
+
+CONTROL = {"loop": loop, "branch": branch, "arrive": arrive, "wait": wait}
 
 
 # -- PTX -------------------------------------------------------------------------------------------
@@ -126,10 +139,13 @@ FLOATS = {
     "add.f32": np.add,
     "add.rn.f32": np.add,
     "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
+    "fma.rm.f32": lambda a, b, c: rounded_down(a.astype(np.float64) * b + c),
     "div.rn.f32": np.divide,
+    "rcp.rn.f32": lambda a: quiet(np.divide, np.float32(1), a),
     "ex2.approx.ftz.f32": lambda a: flushed(np.exp2(a)),
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
+    "max.NaN.f32": np.maximum,
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
 
@@ -183,6 +199,10 @@ def widen8(dtype):
 INTS = {
     "cvt.rn.f32.s32": lambda a: a.astype(np.float32),
     "shl.b32": np.left_shift,
+    "add.s32": np.add,
+    "sub.s32": np.subtract,
+    # What is shifted by more than there are bits keeps its sign only.
+    "shr.s32": lambda a, b: a >> np.minimum(b.view(np.uint32), 31).astype(np.int32),
     "shr.u32": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
@@ -195,6 +215,7 @@ INTS = {
     "fma.rn.bf16x2": lambda a, b, c: bf16_words(wide(a) * wide(b) + wide(c)),
     "cvt.rn.f16x2.e4m3x2": widen8(E4M3),
     "cvt.rn.f16x2.e5m2x2": widen8(ml_dtypes.float8_e5m2),
+    "shfl.sync.bfly.b32": lambda a, distance, *_: a[LANES ^ distance],
     "shfl.sync.idx.b32": lambda a, lane, *_: a[LANES // 32 * 32 + lane],
     "cvt.pack.sat.s8.s32.b32": lambda a, b, c: (
         c << 16 | (np.clip(a, -128, 127) & 255) << 8 | (np.clip(b, -128, 127) & 255)
@@ -214,6 +235,14 @@ PAIRS = {
 }
 
 
+COMPARISONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "gtu": lambda a, b: ~(a <= b),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}
+
+
 @functools.lru_cache
 def parse(text):
     """Statements as (predicate or None, opcode, operands)."""
@@ -225,7 +254,10 @@ def parse(text):
         statement = statement.strip()
         while statement.startswith("{"):
             statement = statement[1:].strip()
-        if not statement or statement.startswith((".reg", "}")):
+        if not statement or statement.startswith((".reg", "}")) or statement.endswith(":"):
+            continue
+        # What is jumped over must be without effect then: a test of that as well.
+        if statement.startswith("@") and " bra " in statement:
             continue
         found = re.fullmatch(r"(?:@(\w+) )?(\S+) (.*)", statement, re.DOTALL)
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
@@ -284,7 +316,12 @@ class Machine:
             _, compare, kind = opcode.split(".")
             dtype = np.float32 if kind == "f32" else np.int32
             a, b = (self.read(x, dtype) for x in sources)
-            self.registers[target] = {"eq": np.equal, "ne": np.not_equal}[compare](a, b)
+            self.registers[target] = COMPARISONS[compare](a, b)
+        elif opcode == "or.pred":
+            self.registers[target] = np.logical_or(*(self.registers[x] for x in sources))
+        elif opcode == "vote.sync.any.pred":
+            any_of_warp = self.registers[sources[0]].reshape(4, 32).any(1)
+            self.registers[target] = any_of_warp.repeat(32)
         elif opcode == "selp.f32":
             a, b = (self.read(x, np.float32) for x in sources[:2])
             self.registers[target] = np.where(self.registers[sources[2]], a, b)
@@ -370,13 +407,13 @@ def run_asm(text, outs, ins, tied):
         machine.run(*statement)
     kinds = {"f": np.float32, "r": np.int32}
     new = [machine.read(f"${len(tied) + i}", kinds[k]) for i, k in enumerate(outs)]
-    return [registers[f"${i}"] for i in range(len(tied))] + new
+    return [registers[f"${i}"].view(x.dtype) for i, x in enumerate(tied)] + new
 
 
 # -- launches --------------------------------------------------------------------------------------
 
 
-def run_blocks(body, outs, grid, args):
+def run_blocks(body, outs, grid, args, counters=0):
     """The quantisers' launch: every block in turn."""
 
     def run(*arrays):
@@ -387,9 +424,10 @@ def run_blocks(body, outs, grid, args):
             .reshape(o.shape)
             for o in outs
         ]
+        state = [np.zeros(counters, np.int32)] if counters else []
         for index in np.ndindex(*grid):
             axes = [np.full(128, i, np.int32) for i in index]
-            body([*map(np.asarray, arrays), *results], axes)
+            body([*map(np.asarray, arrays), *results, *state], axes)
         return results
 
     return jax.pure_callback(run, outs, *args)

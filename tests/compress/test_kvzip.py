@@ -1,6 +1,7 @@
 """KVzip against the original code's golden data, its repeat pass, and its messages."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxeff.compress.kvzip import (
     keep_mask,
     reconstruction_scores,
 )
+from jaxeff.generate import _observe, prepare, side_by_side
 from jaxeff.kv_cache import DenseCache, check_invariants
 from jaxeff.models import Decoder, ModelConfig
 from jaxeff.nn import Attention
@@ -383,3 +385,56 @@ def test_a_pass_leaves_the_cache_alone_and_equals_attention():
         live = np.arange(40) < lengths[:, None, None]
         assert (np.isfinite(score) == live).all()
         assert (np.asarray(score)[np.broadcast_to(live, score.shape)] > 0).all()
+
+
+def _read(model, prompt, lengths):
+    """The cache of a batch of texts."""
+    rows, tokens = prompt.shape
+    cache = DenseCache.init_for(model, rows, tokens, dtype=jnp.float32)
+    valid = jnp.arange(tokens) < np.asarray(lengths)[:, None]
+    run = jax.jit(lambda tokens, valid, cache: model(tokens, valid=valid, cache=cache)[1])
+    return run(prompt, valid, cache)
+
+
+@pytest.mark.parametrize(("norm", "sinks"), [("chunk", 0), ("chunk", 3), ("full", 2)])
+def test_passes_side_by_side_score_as_one_by_one(norm, sinks):
+    config = ModelConfig.llama(
+        vocab_size=256, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8
+    )
+    model, lengths = Decoder(config, rngs=nnx.Rngs(0)), np.array([40, 12, 31])
+    prompt = np.random.default_rng(4).integers(256, size=(3, 40)).astype(np.int32)
+    cache = _read(model, prompt, lengths)
+    method = KVzip(ratio=0.5, norm=norm, num_sinks=sinks, chunk=9)
+    passes = method.context_passes(prompt, lengths, vocab_size=256)
+    graphdef, state = nnx.split(model)
+
+    def scores(passes):
+        found = [
+            _observe(graphdef, method, state, cache, *map(jnp.asarray, item)) for item in passes
+        ]
+        return [functools.reduce(jnp.maximum, x) for x in zip(*found, strict=True)]
+
+    width = passes[0].tokens.shape[1]
+    joined = side_by_side(passes, method.most_passes(cache), 3 * width)
+    assert len(passes) == 5 and [x.start.shape for x in joined] == [(3,), (3,)]
+    for mine, its in zip(scores(joined), scores(passes), strict=True):
+        np.testing.assert_array_equal(np.isneginf(mine), np.isneginf(its))
+        live = np.isfinite(its)
+        np.testing.assert_allclose(np.asarray(mine)[live], np.asarray(its)[live], rtol=1e-4)
+
+
+def test_passes_in_fp8_are_close_and_leave_the_rest_alone():
+    config = ModelConfig.llama(
+        vocab_size=256, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    prompt = np.random.default_rng(5).integers(256, size=(1, 48)).astype(np.int32)
+    made = [
+        prepare(model, prompt, compression=KVzip(ratio=0.5, pass_format=form))
+        for form in (None, "fp8")
+    ]
+    kept = [np.asarray(x.cache.layers[0].positions) for x in made]
+    shared = [np.isin(a, b).mean() for a, b in zip(*(x[0] for x in kept), strict=True)]
+    assert min(shared) > 0.8
+    with pytest.raises(ValueError, match="expected None or 'fp8'"):
+        KVzip(ratio=0.5, pass_format="int3")

@@ -28,13 +28,15 @@ from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_rea
 STORES = decode.STORES | {"int4_symmetric": lambda x: quantize(x, "int4", axis=-1).pack(-1)}
 
 
-def run_blocks(body, outs, grid, args, shared=0):
+def run_blocks(body, outs, grid, args, shared=0, inplace=None):
     """The kernels' launch: every block in turn."""
+    inplace, made = inplace or {}, outs
+    args = inplace | args
 
     def run(*arrays):
-        refs = dict(zip(args, map(np.asarray, arrays), strict=True))
-        results = {}
-        for name, out in outs.items():  # what no thread writes stays NaN
+        refs = dict(zip(args, map(np.array, arrays), strict=True))
+        results = {name: refs[name] for name in inplace}
+        for name, out in made.items():  # what no thread writes stays NaN
             raw = np.full(int(np.prod(out.shape)) * out.dtype.itemsize, 0xFF, np.uint8)
             results[name] = raw.view(out.dtype).reshape(out.shape)
         for x, y, z in np.ndindex(*grid):
@@ -42,6 +44,7 @@ def run_blocks(body, outs, grid, args, shared=0):
             body(refs | results | scratch, [np.full(128, i, np.int32) for i in (x, y, z)])
         return results
 
+    outs = outs | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in inplace.items()}
     return jax.pure_callback(run, outs, *args.values())
 
 

@@ -14,6 +14,7 @@ from experiments.kv_cache.tasks import (
     KEY,
     OK,
     REPEAT,
+    STEP,
     VAL,
     Recall,
     Trace,
@@ -73,6 +74,34 @@ def test_traces_run_their_program():
             assert told[-3] == text[-2] - prime
     with pytest.raises(ValueError, match="names=7; 8 variables need as many"):
         task.problems(np.random.default_rng(0), 1, 0, steps=6)
+
+
+def test_overwritten_variables_have_their_last_value():
+    task = Trace(starts=3, steps=6, base=5, constants=3, names=7, checks=1, overwrite=True)
+    prime = task._line_name - task._name
+    prompt, trace = task.problems(np.random.default_rng(0), 16, 1)
+    for text, told in zip(prompt.tolist(), trace.tolist(), strict=True):
+        values = {text[i + 1]: text[i + 2] for i, t in enumerate(text) if t == VAL}
+        first, written = next(t for t in text if t >= task._line), {}
+        for step, number in enumerate(range(first, first + 6)):
+            y, c, x = text[text.index(number) + 1 : text.index(number) + 4]
+            begin = told.index(number)
+            raw = values[y - prime] - task._value + c - task._constant
+            assert told[begin + 1 : begin + 3] == [y - prime, values[y - prime]] and x != y
+            values[x - prime], written[x - prime] = task._value + raw % task.base, step
+            assert told[begin + 4 : begin + 6] == [x - prime, values[x - prime]]
+        assert len(values) == 3 and told[-3] == min(written, key=written.get)
+        assert told[-2] == values[told[-3]]
+    text, weights = task.drill(np.random.default_rng(0), 8, 64)
+    for row, weight in zip(text.tolist(), weights, strict=True):
+        held = {}
+        for at in range(1, 64, 3):
+            mark, name, value = row[at : at + 3]
+            if mark == STEP:
+                assert held[name] == value and weight[at + 2] > 0
+            elif mark == VAL:
+                held[name] = value
+                assert weight[at + 2] == 0
 
 
 def test_training_resumes_with_the_weights_it_left(tmp_path):

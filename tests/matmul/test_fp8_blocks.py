@@ -52,7 +52,11 @@ def test_lowers_for_cuda(m, n, k, squares):
         call = jax.jit(lambda a, b: matmul(a, b, implementation="mosaic"))
         text = call.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
-        assert "has not run on a GPU yet" in str(explain("matmul", lhs, rhs))
+        # The only thing against it is that tests have several devices.
+        assert explain("matmul", lhs, rhs).rejected.get("mosaic") in (
+            None,
+            spec_lib.SEVERAL_DEVICES,
+        )
 
 
 def test_every_block_of_a_band_gets_its_own_tile():
@@ -105,7 +109,7 @@ def test_one_scale_lowers_and_scales_float_sums(gradient):
         call = jax.jit(lambda a, b: matmul(a, b, implementation="mosaic"))
         text = call.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
-        assert "has not run on a GPU yet" in str(explain("matmul", lhs, rhs))
+        assert "cuBLASLt multiplies FP8 codes faster" in str(explain("matmul", lhs, rhs))
     kernel = mosaic_sm90_tokens.Fp8(384, 200, ("e4m3", "e5m2"))
     assert kernel.kind == "f32.e4m3.e5m2"
     rng = np.random.default_rng(0)

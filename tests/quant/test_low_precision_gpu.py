@@ -2,6 +2,7 @@
 """Low-precision training on a GPU: kernels bit for bit, and the products that XLA really makes."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,24 @@ def test_fp8_codes_are_those_of_the_formats(qtype):
         assert (one.astype(jnp.float32) != other.astype(jnp.float32)).mean() < 1e-3
 
 
-def test_xla_takes_the_fp8_product():
-    """Three cuBLASLt calls on 8-bit operands, or the recipe is slower than none."""
+def test_xla_takes_the_fp8_product_and_its_scale():
+    """Three cuBLASLt calls on 8-bit operands with scales of their own; nothing follows them."""
     recipe = dataclasses.replace(RECIPES["fp8_current"], execution="native")
-    x, w, d = (jnp.ones((256, 256), jnp.bfloat16) for _ in range(3))
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, d = (jax.random.normal(key, (256, 256)).astype(jnp.bfloat16) for key in keys)
 
     @jax.jit
     def step(x, w, d):
         z, pullback = jax.vjp(lambda x, w: dot_general(recipe)(x, w, PLAIN), x, w)
         return z, *pullback(d)
 
-    text = step.lower(x, w, d).compile().as_text()
-    assert text.count("__cublas$lt$matmul$f8") >= 3
+    # Left to itself XLA takes Triton for products as small as this.
+    compiled = step.lower(x, w, d).compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+    text = compiled.as_text()
+    assert text.count("__cublas$lt$matmul$f8") == 3
+    assert not re.search(r"= bf16\[256,256\]\S* (fusion|multiply)\(", text)
+    emulated = jax.vjp(lambda x, w: dot_general(RECIPES["fp8_current"])(x, w, PLAIN), x, w)
+    for got, want in zip(compiled(x, w, d), (emulated[0], *emulated[1](d)), strict=True):
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        # Far below the 2e-3 that a scale rounded to bfloat16 may be off.
+        assert abs((got * want).sum() / (want * want).sum() - 1) < 3e-4

@@ -225,6 +225,17 @@ def test_tuner_keeps_the_bound():
         tune_sparge(samples, l1=0.1)
 
 
+def test_tuner_without_the_second_stage():
+    q, k, v = qkv(64, 64)
+    sizes = {"block_q": 16, "block_kv": 16, "quant": None, "attention_sink": False}
+    found = tune_sparge(
+        [(q, k, v)], l1=0.3, pv_l1=None, sims=(-1.0,), cdf_tolerance=0.02, progress=False, **sizes
+    )
+    assert found.thresholds.pvthreshd is None and (found.error < 0.3).all()
+    attend = SpargeAttention(found.thresholds, **sizes)
+    assert testing.relative_l1(attend(q, k, v), dot_product_attention(q, k, v)) < 0.3
+
+
 # -- SLA -----------------------------------------------------------------------------------------
 
 

@@ -29,17 +29,30 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _ptx as ptx
 from pallas_kernels.masks import EMPTY, FULL, BlockMask
-from pallas_kernels.ops.attention.mosaic_sm90_kernel import _swizzle, _transforms
+from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
+from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
+    _SCALAR,
+    _inline,
+    _k_major,
+    _mn_major,
+    _opaque,
+    _shape,
+    _swizzle,
+    _transforms,
+    _wait,
+    _wgmma,
+)
 from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
-from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Variant
+from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
 
 HEAD_DIMS = (64, 128)
 PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
 # By the side that is owned; "block_kv" rows are streamed at a time.
 CONFIGS = {
-    "q": Config(block_kv=128, num_stages=2, qk_split=1),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1),
+    "q": Config(block_kv=128, num_stages=2, qk_split=1, schedule="none"),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1, schedule="none"),
 }
 _ACC = plgpu.Layout.WGMMA
 _ROW = _ACC.reduce(1)
@@ -82,13 +95,15 @@ def gradient(
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2E
     arrays = {"q": whole(query), "k": whole(key), "v": whole(value), "d_out": whole(d_out)}
     arrays |= {"lse": jnp.pad(lse, pad, constant_values=jnp.inf), "delta": jnp.pad(delta, pad)}
+    arrays |= {"minus_lse": -arrays["lse"], "minus_delta": -arrays["delta"]}
     variant = Variant("half", "half", str(query.dtype))
     shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
-    (dq,), (dk, dv) = (
-        launch(Half(side, plan_of(side, variant, *shapes, *limits, config), scale), arrays, blocks)
-        for side, config in CONFIGS.items()
-    )
-    return dq, dk, dv
+    results = []
+    for side, config in CONFIGS.items():
+        plan = plan_of(side, variant, *shapes, *limits, config)
+        steps = (Half if side == "q" else key_steps)(side, plan, scale)
+        results += launch(steps, {name: arrays[name] for name in steps.names}, blocks)
+    return tuple(results)
 
 
 def whole(x: jax.Array) -> jax.Array:
@@ -123,7 +138,9 @@ def plan_of(side: str, variant: Variant, query, key, min_diff, max_diff, config:
 # -- lists -----------------------------------------------------------------------------------------
 
 
-def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[str, jax.Array]:
+def tile_lists(
+    blocks: BlockMask, side: str, plan: Plan, groups: int, latest_first: bool = False
+) -> dict[str, jax.Array]:
     """The tiles of one kernel that a block mask wants, and the order of the owner's rows.
 
     Args:
@@ -131,6 +148,7 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
         side: "q" or "kv".
         plan: sizes.
         groups: query heads of a key head.
+        latest_first: tiles with and without a mask come in descending order each.
 
     Returns:
         "list" int32 [B or 1, N or 1, owner's tiles, streamed tiles]: 64 times a tile's number, plus
@@ -154,7 +172,7 @@ def tile_lists(blocks: BlockMask, side: str, plan: Plan, groups: int) -> dict[st
     number = jnp.arange(tiles)
     whole = (quarters == FULL).all((4, 5)) & ((number + 1) * plan.config.block_kv <= plan.kv_len)
     rank = jnp.where(whole, 0, jnp.where(bits > 0, 1, 2))
-    order = jnp.argsort(rank, axis=-1, stable=True)
+    order = jnp.argsort(rank * tiles + (tiles - 1 - number if latest_first else number), axis=-1)
     listed = jnp.take_along_axis(number * 64 + bits, order, axis=-1)
     ranges = jnp.stack([whole.sum(-1), (bits > 0).sum(-1)], -1).astype(jnp.int32)
     count = jnp.broadcast_to(ranges[..., 1], (plan.batch, plan.num_heads * groups, plan.q_tiles))
@@ -197,12 +215,14 @@ class Half:
     """
 
     auto_barriers = True
+    latest_first = False  # whether keys look at their queries from the last to the first
 
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
         queries, keys = ("q", "d_out"), ("k", "v")
         self.own, ring = (queries, keys) if side == "q" else (keys, queries)
         self.ring = tuple((name,) for name in ring)
+        self.names = ("q", "k", "v", "d_out", "lse", "delta")
 
     def memory(self, name: str, lead: tuple[int, ...], rows: int):
         """Shared memory for so many rows of an array."""
@@ -224,7 +244,7 @@ class Half:
         zeros = jnp.zeros((ROWS, self.plan.head_dim), jnp.float32)
         return (plgpu.layout_cast(zeros, _ACC),) * (1 if self.side == "q" else 2)
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """Adds one tile to the sums.
 
         Args:
@@ -236,6 +256,9 @@ class Half:
             where: the tile's place and what counts in it, or None where everything does.
             wait: ``wait(i)`` waits for the i-th part of the tile.
             release: ``release(i)`` gives that part back.
+            take: waits for the turn to multiply, which this warpgroup has when a tile begins and
+                must have when it ends.
+            give: hands it to the next warpgroup.
 
         Returns:
             New sums.
@@ -247,6 +270,7 @@ class Half:
         wait(0)
         wait(1)
         scores, d_p = _products((own[0], first), (own[1], second), shape=shape)
+        give()
         if of_queries:
             release(1)
         p = jnp.exp2(scores * (self.scale * LOG2E) - wide(lse))
@@ -254,6 +278,7 @@ class Half:
         if where is not None:
             ok = self._allowed(**where)
             p, d_s = jnp.where(ok, p, 0.0), jnp.where(ok, d_s, 0.0)
+        take()
         sums = add_half(sums, ((d_s, first),) if of_queries else ((d_s, first), (p, second)))
         if not of_queries:
             release(1)
@@ -287,7 +312,210 @@ class Half:
         return [x * factor for x, factor in zip(sums, (self.scale, 1.0), strict=False)]
 
 
+class HalfKeys(Half):
+    """`Half` for the side of keys, in registers.
+
+    Numbers of the queries come with their tile.
+
+    Args:
+        side: "kv".
+        plan: sizes.
+        scale: factor on the logits.
+    """
+
+    auto_barriers = False
+
+    def __init__(self, side: str, plan: Plan, scale: float):
+        super().__init__(side, plan, scale)
+        self.ring = ("q", "minus_lse"), ("d_out", "minus_delta")
+        self.names = ("q", "k", "v", "d_out", "minus_lse", "minus_delta")
+        head_dim, block, half = plan.head_dim, plan.config.block_kv, plan.variant.half
+        self.kind = {"bfloat16": "f32.bf16.bf16", "float16": "f32.f16.f16"}[half]
+        self.swizzle = _swizzle(2 * head_dim)
+        self.rows = _transforms(self.swizzle, 2)
+        self.tile_type = _shape((ROWS, block), jnp.float32, _ACC)
+        self.operand_type = _shape((ROWS, block), jnp.dtype(half), _ACC)
+        self.sum_type = _shape((ROWS, head_dim), jnp.float32, _ACC)
+
+    def memory(self, name: str, lead: tuple[int, ...], rows: int):
+        """As `Half.memory`."""
+        if name.startswith("minus"):
+            return plgpu.SMEM((*lead, rows), jnp.float32)
+        return super().memory(name, lead, rows)
+
+    def source(self, ref, name: str, b, head, rows):
+        """As `Half.source`."""
+        return ref.at[b, head, rows] if name.startswith("minus") else ref.at[b, rows, head]
+
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
+        """As `Half.tile`."""
+        del fixed, load
+        (q, minus_lse), (d_out, minus_delta) = ring
+        wait(0)
+        scores = self.issue(own[0], q)
+        wait(1)
+        d_p = self.issue(own[1], d_out)
+        if self.plan.config.schedule == "hold":
+            scores, d_p = settled(scores, d_p, _ACC)
+        give()
+        operands = self.operands(scores, d_p, (minus_lse, minus_delta), where)
+        take()
+        sums = self.add(sums, operands, (q, d_out))
+        release(1)
+        release(0)
+        return sums
+
+    def issue(self, own, streamed):
+        """Starts a product of the owner's rows with the streamed ones."""
+
+        def body(a, b):
+            operands = (_k_major(x, self.swizzle) for x in (a, b))
+            return [_wgmma(self.plan.config.block_kv, *operands, "f", self.kind)]
+
+        return _inline(body, [(own, self.rows), (streamed, self.rows)], [self.tile_type])[0]
+
+    def operands(self, scores, d_p, numbers, where):
+        """dS and P, rounded, as left operands."""
+        position = position_of(self.plan, where)
+        inputs = [(scores, _ACC), (d_p, _ACC), *((x, ()) for x in numbers)]
+        inputs += [(x, _SCALAR) for x in position.values()]
+
+        def body(scores, d_p, minus_lse, minus_delta, *place):
+            scores = _wait(1, scores)
+            if position:
+                fields = dict(zip(position, (x[0] for x in place), strict=True))
+                scores = tile_math.mask_scores(scores, Position(**fields), is_int=False)
+            factor, shift = ptx.f32(self.scale * LOG2E), _numbers_of_columns(minus_lse)
+            p = [ptx.exp2(ptx.fma(x, factor, shift(i))) for i, x in enumerate(scores)]
+            words = _opaque(self.operand(p))
+            pairs = enumerate(zip(p, _wait(0, d_p), strict=True))
+            minus = _numbers_of_columns(minus_delta)
+            d_s = [ptx.fmul(x, ptx.fadd(y, minus(i))) for i, (x, y) in pairs]
+            if position:  # what lies beyond the end may be anything
+                zero = ptx.f32(0.0)
+                d_s = [ptx.select(ptx.feq(x, zero), zero, y) for x, y in zip(p, d_s, strict=True)]
+            return [_opaque(self.operand(d_s)), words]
+
+        return _inline(body, inputs, [self.operand_type] * 2)
+
+    def add(self, sums, operands, streamed):
+        """Adds the products of dS and Q, and of P and dO."""
+        inputs = [(x, _ACC) for x in sums] + [(x, self.operand_type.layout) for x in operands]
+        inputs += [(x, self.rows) for x in streamed]
+
+        def body(d_k, d_v, d_s, p, q, d_out):
+            d_v = self.multiply(p, d_out, d_v)
+            d_k = self.multiply(d_s, q, d_k)
+            d_v = _wait(1, d_v, keep=p)
+            return [_wait(0, d_k, keep=d_s), d_v]
+
+        return tuple(_inline(body, inputs, [self.sum_type] * 2))
+
+    def operand(self, values):
+        """Registers of a tile, rounded to 16 bits, as a left operand."""
+        half = self.plan.variant.half
+        pairs = [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
+        return pairs
+
+    def multiply(self, words, ref, sums):
+        """Starts ``sums + A B`` for 16-bit registers and rows in shared memory."""
+        a, b = [words[i : i + 4] for i in range(0, len(words), 4)], _mn_major(ref, self.swizzle, 0)
+        return accumulate(self.plan.head_dim, a, b, sums, self.kind)
+
+
+key_steps = Half  # of the kernel of keys
+
+
+def _numbers_of_columns(ref):
+    """Element i's number of its column, of an array in shared memory, as a function of i."""
+    found = {}
+
+    def number(i):
+        j = i // 4
+        if j not in found:
+            found[j] = shared(ref, thread_columns(j, 1), 2)
+        return found[j][i % 2]
+
+    return number
+
+
+def thread_columns(j: int, width: int):
+    """Byte of the thread's numbers for the j-th 8 columns, ``width`` for each column."""
+    column = ptx.mul(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(2))
+    return ptx.widen(ptx.mul(ptx.add(column, ptx.i32(8 * j)), ptx.i32(4 * width)))
+
+
+def shared(ref, offset, count: int):
+    """Neighbouring float32 of an array in shared memory."""
+    targets = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.shared.v{count}.f32 {{{targets}}}, [${count}];"
+    if count == 1:
+        text = "ld.shared.f32 $0, [$1];"
+    return ptx.asm(text, "f" * count, [ptx.address(ref, offset)], effects=True)
+
+
+def settled(scores, d_p, layout):
+    """Two products that are done."""
+
+    def body(scores, d_p):
+        return [_wait(1, scores), _wait(0, d_p)]
+
+    types = [_shape(x.shape, x.dtype, layout) for x in (scores, d_p)]
+    return _inline(body, [(scores, layout), (d_p, layout)], types)
+
+
+def accumulate(n: int, a, b, sums, kind: str):
+    """Issues ``sums + A B`` as one group of wgmma and commits it.
+
+    Args:
+        n: columns.
+        a: four registers for each step.
+        b: a descriptor for each step, of a [k, n] array where 16-bit.
+        sums: registers.
+        kind: types, as in the instruction's name.
+    """
+    count, number = len(sums), 2 * len(sums)
+    k, flags = (16, "1, 1, 1, 1") if "f16" in kind else (32, "1")
+    tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    operands, lines = [], []
+    for a_step, b_step in zip(a, b, strict=True):
+        names = ",".join(f"${number + i}" for i in range(4))
+        lines.append(
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kind} "
+            f"{tile}, {{{names}}}, ${number + 4}, {flags};"
+        )
+        operands += [*a_step, b_step]
+        number += 5
+    text = "\n".join(["wgmma.fence.sync.aligned;", *lines, "wgmma.commit_group.sync.aligned;"])
+    return ptx.asm(text, "", operands, tied=sums, effects=True)
+
+
+def position_of(plan: Plan, where) -> dict:
+    """Fields of `Position`, in order; none without a mask."""
+    if where is None:
+        return {}
+    fields = {
+        "row": where["row"],
+        "col": where["col"],
+        "q_len": plan.q_len,
+        "kv_len": plan.kv_len,
+    }
+    if plan.min_diff is not None:
+        fields["min_diff"] = plan.min_diff
+    if plan.max_diff is not None:
+        fields["max_diff"] = plan.max_diff
+    if "first_col" in where:
+        fields["first_col"] = where["first_col"]
+        fields["kv_len"] = jnp.minimum(where["last_col"], jnp.int32(plan.kv_len))
+    return {name: jnp.asarray(x, jnp.int32) for name, x in fields.items()}
+
+
 # -- the kernel ------------------------------------------------------------------------------------
+
+
+def latest_first(steps) -> bool:
+    """Whether a kernel walks over its tiles from the last to the first."""
+    return steps.latest_first and steps.side == "kv"
 
 
 def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
@@ -307,6 +535,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         jnp.int32,
     )
     of_queries, listed = steps.side == "q", "list" in names
+    turned = latest_first(steps)
     heads = 1 if of_queries else groups  # streamed heads for each head of the owner
     compute = config.num_compute
 
@@ -331,14 +560,20 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     def walk(refs, b, head, j, tile):
         """Places [lo, hi), and [mid_lo, mid_hi), those that need no mask."""
         if not listed:
-            return [jnp.asarray(x, i32) for x in plan.kv_tiles(tile)]
+            lo, mid_lo, mid_hi, hi = (jnp.asarray(x, i32) for x in plan.kv_tiles(tile))
+            return (
+                [lo, lo + hi - mid_hi, lo + hi - mid_lo, hi] if turned else [lo, mid_lo, mid_hi, hi]
+            )
         whole, count = (entry_of(refs, "ranges", b, head, j, tile, i) for i in range(2))
         return [i32(0), i32(0), whole, count]
 
     def code_at(refs, b, head, j, tile, i):
         """What a place holds: a tile's number, or an entry of the list."""
-        if not listed:
+        if not listed and not turned:
             return i
+        if not listed:
+            lo, _, _, hi = plan.kv_tiles(tile)
+            return lo + hi - 1 - i
         last = refs["list"].shape[-1] - 1
         return entry_of(refs, "list", b, head, j, tile, jnp.minimum(i, last))
 
@@ -377,8 +612,17 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         else:
             lax.fori_loop(i32(0), i32(heads), one_head, i32(0))
 
-    def compute_group(wg, own, ring, refs, ready, free):
+    def compute_group(wg, own, ring, refs, ready, free, turns):
         (own_ready, *ring_ready) = ready
+
+        def take():
+            if config.schedule != "none":
+                plgpu.barrier_wait(turns.at[wg])
+
+        def give():
+            if config.schedule != "none":
+                plgpu.barrier_arrive(turns.at[lax.rem(wg + 1, i32(compute))])
+
         mine = [smem.at[wg] for smem in own]
         tile, b, head = place(refs)
         start = tile * config.block_q + wg * ROWS
@@ -411,10 +655,12 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
 
             def add(sums, where=None):
                 slots = [[smem.at[slot] for smem in part] for part in ring]
-                return steps.tile(mine, slots, fixed, load, sums, where, wait, release)
+                return steps.tile(mine, slots, fixed, load, sums, where, wait, release, take, give)
 
             def skip(sums):
                 """Nothing of the tile is for this warpgroup."""
+                give()
+                take()
                 for part in range(len(free)):
                     wait(part)
                     release(part)
@@ -451,8 +697,11 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
                 state = lax.fori_loop(mid_hi, hi, run(True), state)
             return state[0], state[2]
 
+        pl.when(wg == compute - 1)(give)
+        take()
         state = i32(0), steps.start()
         state = one_head(i32(0), state) if heads == 1 else lax.fori_loop(0, heads, one_head, state)
+        give()
         rows, stage = pl.ds(start, ROWS), mine[1]  # which nothing reads any more
         mean = refs["k_mean"].at[b, streamed_head(head, 0)] if "k_mean" in names else None
         for total, out in zip(steps.finish(state[1], of_owner, mean), refs["out"], strict=True):
@@ -472,7 +721,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
         ready += [plgpu.Barrier(num_arrivals=len(part), num_barriers=stages) for part in ring]
         free = [plgpu.Barrier(num_arrivals=compute, num_barriers=stages) for _ in ring]
 
-        def body(own, ring, ready, free):
+        def body(own, ring, ready, free, turns):
             wg = lax.axis_index("wg")
 
             @pl.when(wg == compute)
@@ -483,9 +732,10 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
             @pl.when(wg < compute)
             def _compute():
                 plgpu.set_max_registers(config.registers, action="increase")
-                compute_group(wg, own, ring, refs, ready, free)
+                compute_group(wg, own, ring, refs, ready, free, turns)
 
-        pl.run_scoped(body, own, ring, ready, free, collective_axes="wg")
+        turns = plgpu.Barrier(num_barriers=compute)
+        pl.run_scoped(body, own, ring, ready, free, turns, collective_axes="wg")
 
     return entry
 
@@ -502,7 +752,8 @@ def launch(steps, arrays: dict[str, jax.Array], blocks: BlockMask | None) -> lis
     like = arrays["d_out" if steps.side == "q" else "v"]
     groups = arrays["d_out"].shape[2] // arrays["v"].shape[2]
     if blocks is not None:
-        arrays = arrays | tile_lists(blocks, steps.side, plan, 1 if steps.side == "q" else groups)
+        own_groups = 1 if steps.side == "q" else groups
+        arrays = arrays | tile_lists(blocks, steps.side, plan, own_groups, latest_first(steps))
     out = jax.ShapeDtypeStruct(like.shape, like.dtype)
     results = plgpu.kernel(
         _kernel(steps, tuple(arrays), groups, like.dtype),

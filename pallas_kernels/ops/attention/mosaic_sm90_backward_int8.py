@@ -60,8 +60,10 @@ from pallas_kernels.ops.quantize.mosaic_sm90 import (
 )
 
 CONFIGS = {
-    "q": Config(block_kv=128, num_stages=2, qk_split=1),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1, registers=240, memory_registers=24),
+    "q": Config(block_kv=128, num_stages=2, qk_split=1, schedule="none"),
+    "kv": Config(
+        block_kv=64, num_stages=4, qk_split=1, schedule="none", registers=240, memory_registers=24
+    ),
 }
 # Columns of a fresh tile of sums, and such tiles in flight. The kernel of keys holds two sums.
 PARTS = {"q": (64, 2), "kv": (32, 2)}
@@ -260,6 +262,7 @@ class Int8:
     """
 
     auto_barriers = False
+    latest_first = False
 
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
@@ -320,15 +323,17 @@ class Int8:
         body = lambda: [[ptx.f32(0.0)] * (self.plan.head_dim // 2)] * self.count  # noqa: E731
         return tuple(_inline(body, [], [self.sum_type] * self.count))
 
-    def tile(self, own, ring, fixed, load, sums, where, wait, release):
+    def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
         del load
         (first8, first16, *numbers), (*turned, scales) = ring
         wait(0)
         scores, d_p = self.issue(own, (first8, first16))
+        give()
         codes = self.encode(scores, d_p, fixed, numbers, where)
         release(0)
         wait(1)
+        take()
         sums = self.add(sums, codes, turned, scales)
         release(1)
         return sums

@@ -37,7 +37,8 @@ class Config:
         qk_split: products that make up one tile of scores; 2 takes the maxima of the first half
             while the second is multiplied.
         schedule: "hold" passes a token so that one warpgroup at a time uses the tensor core,
-            "none" leaves it to chance.
+            "eager" (gradients only) passes it on before the products are done, "none" leaves it to
+            chance.
         persistent: one block per multiprocessor walks over many query tiles.
         head_group: heads whose query tiles are interleaved; their K and V should fit the L2 cache.
         registers: registers per thread of a compute warpgroup.
@@ -72,8 +73,8 @@ class Config:
             raise ValueError(f"num_compute must be 2 or 3; got {self.num_compute}")
         if self.qk_split not in (1, 2):
             raise ValueError(f"qk_split must be 1 or 2; got {self.qk_split}")
-        if self.schedule not in ("hold", "none"):
-            raise ValueError(f"schedule must be 'hold' or 'none'; got {self.schedule!r}")
+        if self.schedule not in ("hold", "eager", "none"):
+            raise ValueError(f"schedule must be 'hold', 'eager' or 'none'; got {self.schedule!r}")
         if self.num_stages < 2:
             raise ValueError(f"num_stages must be at least 2; got {self.num_stages}")
         for name in ("registers", "memory_registers"):
@@ -352,6 +353,8 @@ def listed_tiles(blocks: BlockMask, plan: Plan) -> jax.Array:
     lo is 0 and hi the number of listed tiles, which may be 0.
     """
     count = blocks.kv_num_blocks
+    if blocks.mask is None and plan.kv_len % blocks.block_kv == 0:  # no tile needs a rule
+        return jnp.stack([jnp.zeros_like(count)] * 2 + [count] * 2, axis=-1).astype(jnp.int32)
     place = jnp.arange(blocks.kv_indices.shape[-1])
     listed = place < count[..., None]
     # A tile that sticks out of the array holds padded keys, which only a mask keeps out.

@@ -87,11 +87,13 @@ class Config:
         blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
         units: units of 16 tokens in a warp's step; None chooses.
         cache: how loads of the cache treat L1 and L2, PTX qualifiers.
+        at_once: parts of a head whose loads are in flight together where parts are joined.
     """
 
     blocks: int | None = None
     units: int | None = None
     cache: str = ".L1::no_allocate"
+    at_once: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,14 +226,14 @@ def load(ref, offset, size: int, cache: str = "", outs: str | None = None):
     return ptx.asm(text, outs or "r" * n, [ptx.address(ref, offset)], effects=True)
 
 
-def _shared(ref, offset, n: int):
+def read_shared(ref, offset, n: int):
     """Floats of shared memory."""
     names = ", ".join(f"${i}" for i in range(n))
     text = f"ld.shared.b32 $0, [${n}];" if n == 1 else f"ld.shared.v{n}.b32 {{{names}}}, [${n}];"
     return ptx.asm(text, "f" * n, [ptx.address(ref, offset)], effects=True)
 
 
-def _barrier():
+def barrier():
     """Waits for the block's four warps."""
     ptx.asm("bar.sync 0;", "", [], effects=True)
 
@@ -873,8 +875,8 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
             totals[name] = ptx.fadd(totals[name], ptx.shuffle_xor(totals[name], distance))
     # The four lanes of a row store the same number.
     ptx.store(shared, place(0, thread.warp, thread.g), [totals["m"]], space="shared")
-    _barrier()
-    tops = [_shared(shared, place(0, i32(w), thread.g), 1)[0] for w in range(WARPS)]
+    barrier()
+    tops = [read_shared(shared, place(0, i32(w), thread.g), 1)[0] for w in range(WARPS)]
     factor = ptx.exp2(ptx.fsub(totals["m"], functools.reduce(ptx.fmax, tops)))
     for which, name in enumerate(("l", "z"), 1):
         if name in totals:
@@ -890,7 +892,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         for channel, four in _in_order(plan, out, codes, d):
             where = ptx.add(base, ptx.i64(3 * slot + 4 * channel))
             ptx.store(shared, where, [ptx.fmul(x, scale) for x in four], space="shared")
-    _barrier()
+    barrier()
     quads = head_dim // 4
     for item in range(0, ROWS * quads, 128):
         index = ptx.add(thread.tid, i32(item))
@@ -898,7 +900,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         total = None
         for w in range(WARPS):
             at = ptx.add(ptx.mul(ptx.add(row, i32(w * ROWS)), i32(quads)), channel)
-            four = _shared(shared, ptx.add(bytes_at(at, 16), ptx.i64(3 * slot)), 4)
+            four = read_shared(shared, ptx.add(bytes_at(at, 16), ptx.i64(3 * slot)), 4)
             total = four if total is None else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
         if "z" in totals:
             shift = _sum_of_warps(shared, place, 2, row)
@@ -907,15 +909,15 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         exists = ptx.lt(ptx.add(ptx.mul(thread.row_block, i32(ROWS)), row), i32(plan.rows))
         ptx.store(thread.refs["partial"], bytes_at(at, 16), total, exists)
     row = ptx.rem(thread.tid, i32(ROWS))
-    tops = [_shared(shared, place(0, i32(w), row), 1)[0] for w in range(WARPS)]
+    tops = [read_shared(shared, place(0, i32(w), row), 1)[0] for w in range(WARPS)]
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
     where = bytes_at(_partial_row(plan, thread, row), 8)
     ptx.store(thread.refs["stats"], where, stats, ptx.lt(thread.tid, i32(ROWS)))
-    _barrier()  # before the next head's numbers
+    barrier()  # before the next head's numbers
 
 
 def _sum_of_warps(shared, place, which, row):
-    parts = [_shared(shared, place(which, ptx.i32(w), row), 1)[0] for w in range(WARPS)]
+    parts = [read_shared(shared, place(which, ptx.i32(w), row), 1)[0] for w in range(WARPS)]
     return functools.reduce(ptx.fadd, parts)
 
 
@@ -933,12 +935,10 @@ def _in_order(plan: Plan, out, codes: int, d: int):
 
 # -- the kernel that joins parts -------------------------------------------------------------------
 
-_AT_ONCE = 4  # parts whose loads are in flight together
-
 
 def _join_parts(plan: Plan, refs, axes):
     """What a block does: some rows of a head, two channels per thread."""
-    spec, i32 = plan.spec, ptx.i32
+    spec, i32, at_once = plan.spec, ptx.i32, plan.config.at_once
     pairs = spec.head_dim // 2
     block, head, _ = axes
     tid = ptx.thread()
@@ -954,8 +954,8 @@ def _join_parts(plan: Plan, refs, axes):
 
     def step(i, s):
         parts = []
-        for j in range(_AT_ONCE):
-            number = ptx.add(ptx.mul(i, i32(_AT_ONCE)), i32(j))
+        for j in range(at_once):
+            number = ptx.add(ptx.mul(i, i32(at_once)), i32(j))
             here = ptx.add(first, ptx.imin(number, ptx.sub(count, i32(1))))
             index = ptx.add(here, head)
             index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
@@ -977,7 +977,7 @@ def _join_parts(plan: Plan, refs, axes):
         return {"m": m, "l": total, "out": out}
 
     state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 2}
-    rounds = ptx.div(ptx.add(count, i32(_AT_ONCE - 1)), i32(_AT_ONCE))
+    rounds = ptx.div(ptx.add(count, i32(at_once - 1)), i32(at_once))
     state = ptx.loop(rounds, step, state)
     _finish(plan, refs, (row, channel, head, exists), state)
 
@@ -1017,7 +1017,7 @@ def _finish(plan: Plan, refs, where, state):
 # -- launch ----------------------------------------------------------------------------------------
 
 
-def call(body, outs, grid, args, shared=0, groups=1):
+def call(body, outs, grid, args, shared=0, inplace=None, groups=1):
     """Runs ``body(refs, axes)`` in blocks of warpgroups over a three-dimensional grid.
 
     Args:
@@ -1027,10 +1027,12 @@ def call(body, outs, grid, args, shared=0, groups=1):
         grid: three numbers of blocks, the first running fastest.
         args: operands by name.
         shared: float32 numbers of shared memory, named "shared"; 0 for none.
+        inplace: arrays by name that the kernel changes where they lie; also among the results.
         groups: warpgroups of 128 threads in a block.
     """
     axes = ("x", "y", "z")
-    names = (*args, *outs, *(["shared"] if shared else []))
+    changed = {name: jax.new_ref(array) for name, array in (inplace or {}).items()}
+    names = (*changed, *args, *outs, *(["shared"] if shared else []))
     several = {"num_threads": groups, "thread_name": "w"} if groups > 1 else {}
     numbered = (*axes, "w") if groups > 1 else axes
 
@@ -1052,8 +1054,9 @@ def call(body, outs, grid, args, shared=0, groups=1):
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(*args.values())
-    return dict(zip(outs, result, strict=True))
+    )(*changed.values(), *args.values())
+    changed = {name: jax.freeze(ref) for name, ref in changed.items()}
+    return dict(zip(outs, result, strict=True)) | changed
 
 
 def attention(

@@ -214,8 +214,11 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
-    if spec.block_scaled or spec.direct == "fp8":
-        return "the sm90 kernel for FP8 has not run on a GPU yet; implementation='mosaic' runs it"
+    if spec.direct == "fp8":
+        return (
+            "cuBLASLt multiplies FP8 codes faster: 1545 against 1468 TFLOP/s at 8192³ on an H200; "
+            "implementation='mosaic' runs the sm90 kernel"
+        )
     if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (

@@ -41,6 +41,7 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQ_PAD = 128  # tokens: outputs are padded to this, with zeros
 ROW_TAIL = 192  # numbers after the rows' scales, which keep the loads of the last tile in bounds
 TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale and zero codes
+TINY_TURNED = 1e-20  # the same for rows of gradients, whose scale may be divided by
 TINY_COLUMN = 1e-30  # the same where gradients, which may be small, are quantised
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
@@ -96,12 +97,15 @@ def _element(shape, index, itemsize: int):
     return _offset(list(zip(index, strides, strict=True)), itemsize)
 
 
-def _load8(ref, offset, ok, space="global.L1::no_allocate"):
-    """Eight 16-bit values as four words; zeros where ``ok`` is false."""
+def _load8(ref, offset, ok, space="global.L1::no_allocate", shift: int = 0):
+    """Eight 16-bit values as four words; zeros where ``ok`` is false.
+
+    ``shift`` is added to the offset as part of the instruction, which saves a 64-bit product.
+    """
     text = (
         "{ .reg .pred p; setp.ne.b32 p, $5, 0;\n"
         "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;\n"
-        f"@p ld.{space}.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
+        f"@p ld.{space}.v4.b32 {{$0, $1, $2, $3}}, [$4+{shift}]; }}"
     )
     return ptx.asm(text, "rrrr", [ptx.address(ref, offset), ptx.flag(ok)], effects=True)
 
@@ -182,15 +186,20 @@ class _Lanes:
         return head, channel, ptx.both(exists, ptx.lt(head, ptx.i32(heads)))
 
 
-def _call(body, outs, grid, args):
+def _call(body, outs, grid, args, counters=0):
     """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
 
-    Blocks that are neighbours along the first axis run at the same time.
+    Blocks that are neighbours along the first axis run at the same time. ``counters`` is how many
+    int32 zeros to hand to ``body`` as its last reference, for blocks that wait for each other.
     """
     names = ("x", "y", "z")
-    count = len(args) + len(outs)
+    count = len(args) + len(outs) + bool(counters)
+    state = [jax.new_ref(jnp.zeros(counters, jnp.int32))] if counters else []
 
     def kernel(*refs):
+        if counters:  # They come after the arguments, and are given last.
+            refs = (*refs[: len(args)], *refs[len(args) + 1 :], refs[len(args)])
+
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * count, (_SCALAR,) * 3))
         def run(ctx, refs, axes):
             del ctx
@@ -206,7 +215,7 @@ def _call(body, outs, grid, args):
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(*args)
+    )(*args, *state)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -225,38 +234,73 @@ def kv_statistics(k, v, lengths, *, chunk=256):
         mean float32 [B, K, H], amax float32 [B, K, H].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
     chunks = pl.cdiv(s_len, chunk)
     partial = jax.ShapeDtypeStruct((batch, heads, chunks * 4, head_dim), jnp.float32)
-    same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
 
     def body(refs, axes):
         k_ref, v_ref, length_ref, sum_ref, max_ref = refs
         piece, head, b = axes
         limit = _load_limit(length_ref, b)
-        local, channel, exists = lanes.place()
-        token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
-        sums, tops = [ptx.f32(0.0)] * 8, [ptx.f32(0.0)] * 8
-        for step in range(0, chunk, lanes.rows):
-            row = ptx.add(token, ptx.i32(step))
-            ok = ptx.both(exists, ptx.lt(row, limit))
-            offset = _element(k.shape, (b, row, head, channel), 2)
-            for i, x in enumerate(_floats(_load8(k_ref, offset, ok), is_bf16)):
-                sums[i] = ptx.fadd(sums[i], x)
-            for i, x in enumerate(_floats(_load8(v_ref, offset, ok), is_bf16)):
-                tops[i] = _abs_max([x], tops[i])
-        sums = [_over_lanes(ptx.fadd, x, same_warp) for x in sums]
-        tops = [_over_lanes(ptx.fmax, x, same_warp) for x in tops]
-        warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
-        slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
-        offset = _element(partial.shape, (b, head, slot, channel), 4)
-        first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
-        for ref, values in ((sum_ref, sums), (max_ref, tops)):
-            ptx.store(ref, offset, values[:4], first)
-            ptx.store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
+        partial_statistics(
+            {"sums": k_ref, "tops": v_ref}, {"sums": sum_ref, "tops": max_ref}, k.shape,
+            (b, head, piece), limit, chunk, k.dtype == jnp.bfloat16,
+        )  # fmt: skip
 
     sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
     return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
+
+
+def partial_statistics(inputs, outputs, shape, place, limit, chunk: int, is_bf16: bool):
+    """Sums and largest magnitudes of a head's piece of tokens, four rows of results.
+
+    Args:
+        inputs: references to [B, S, K, H] by "sums" and "tops", either or both.
+        outputs: references to float32 [B, K, 4 * pieces, H] by the same names.
+        shape: of the inputs.
+        place: registers: sequence, head, piece.
+        limit: register: valid tokens.
+        chunk: tokens of a piece.
+        is_bf16: or float16.
+    """
+    lanes = _Lanes(shape[3])
+    b, head, piece = place
+    local, channel, exists = lanes.place()
+    token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
+    combine = {"sums": ptx.fadd, "tops": lambda a, b: _abs_max([b], a)}
+    row_bytes = 2 * shape[2] * shape[3]
+    unroll = 4  # rows of lanes; all loads at once would take the registers of another block
+
+    def body(i, found):
+        first = ptx.add(token, ptx.mul(i, ptx.i32(unroll * lanes.rows)))
+        offset = _element(shape, (b, first, head, channel), 2)
+        steps = [j * lanes.rows for j in range(unroll)]
+        valid = [ptx.both(exists, ptx.lt(ptx.add(first, ptx.i32(j)), limit)) for j in steps]
+        words = {
+            name: [
+                _load8(ref, offset, ok, shift=j * row_bytes)
+                for j, ok in zip(steps, valid, strict=True)
+            ]
+            for name, ref in inputs.items()
+        }
+        for name, parts in words.items():
+            for word in parts:
+                values = _floats(word, is_bf16)
+                pairs = zip(found[name], values, strict=True)
+                found = {**found, name: [combine[name](a, x) for a, x in pairs]}
+        return found
+
+    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
+    found = ptx.loop(chunk // lanes.rows // unroll, body, found)
+    same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
+    warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
+    slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
+    first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
+    for name, values in found.items():
+        values = [_over_lanes(combine[name], x, same_warp) for x in values]
+        results = ptx.shape(outputs[name])
+        offset = _element(results, (b, head, slot, channel), 4)
+        ptx.store(outputs[name], offset, values[:4], first)
+        ptx.store(outputs[name], ptx.add(offset, ptx.i64(16)), values[4:], first)
 
 
 def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
@@ -397,95 +441,160 @@ def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
         Codes [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
+    lanes = _Lanes(head_dim)
     tiles, groups = pl.cdiv(s_len, scale_block), pl.cdiv(heads, lanes.rows)
-    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
-    scales = jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)
-    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
 
     def body(refs, axes):
         k_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs
         piece, tile, b = axes
-        limit = _load_limit(length_ref, b)
         group, residue = ptx.rem(piece, ptx.i32(groups)), ptx.div(piece, ptx.i32(groups))
         head, channel, exists = lanes.place_heads(group, heads)
-        shift = None
-        if mean is not None:
-            inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
-            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, *inside), 4))
-
-        def smoothed(word, ok):
-            values = _floats(word, is_bf16)
-            if shift is None:  # tokens that are not there were loaded as zeros
-                return values
-            values = [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
-            return [ptx.select(ok, x, ptx.f32(0.0)) for x in values]
-
-        start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
-        rows = [ptx.add(start, ptx.i32(step)) for step in range(0, scale_block, 8)]
-        valid = [ptx.both(exists, ptx.lt(row, limit)) for row in rows]
-        words = [
-            _load8(k_ref, _element(k.shape, (b, row, head, channel), 2), ok)
-            for row, ok in zip(rows, valid, strict=True)
-        ]
-        top = ptx.f32(TINY)
-        for word, ok in zip(words, valid, strict=True):
-            top = _abs_max(smoothed(word, ok), top)
-        top = _over_lanes(ptx.fmax, top, lanes.distances)
-        factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-        for row, word, ok in zip(rows, words, valid, strict=True):
-            scaled = [ptx.fmul(x, factor) for x in smoothed(word, ok)]
-            place = _element(codes.shape, (b, row, head, channel), 1)
-            ptx.store(codes_ref, place, [encode(scaled[:4]), encode(scaled[4:])], exists)
-        place = _element(scales.shape, (b, head, tile, residue), 4)
-        first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
-        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+        encode_k(
+            k_ref, mean_ref[0] if mean_ref else None, codes_ref, scale_ref,
+            (b, head, tile, residue), channel, exists, _load_limit(length_ref, b),
+            shape=k.shape, scale_block=scale_block, qk=qk, is_bf16=k.dtype == jnp.bfloat16,
+        )  # fmt: skip
 
     args = (k, lengths) if mean is None else (k, lengths, mean)
-    return _call(body, [codes, scales], (8 * groups, tiles, batch), args)
+    return _call(body, k_types(k.shape, scale_block, qk), (8 * groups, tiles, batch), args)
 
 
-def quantize_v(v, factor, lengths):
-    """FP8 codes of ``V * factor``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
+def k_types(shape, scale_block: int, qk: str) -> list[jax.ShapeDtypeStruct]:
+    """Codes and scales of K [B, S, K, H]."""
+    batch, length, heads, head_dim = shape
+    tiles = pl.cdiv(length, scale_block)
+    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
+    return [codes, jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)]
+
+
+def encode_k(
+    k_ref, mean_ref, codes_ref, scale_ref, place, channel, exists, limit, *, shape, scale_block,
+    qk, is_bf16, half=None,
+):  # fmt: skip
+    """Codes of the keys of a tile with one residue modulo 8, by the lanes of one row or of two.
+
+    Args:
+        k_ref: reference to 16-bit [B, S, K, H].
+        mean_ref: reference to float32 [B, K, H], or None to subtract nothing.
+        codes_ref: reference to 8-bit [B, Sp, K, H].
+        scale_ref: reference to float32 [B, K, tiles, 8].
+        place: registers: sequence, head, tile, residue.
+        channel: register: the lane's first channel.
+        exists: register: whether the lane has anything to do.
+        limit: register: valid keys.
+        shape: of K.
+        scale_block: keys of a tile.
+        qk: "int8" or "e4m3".
+        is_bf16: or float16.
+        half: register: 0 or 1, where neighbouring rows of lanes share the keys; None where not.
+            Half the keys are half the registers, and more blocks run at the same time.
+    """
+    b, head, tile, residue = place
+    lanes, encode = _Lanes(shape[3]), _int8x4 if qk == "int8" else ptx.e4m3x4
+    distances, stride = lanes.distances, 8
+    if half is not None:
+        distances, stride = [*distances, lanes.count], 16
+        residue = ptx.add(residue, ptx.mul(half, ptx.i32(8)))
+    shift = None
+    if mean_ref is not None:  # A lane without work must still read inside the array.
+        inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
+        shift = _load_f32x8(mean_ref, _element(ptx.shape(mean_ref), (b, *inside), 4))
+
+    def smoothed(word):
+        values = _floats(word, is_bf16)
+        if shift is None:
+            return values
+        return [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
+
+    start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
+    steps, row = range(0, scale_block, stride), shape[2] * shape[3]
+    valid = [ptx.both(exists, ptx.lt(ptx.add(start, ptx.i32(j)), limit)) for j in steps]
+    offset = _element(shape, (b, start, head, channel), 2)
+    words = [
+        _load8(k_ref, offset, ok, shift=2 * row * j) for j, ok in zip(steps, valid, strict=True)
+    ]
+    top = ptx.f32(TINY)
+    for word, ok in zip(words, valid, strict=True):  # Tokens that are not there are zeros, less m.
+        top = ptx.fmax(top, ptx.select(ok, _abs_max(smoothed(word)), ptx.f32(0.0)))
+    top = _over_lanes(ptx.fmax, top, distances)
+    factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+    offset = _element(ptx.shape(codes_ref), (b, start, head, channel), 1)
+    for j, word, ok in zip(steps, words, valid, strict=True):
+        scaled = [ptx.fmul(x, factor) for x in smoothed(word)]
+        codes = [ptx.select(ok, encode(part), ptx.i32(0)) for part in (scaled[:4], scaled[4:])]
+        ptx.store(codes_ref, offset, codes, exists, shift=row * j)
+    where = _element(ptx.shape(scale_ref), (b, head, tile, ptx.rem(residue, ptx.i32(8))), 4)
+    first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
+    ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+
+
+def quantize_v(v, scale, lengths):
+    """FP8 codes of V over ``scale``, transposed to [B, K, H, Sv] and permuted within 16 tokens.
 
     Args:
         v: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        factor: float32 [B, K, H], 448 over the channel's largest magnitude.
+        scale: float32 [B, K, H], the channel's largest magnitude over 448.
         lengths: int32 [B], valid tokens; later ones give zeros.
 
     Returns:
         e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
     """
     batch, s_len, heads, head_dim = v.shape
-    is_bf16 = v.dtype == jnp.bfloat16
-    tiles = pl.cdiv(s_len, SEQ_PAD)
     columns = head_dim // 32  # one warp: 128 tokens x 32 channels
-    blocks = pl.cdiv(heads * columns, 4)
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.float8_e4m3fn)
 
     def body(refs, axes):
-        v_ref, factor_ref, length_ref, codes_ref = refs
+        v_ref, scale_ref, length_ref, codes_ref = refs
         block, tile, b = axes
-        limit = _load_limit(length_ref, b)
         there, head, part, lane = _place_columns(block, heads, columns)
-        channel = ptx.mul(part, ptx.i32(32))
-        channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
-        token = ptx.mul(tile, ptx.i32(SEQ_PAD))
-        token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
-        scale = _load_f32x8(factor_ref, _element(factor.shape, (b, head, channel), 4))
-        tokens = []  # [16][8]
-        for i in range(16):
-            row = ptx.add(token, ptx.i32(i))
-            ok = ptx.both(there, ptx.lt(row, limit))
-            word = _load8(v_ref, _element(v.shape, (b, row, head, channel), 2), ok)
-            tokens.append(_floats(word, is_bf16))
-        for c in range(8):
-            ordered = [ptx.fmul(tokens[t][c], scale[c]) for t in V_ORDER]
-            packed = [ptx.e4m3x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
-            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-            ptx.store(codes_ref, place, packed, there)
+        encode_v(
+            v_ref, scale_ref, codes_ref, (b, head, tile, part), lane, there,
+            _load_limit(length_ref, b), shape=v.shape, is_bf16=v.dtype == jnp.bfloat16,
+        )  # fmt: skip
 
-    return _call(body, [out], (blocks, tiles, batch), (v, factor, lengths))[0]
+    grid = (pl.cdiv(heads * columns, 4), pl.cdiv(s_len, SEQ_PAD), batch)
+    return _call(body, [v_type(v.shape)], grid, (v, scale, lengths))[0]
+
+
+def v_type(shape) -> jax.ShapeDtypeStruct:
+    """Codes of V [B, S, K, H]."""
+    batch, length, heads, head_dim = shape
+    padded = pl.cdiv(length, SEQ_PAD) * SEQ_PAD
+    return jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float8_e4m3fn)
+
+
+def encode_v(v_ref, scale_ref, codes_ref, place, lane, there, limit, *, shape, is_bf16):
+    """FP8 codes of 128 tokens of 32 channels by a warp, transposed, tokens as `V_ORDER` says.
+
+    Args:
+        v_ref: reference to 16-bit [B, S, K, H].
+        scale_ref: reference to float32 [B, K, H].
+        codes_ref: reference to e4m3 [B, K, H, Sv].
+        place: registers: sequence, head, tile of tokens, group of channels.
+        lane: register: of this thread in its warp.
+        there: register: whether the warp has anything to do.
+        limit: register: valid tokens.
+        shape: of V.
+        is_bf16: or float16.
+    """
+    b, head, tile, part = place
+    channel = ptx.mul(part, ptx.i32(32))
+    channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
+    token = ptx.mul(tile, ptx.i32(SEQ_PAD))
+    token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+    scales = _load_f32x8(scale_ref, _element(ptx.shape(scale_ref), (b, head, channel), 4))
+    factors = [ptx.fdiv(ptx.f32(1.0), scale) for scale in scales]
+    first, row = _element(shape, (b, token, head, channel), 2), 2 * shape[2] * shape[3]
+    packed = [[] for _ in range(8)]  # words of four tokens by channel
+    for start in range(0, 16, 4):  # as soon as four tokens are there, they take a third of the room
+        group = []
+        for i in V_ORDER[start : start + 4]:
+            ok = ptx.both(there, ptx.lt(ptx.add(token, ptx.i32(i)), limit))
+            group.append(_floats(_load8(v_ref, first, ok, shift=i * row), is_bf16))
+        for c, values in enumerate(zip(*group, strict=True)):
+            packed[c].append(ptx.e4m3x4([ptx.fmul(x, factors[c]) for x in values]))
+    where = _element(ptx.shape(codes_ref), (b, head, channel, token), 1)
+    for c, codes in enumerate(packed):
+        ptx.store(codes_ref, where, codes, there, shift=c * ptx.shape(codes_ref)[3])
 
 
 def quantize_columns(x, mean=None, *, block=64):
@@ -545,6 +654,152 @@ def quantize_columns(x, mean=None, *, block=64):
     return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
 
 
+def quantize_turned(x, mean=None, *, keep=True):
+    """INT8 codes of rows, also with tokens contiguous, for products that sum over tokens.
+
+    One pass: a warp has 128 tokens of a head, a thread 16 of them and a quarter of the channels.
+
+    Args:
+        x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
+        mean: float32 [B, K, H], whose product with the rows is asked for, or None. With it the
+            smallest scale is that of `quantize_q`, without it that of gradients.
+        keep: return the codes of rows too.
+
+    Returns:
+        Codes int8 [B, Lp, heads, H] with Lp = L rounded up to 128, or None; the same as
+        [B, heads, H, Lp], tokens permuted within 16 as `V_ORDER` says; scales float32
+        [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
+    """
+    batch, length, heads, head_dim = x.shape
+    is_bf16, tiles = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD)
+    padded = tiles * SEQ_PAD
+    codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8)
+    turned = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
+    rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
+    groups = 1 if mean is None else heads // mean.shape[1]
+    tiny = TINY_TURNED if mean is None else TINY
+
+    def body(refs, axes):
+        refs = list(refs)
+        x_ref, mean_ref = refs.pop(0), refs.pop(0) if mean is not None else None
+        codes_ref = refs.pop(0) if keep else None
+        turned_ref, scale_ref, *dot_ref = refs
+        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
+        shift = []
+        if mean is not None:
+            at = lambda c: _element(mean.shape, (b, ptx.div(head, ptx.i32(groups)), c), 4)  # noqa: E731
+            shift = [m for c in channels for m in _load_f32x8(mean_ref, at(c))]
+        pairs, scales, dots = [], [], []
+        for i in range(0, 16, 4):  # so many rows are asked for at a time
+            rows = [ptx.add(token, ptx.i32(i + j)) for j in range(4)]
+            words = []
+            for row in rows:
+                ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
+                at = lambda c, row=row: _element(x.shape, (b, row, head, c), 2)  # noqa: E731
+                words.append([_load8(x_ref, at(c), ok) for c in channels])
+            for row, word in zip(rows, words, strict=True):
+                values = [v for part in word for v in _floats(part, is_bf16)]
+                found, scale = _encode_quarters(values, tiny)
+                pairs.append(found)
+                scales.append(scale)
+                if shift:
+                    dot = ptx.f32(0.0)
+                    for v, m in zip(values, shift, strict=True):
+                        dot = ptx.fma(v, m, dot)
+                    dots.append(_over_lanes(ptx.fadd, dot, (1, 2)))
+                for pair, c in zip(found, channels, strict=True):
+                    if keep:
+                        place = _element(codes.shape, (b, row, head, c), 1)
+                        ptx.store(codes_ref, place, pair, there)
+        _store_turned(turned_ref, turned.shape, pairs, b, head, channels, token, there)
+        first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(0))
+        for i in range(0, 16, 4):
+            place = _element(rows_type.shape, (b, head, ptx.add(token, ptx.i32(i))), 4)
+            ptx.store(scale_ref, place, scales[i : i + 4], ptx.both(there, first))
+            if dots:
+                ptx.store(dot_ref[0], place, dots[i : i + 4], ptx.both(there, first))
+
+    outs = [codes] * keep + [turned, rows_type] + [rows_type] * (mean is not None)
+    args = (x,) if mean is None else (x, mean)
+    found = _call(body, outs, (pl.cdiv(heads, 4), tiles, batch), args)
+    found = found if keep else [None, *found]
+    return found if mean is not None else [*found, None]
+
+
+def _encode_quarters(values, tiny: float):
+    """Pairs of words of INT8 codes of a row that four lanes share, and its scale."""
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(values), (1, 2)), ptx.f32(tiny))
+    factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
+    scaled = [ptx.fmul(x, factor) for x in values]
+    words = [_int8x4(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
+    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+    return pairs, ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))
+
+
+def turn_codes(codes):
+    """INT8 codes with tokens contiguous, in the order of `quantize_turned`.
+
+    Args:
+        codes: int8 [B, Lp, heads, H], H 64 or 128, Lp a multiple of 128.
+
+    Returns:
+        int8 [B, heads, H, Lp].
+    """
+    batch, padded, heads, head_dim = codes.shape
+    out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
+
+    def body(refs, axes):
+        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
+        pairs = []
+        for i in range(16):
+            at = lambda c, i=i: _element(codes.shape, (b, ptx.add(token, ptx.i32(i)), head, c), 1)  # noqa: E731
+            pairs.append([ptx.load_words(refs[0], at(c), 2, there) for c in channels])
+        _store_turned(refs[1], out.shape, pairs, b, head, channels, token, there)
+
+    grid = (pl.cdiv(heads, 4), padded // SEQ_PAD, batch)
+    return _call(body, [out], grid, (codes,))[0]
+
+
+def _place_quarters(axes, heads: int, head_dim: int):
+    """(exists, batch, head, first channels of its eights, first of 16 tokens) of a thread."""
+    group, tile, b = axes
+    tid = ptx.thread()
+    warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+    head = ptx.add(ptx.mul(group, ptx.i32(4)), warp)
+    there = ptx.lt(head, ptx.i32(heads))
+    head = ptx.select(there, head, ptx.i32(0))
+    channel = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
+    channels = [ptx.add(channel, ptx.i32(first)) for first in range(0, head_dim, 32)]
+    token = ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16))
+    return there, b, head, channels, ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), token)
+
+
+def _store_turned(ref, shape, pairs, b, head, channels, token, there):
+    """Stores 16 tokens with tokens contiguous; ``pairs[t]`` are two words for each 8 channels."""
+    for part, channel in enumerate(channels):
+        for half in range(2):
+            columns = [[], [], [], []]  # words of four tokens, by channel
+            for i in range(0, 16, 4):
+                quads = _turned_words([pairs[t][part][half] for t in V_ORDER[i : i + 4]])
+                for words, word in zip(columns, quads, strict=True):
+                    words.append(word)
+            for c, words in enumerate(columns):
+                place = (b, head, ptx.add(channel, ptx.i32(4 * half + c)), token)
+                ptx.store(ref, _element(shape, place, 1), words, there)
+
+
+def _turned_words(words):
+    """Four words of four bytes, as the words of the first, the second, ... byte of each."""
+    text = (
+        "{ .reg .b32 x<4>;\n"
+        "prmt.b32 x0, $4, $5, 20800; prmt.b32 x1, $6, $7, 20800;\n"  # two lowest bytes of each
+        "prmt.b32 x2, $4, $5, 29538; prmt.b32 x3, $6, $7, 29538;\n"  # two highest
+        "prmt.b32 $0, x0, x1, 21520; prmt.b32 $1, x0, x1, 30258;\n"
+        "prmt.b32 $2, x2, x3, 21520; prmt.b32 $3, x2, x3, 30258; }"
+    )
+    return ptx.asm(text, "rrrr", words)
+
+
 def _place_columns(block, heads: int, columns: int):
     """(exists, head, part of 32 channels, lane) of a warp that turns 128 tokens round."""
     tid = ptx.thread()
@@ -588,15 +843,20 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    mean, top = kv_statistics(k, v, kv_limit)
-    mean = mean if smooth_k else None
-    k8, k_scale = quantize_k(k, kv_limit, mean, scale_block=scale_block, qk=qk)
-    q_scale = row_const = v_scale = None
+    v_scale = mean = q_scale = row_const = None
+    if smooth_k or pv == "e4m3":
+        from pallas_kernels.ops.quantize.mosaic_sm90_kv import quantize_kv
+
+        k8, k_scale, v8, v_scale, mean = quantize_kv(
+            k, v, kv_limit, scale_block=scale_block, smooth_k=smooth_k, qk=qk,
+            encode_v=pv == "e4m3",
+        )  # fmt: skip
+    else:
+        k8, k_scale = quantize_k(k, kv_limit, scale_block=scale_block, qk=qk)
     if not leave_q:
         q, q_scale, row_const = quantize_q(q, q_limit, mean, qk=qk)
     if pv == "e4m3":
-        v_scale = jnp.maximum(top, TINY) / LARGEST["e4m3"]
-        v = quantize_v(v, 1.0 / v_scale, kv_limit)
+        v = v8
     elif kv_lengths is not None:  # Zero times NaN beyond the length would be NaN.
         v = jnp.where((jnp.arange(v.shape[1]) < kv_limit[:, None])[..., None, None], v, 0)
     return AttentionOperands(q, k8, v, q_scale, k_scale, v_scale, row_const, mean)

@@ -4,8 +4,8 @@
 A training step needs each operand rounded twice, with blocks along different axes. Here a warp owns
 as many rows as a block has values, and 256 columns of them:
 
-* along the columns of the matrix, every thread holds the blocks of two columns, so that neither the
-  largest magnitude nor a Hadamard transform needs another thread,
+* along the columns of the matrix, every thread holds the blocks of four columns (of two, if they
+  have 32 values), so that neither the largest magnitude nor a Hadamard transform needs another,
 * along its rows, every thread holds 8 neighbours and shares the largest magnitude with those beside
   it; what it reads, the first half left in the cache.
 
@@ -88,6 +88,11 @@ class Plan:
         return self.format.block
 
     @property
+    def columns_each(self) -> int:
+        """Columns of a thread where blocks lie along them: 64 values in registers."""
+        return 64 // self.block
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a value."""
         return jnp.dtype(self.dtype).itemsize
@@ -116,10 +121,17 @@ def round_matrix(
     def body(refs, axes):
         x_ref, factor_ref, word_ref, *out_refs = refs
         tile = _Tile(plan, x_ref, axes)
+        rounders = [
+            _Rounder(plan, side, tile, factor_ref, word_ref, index) for side, index in sides
+        ]
+        if len(sides) == 2 and plan.block == 16:
+            return tile.along_both(rounders[0], out_refs[0], rounders[1], out_refs[1])
         # Columns first: their loads are many and independent, and fill the cache for the rows.
-        for (side, index), out_ref in reversed(list(zip(sides, out_refs, strict=True))):
-            rounder = _Rounder(plan, side, tile, factor_ref, word_ref, index)
+        for (_, index), rounder, out_ref in reversed(
+            list(zip(sides, rounders, out_refs, strict=True))
+        ):
             (tile.along_rows if index == 0 else tile.along_columns)(rounder, out_ref)
+        return None
 
     args = (x, factors.astype(jnp.float32), jax.lax.bitcast_convert_type(words, jnp.int32))
     return lanes._call(body, [out] * len(sides), _grid(plan), args)
@@ -144,12 +156,11 @@ def rotated_amax(x, plan: Plan, signs: tuple[int, ...]):
         tile = _Tile(plan, x_ref, axes)
 
         def step(i, top):
-            pairs = tile.column_pairs(i)[0]
-            for column in zip(*pairs, strict=True):
+            for column in zip(*tile.column_group(i)[0], strict=True):
                 top = lanes._abs_max(_rotate(list(column), signs), top)
             return top
 
-        top = ptx.loop(WARP_COLUMNS // 64, step, ptx.f32(0.0))
+        top = tile.over_columns(step, ptx.f32(0.0))
         place = lanes._element(partial.shape, (axes[1], axes[0], tile.warp, tile.lane), 4)
         ptx.store(out_ref, place, [top])
 
@@ -246,37 +257,87 @@ class _Tile:
         has_rows = ptx.lt(self.first_row, ptx.i32(plan.rows))
         return ptx.both(has_rows, ptx.lt(column, ptx.i32(plan.columns)))
 
-    def column_pairs(self, i):
-        """Values [block][2] of two neighbouring columns, the first one, and its place."""
-        column = ptx.add(ptx.mul(i, ptx.i32(64)), ptx.mul(self.lane, ptx.i32(2)))
-        column = ptx.add(self.first_column, column)
+    def column_group(self, i):
+        """Values [block][columns_each] of neighbouring columns, the first one, and its place."""
+        each = self.plan.columns_each
+        number = ptx.add(ptx.mul(i, ptx.i32(32 * each)), ptx.mul(self.lane, ptx.i32(each)))
+        column = ptx.add(self.first_column, number)
         place, ok = self._place(self.first_row, column), self.inside(column)
-        pairs = [self._load(place, ok, 2, r) for r in range(self.plan.block)]
-        return pairs, column, place, ok
+        rows = [self._load(place, ok, each, r) for r in range(self.plan.block)]
+        return rows, column, place, ok
+
+    def over_columns(self, step, state):
+        """A loop over the groups of columns of this warp."""
+        return ptx.loop(WARP_COLUMNS // (32 * self.plan.columns_each), step, state)
 
     def along_columns(self, rounder, out_ref):
         """Blocks along the first axis: a thread has them whole."""
-        hashes = rounder.row_hashes(range(self.plan.block))
 
         def step(i, state):
-            pairs, column, place, ok = self.column_pairs(i)
-            if rounder.side.signs is not None:
-                pairs = self._rotated(pairs, rounder.side.signs)
-            results = []
-            for c, values in enumerate(zip(*pairs, strict=True)):
-                block = rounder.block_of(lanes._abs_max(values))
-                mark = rounder.column_mark(ptx.add(column, ptx.i32(c)))
-                results.append(
-                    [
-                        rounder.round(value, block, hashed, mark)
-                        for value, hashed in zip(values, hashes, strict=True)
-                    ]
-                )
-            for r, pair in enumerate(zip(*results, strict=True)):
-                self._store(out_ref, place, list(pair), ok, r)
+            self._round_columns(rounder, out_ref, *self.column_group(i))
             return state
 
-        ptx.loop(WARP_COLUMNS // 64, step, ())
+        self.over_columns(step, ())
+
+    def along_both(self, by_rows, rows_ref, by_columns, columns_ref):
+        """Blocks of 16 along either axis, from one read."""
+
+        def step(i, state):
+            group = self.column_group(i)
+            self._round_rows(by_rows, rows_ref, *group)
+            self._round_columns(by_columns, columns_ref, *group)
+            return state
+
+        self.over_columns(step, ())
+
+    def _round_columns(self, rounder, out_ref, rows, column, place, ok):
+        """Rounds a group along columns and stores it."""
+        if rounder.side.signs is not None:
+            rows = self._rotated(rows, rounder.side.signs)
+        columns = list(zip(*rows, strict=True))
+        blocks = [rounder.block_of(lanes._abs_max(values)) for values in columns]
+        blocks = [rounder.finished(block) for block in blocks]
+        marks = [rounder.column_mark(ptx.add(column, ptx.i32(c))) for c in range(len(columns))]
+        for r, values in enumerate(rows):
+            (hashed,) = rounder.row_hashes([r])
+            rounded = [
+                rounder.round(value, block, hashed, mark)
+                for value, block, mark in zip(values, blocks, marks, strict=True)
+            ]
+            self._store(out_ref, place, rounded, ok, r)
+
+    def _round_rows(self, rounder, out_ref, rows, column, place, ok):
+        """Rounds a group along rows, where four threads have a block, and stores it."""
+        marks = [rounder.column_mark(ptx.add(column, ptx.i32(c))) for c in range(4)]
+        for first in range(0, len(rows), 4):
+            some = rows[first : first + 4]
+            blocks = self._shared_blocks(rounder, [lanes._abs_max(values) for values in some])
+            hashes = rounder.row_hashes(range(first, first + 4))
+            for r, (values, block, hashed) in enumerate(zip(some, blocks, hashes, strict=True)):
+                rounded = [
+                    rounder.round(value, block, hashed, mark)
+                    for value, mark in zip(values, marks, strict=True)
+                ]
+                self._store(out_ref, place, rounded, ok, first + r)
+
+    def _shared_blocks(self, rounder, tops):
+        """Blocks of four rows from their magnitudes in each thread: every thread makes one."""
+        for distance in (1, 2):
+            half, odd = len(tops) // 2, self._has_bit(distance)
+            pairs = list(zip(tops[:half], tops[half:], strict=True))
+            sent = [ptx.shuffle_xor(ptx.select(odd, a, b), distance) for a, b in pairs]
+            kept = [ptx.select(odd, b, a) for a, b in pairs]
+            tops = [ptx.fmax(a, b) for a, b in zip(kept, sent, strict=True)]
+        own = rounder.block_of(tops[0])
+        start = ptx.land(self.lane, ptx.i32(~3))
+        blocks = []
+        for row in range(4):  # the threads of the four rows: 0, 2, 1, 3
+            where = ptx.add(start, ptx.i32(row // 2 + 2 * (row % 2)))
+            blocks.append(rounder.finished([_from_lane(value, where) for value in own]))
+        return blocks
+
+    def _has_bit(self, distance: int):
+        return ptx.eq(ptx.land(self.lane, ptx.i32(distance)), ptx.i32(distance))
 
     def along_rows(self, rounder, out_ref):
         """Blocks along the last axis: 8 values of a thread, and those of its neighbours."""
@@ -293,7 +354,7 @@ class _Tile:
             hashes = rounder.row_hashes(numbers)
             for r, (values, hashed) in enumerate(zip(rows, hashes, strict=True)):
                 top = lanes._over_lanes(ptx.fmax, lanes._abs_max(values), distances)
-                block = rounder.block_of(top)
+                block = rounder.finished(rounder.block_of(top))
                 rounded = [
                     rounder.round(value, block, hashed, mark)
                     for value, mark in zip(values, marks, strict=True)
@@ -303,14 +364,19 @@ class _Tile:
 
         ptx.loop(self.plan.block // _ROWS_AT_ONCE, step, ())
 
-    def _rotated(self, pairs, signs):
+    def _rotated(self, rows, signs):
         """The transform of each column, rounded to the dtype of the matrix as `rht` does."""
-        columns = [_rotate(list(column), signs) for column in zip(*pairs, strict=True)]
-        pairs = list(zip(*columns, strict=True))
+        columns = [_rotate(list(column), signs) for column in zip(*rows, strict=True)]
+        rows = list(zip(*columns, strict=True))
         if self.plan.dtype == "float32":
-            return pairs
-        words = [ptx.half_x2(pair, self.plan.dtype) for pair in pairs]
-        return [lanes._floats([word], self.plan.dtype == "bfloat16") for word in words]
+            return rows
+        return [
+            lanes._floats(
+                [ptx.half_x2(row[i : i + 2], self.plan.dtype) for i in range(0, len(row), 2)],
+                self.plan.dtype == "bfloat16",
+            )
+            for row in rows
+        ]
 
     def _place(self, row, column):
         return lanes._element(
@@ -350,21 +416,20 @@ class _Rounder:
             first, self._second = (_load_i32(word_ref, 8 * index + at) for at in (0, 4))
             # Lane r hashes row r; a block has at most 32 rows.
             row = ptx.add(tile.first_row, tile.lane)
-            self._hash = _mix(ptx.add(ptx.mul(row, _word(0x9E3779B9)), first))
+            self._hash = _folded(_mix(ptx.add(ptx.mul(row, _word(0x9E3779B9)), first)))
 
     def row_hashes(self, numbers):
         """The hashes of rows by their number in the tile, an int or the same i32 in all lanes."""
         if not self.side.stochastic:
             return [None] * len(numbers)
         numbers = [ptx.i32(n) if isinstance(n, int) else n for n in numbers]
-        text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-        return [ptx.asm(text, "r", [self._hash, n], effects=True)[0] for n in numbers]
+        return [_lane_word(self._hash, n) for n in numbers]
 
     def column_mark(self, column):
         """What a column adds to the hash."""
         if not self.side.stochastic:
             return None
-        return ptx.add(ptx.mul(column, _word(0x85EBCA77)), self._second)
+        return _folded(ptx.add(ptx.mul(column, _word(0x85EBCA77)), self._second))
 
     def block_of(self, top):
         """Reciprocal and scale of a block from its largest magnitude; NaN if that is not finite."""
@@ -379,11 +444,22 @@ class _Rounder:
             scale = ptx.select(ptx.feq(top, ptx.f32(0.0)), ptx.f32(1.0), scale)
         scale = ptx.select(finite, scale, ptx.f32(math.nan))
         whole = scale if self.decode is None else ptx.fmul(scale, self.decode)
-        reciprocal = ptx.fmin(_div(ptx.f32(1.0), whole), ptx.f32(FLOAT32_MAX))
-        return reciprocal, scale
+        (reciprocal,) = ptx.asm("rcp.rn.f32 $0, $1;", "f", [whole])
+        return ptx.fmin(reciprocal, ptx.f32(FLOAT32_MAX)), scale
+
+    def finished(self, block):
+        """A block as `round` takes it: with what makes multiples of its scale of whole numbers.
+
+        Those lie above 2^23. A scale of E8M0 may be too large to be multiplied by that.
+        """
+        reciprocal, scale = block
+        factor = ptx.f32(1.0) if self.decode is None else scale
+        factor = ptx.fmul(factor, ptx.f32(2.0**-self.element.mantissa_bits))
+        return reciprocal, scale, factor, ptx.fmul(factor, ptx.f32(-(2.0**23)))
 
     def _e4m3_scale(self, top):
-        wanted = ptx.fmul(_div(top, ptx.f32(self.element.max)), self.encode)
+        largest = [ptx.f32(value) for value in (self.element.max, 1 / self.element.max)]
+        wanted = ptx.fmul(_quotient(top, *largest), self.encode)
         text = (
             "{ .reg .b16 code, lo, hi; .reg .b32 pair;\n"
             "cvt.rn.satfinite.e4m3x2.f32 code, $1, $1;\n"
@@ -404,26 +480,29 @@ class _Rounder:
         return _power(exponent)
 
     def round(self, x, block, row_hash, column_mark):
-        """The value that ``x`` is rounded to, with its scale."""
-        reciprocal, scale = block
+        """The value that ``x`` is rounded to, with its scale.
+
+        In units of the spacing around it the magnitude is rounded to a whole number, by adding 2^23
+        to it. Stochastic rounding takes the floor of its sum with the noise: rounding that sum
+        downwards loses nothing that the floor would see.
+        """
+        reciprocal, scale, factor, offset = block
         mantissa = self.element.mantissa_bits
         u = ptx.fmin(ptx.fmul(ptx.fabs(x), reciprocal), ptx.f32(self.element.max))
         power = ptx.from_bits(ptx.land(ptx.bits(u), ptx.i32(_EXPONENT)))
         power = ptx.fmax(power, ptx.f32(2.0**self.element.min_exponent))
-        # Adding a power of two whose last place is the step of the grid rounds to the grid.
-        magic = ptx.fmul(power, ptx.f32(2.0 ** (23 - mantissa)))
+        per_unit = ptx.from_bits(ptx.sub(_word(254 + mantissa << 23), ptx.bits(power)))
         if not self.side.stochastic:
-            code = ptx.fsub(_add("rn", u, magic), magic)
+            whole = ptx.fma(u, per_unit, ptx.f32(2.0**23))
         else:
-            step = ptx.fmul(power, ptx.f32(2.0**-mantissa))
-            low = ptx.fsub(_add("rm", u, magic), magic)
-            # noise >= 1 - (u - low) / step, both sides times the step, which is exact
-            noise = ptx.fma(self._noise(row_hash, column_mark), step, ptx.fneg(step))
-            rises = ptx.fge(noise, ptx.fsub(step, ptx.fsub(u, low)))
-            code = ptx.fadd(low, ptx.select(rises, step, ptx.f32(0.0)))
+            units = _down("fma", u, per_unit, ptx.f32(-1.0))
+            units = _down("add", units, self._noise(row_hash, column_mark))
+            whole = _down("add", units, ptx.f32(2.0**23))
+        # Products of a few bits, which are exact but for the last one.
+        value = ptx.fma(whole, factor, offset)
+        value = ptx.fmul(value, ptx.fmul(power, scale if self.decode is None else self.decode))
         sign = ptx.land(ptx.bits(x), _word(0x80000000))
-        value = ptx.fmul(ptx.from_bits(ptx.lor(ptx.bits(code), sign)), scale)
-        return value if self.decode is None else ptx.fmul(value, self.decode)
+        return ptx.from_bits(ptx.lor(ptx.bits(value), sign))
 
     def _noise(self, row_hash, column_mark):
         """1 plus a uniform number of 23 bits, as in `jax.random.uniform` before it takes the 1."""
@@ -441,20 +520,35 @@ def _word(value: int):
     return ptx.i32(value - (1 << 32) if value >= 1 << 31 else value)
 
 
+def _lane_word(word, lane):
+    """The word of another lane of the warp."""
+    text = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+    return ptx.asm(text, "r", [word, lane], effects=True)[0]
+
+
+def _from_lane(value, lane):
+    return ptx.from_bits(_lane_word(ptx.bits(value), lane))
+
+
+def _folded(x):
+    """The first step of the hash, which of a sum without carries is that of its parts."""
+    return ptx.xor(x, ptx.shr(x, ptx.i32(16)))
+
+
 def _half_mixed(x):
-    """The hash of `formats.counter_random` without its last shift."""
-    x = ptx.mul(ptx.xor(x, ptx.shr(x, ptx.i32(16))), _word(0x7FEB352D))
+    """The hash of `formats.counter_random` without its first and its last step."""
+    x = ptx.mul(x, _word(0x7FEB352D))
     return ptx.mul(ptx.xor(x, ptx.shr(x, ptx.i32(15))), _word(0x846CA68B))
 
 
 def _mix(x):
-    x = _half_mixed(x)
-    return ptx.xor(x, ptx.shr(x, ptx.i32(16)))
+    return _folded(_half_mixed(_folded(x)))
 
 
-def _add(mode: str, a, b):
-    """Sum rounded to nearest ("rn") or down ("rm")."""
-    return ptx.asm(f"add.{mode}.f32 $0, $1, $2;", "f", [a, b])[0]
+def _down(name: str, *operands):
+    """Sum ("add") or product and sum ("fma"), rounded downwards."""
+    places = ", ".join(f"${i}" for i in range(len(operands) + 1))
+    return ptx.asm(f"{name}.rm.f32 {places};", "f", list(operands))[0]
 
 
 def _div(a, b):

@@ -130,11 +130,6 @@ def unsupported_reason(implementation: str, spec: QuantizeSpec) -> str | None:
     )
 
 
-#: Why the FP8 cast is not chosen by itself: without the magnitude it ran and was measured.
-UNMEASURED_CAST: str | None = (
-    "the FP8 cast has not run on a GPU since it tells the largest magnitude; "
-    "implementation='mosaic' runs it"
-)
 _MATRIX_DTYPES = ("bfloat16", "float16", "float32")
 
 
