@@ -81,14 +81,16 @@ def cases() -> list[Case]:
     ]
     whole = {"own": 8, "groups": 4, "outputs": 64}  # one block a multiprocessor, no splits
     whole_blocks = [
-        right("rows", "nvfp4", 16, 1024, 512, config=whole),
-        right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
-        right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
-        *(fast("nvfp4", m, "rows", **c) for m in (1, 16)
+        right("rows", "nvfp4", 16, 1024, 512, config={**whole, "table": True}),
+        *(fast("nvfp4", m, "rows", **c) for m in (16, 1)
           for c in (whole, {**whole, "table": True}, {**whole, "table": True, "units": 4},
                     {"outputs": 128, "table": True})),
-        *(fast("mxfp4", m, "rows", **whole, table=True) for m in (1, 16)),
-        *(fast("int4", m, "rows", **whole, units=units) for m in (1, 16) for units in (2, 4)),
+        *(fast("int4", m, "rows", **whole) for m in (16, 1)),
+        *(fast("mxfp4", m, "rows", **whole, table=True) for m in (16, 1)),
+        *(fast("int4", m, "rows", **whole, units=4) for m in (16, 1)),
+        right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
+        right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
+        right("rows", "mxfp4", 9, 1024, 512, config=whole),
         right("rows", "nvfp4", 16, 8192, 8192, config={**whole, "table": True}),
     ]  # fmt: skip
     rest = [
