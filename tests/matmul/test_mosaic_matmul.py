@@ -132,6 +132,24 @@ def test_the_int8_operand_is_the_transposed_weight(wg):
 
 
 @pytest.mark.parametrize("wg", [0, 1])
+def test_the_int8_operand_of_int4_weights_is_sixteen_times_their_codes(wg):
+    w = FORMATS["int4"](weights(128, 128))
+    kernel = mosaic_sm90_tokens.Int4Int8(128, 2)
+    codes, scale = np.array(w.qvalue), np.array(w.scale)
+    with warpgroup.installed():
+        words, scales = kernel.fetch(swizzled(codes), scale, np.full(128, wg, np.int32))
+        a = kernel.finish(words, scales)
+        # Sums of 3 in every place of a tile of 16 rows, which begin at the magic number.
+        acc = [np.full(128, 0x4B400003, np.int32)] * 8
+        total = kernel.add([np.ones(128, np.float32)] * 8, acc, scales)
+    here = slice(64 * wg, 64 * wg + 64)
+    want = np.asarray(w.unpack().qvalue).astype(np.int32)[:, here].T[ORDER]
+    np.testing.assert_array_equal(warpgroup.from_operand(a, np.dtype(np.int8)), 16 * want)
+    want = 1 + 3 * scale[0, here][ORDER][:, None] + np.zeros((64, 16))
+    np.testing.assert_allclose(warpgroup.from_accumulator(total, 16), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wg", [0, 1])
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4", "int4_32"])
 def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
     w = FORMATS[name](weights(64, 128, "groups"))
@@ -193,6 +211,21 @@ def test_int8_lowers_for_cuda_with_its_gradient(m):
     many = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((5, m, 300), jnp.bfloat16))
     text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("name", "m", "k"), [("int4", 4096, 512), ("int4_whole", 70, 300)])
+def test_int4_weights_times_int8_rows_lower_for_cuda(name, m, k):
+    x = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, k), jnp.bfloat16))
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((k, 200), jnp.float32))
+    call = functools.partial(matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16)
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    with abstract_gpu():
+        choice = explain("matmul", x, w)
+        assert choice.implementation == "xla" and "not measured" in choice.rejected["mosaic"]
+        narrow = jax.eval_shape(FORMATS["int4_32"], jax.ShapeDtypeStruct((k, 200), jnp.float32))
+        if k % 32 == 0:
+            refused = explain("matmul", x, narrow).rejected["mosaic"]
+            assert "INT4 groups of a multiple of 128 inputs" in refused
 
 
 @pytest.mark.parametrize(
