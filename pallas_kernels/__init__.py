@@ -31,6 +31,7 @@ from pallas_kernels.ops.decode_attention import (
     move_slots,
     window_attention_weights,
 )
+from pallas_kernels.ops.gated import gated_backward, gated_forward
 from pallas_kernels.ops.matmul import matmul, scaled_matmul
 from pallas_kernels.ops.quantize.api import (
     dequantize,
@@ -57,6 +58,8 @@ __all__ = [
     "explain",
     "fake_quantize",
     "fake_quantize_both",
+    "gated_backward",
+    "gated_forward",
     "get_format",
     "inverse_rht",
     "largest_slots",

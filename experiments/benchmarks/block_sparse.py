@@ -16,7 +16,6 @@ Cases run in a process of their own that is ended when it says nothing for ``--l
 fails is a row with its reason. ``--dry-run`` lowers the kernels for an abstract H200 anywhere.
 """
 
-import fcntl
 import json
 import os
 import queue
@@ -36,14 +35,13 @@ from rich.console import Console
 from experiments.benchmarks import attention as bench
 from experiments.benchmarks import gradient, leaks
 from experiments.benchmarks.gpu_session import BOUNDS
-from experiments.benchmarks.isolated import Case, results, work
-from pallas_kernels import BlockMask, Mask, benchmarking, dot_product_attention, testing
+from experiments.benchmarks.isolated import LOCK, Case, measure_alone, results, work
+from pallas_kernels import BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
 from pallas_kernels.ops.attention import reference, sparge
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
-LOCK = "BLOCK_SPARSE_LOCK"  # names a file that who measures holds
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 
 
@@ -407,9 +405,7 @@ def lower_case(case: Case) -> dict[str, Any]:
 def main(options: Options) -> None:
     """Runs the cases in order, prints and writes after each."""
     if options.worker:
-        if LOCK in os.environ:
-            benchmarking._device_seconds = alone(benchmarking._device_seconds)
-            bench.time_torch = alone(bench.time_torch)
+        measure_alone()
         return work(lower_case if options.dry_run else partial(run_case, options))
     console, rows, machine = Console(), [], {}
     options.output.mkdir(parents=True, exist_ok=True)
@@ -442,10 +438,8 @@ def side_by_side(chosen: list[Case], options: Options, deadline: float):
     """`results` of several workers, each with every so manieth case, as they come."""
     answers: queue.Queue = queue.Queue()
     if options.workers > 1:
-        os.environ |= {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            LOCK: str((options.output / "measuring.lock").absolute()),
-        }
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        os.environ.setdefault(LOCK, str((options.output / "measuring.lock").absolute()))
 
     def run(own):
         for answer in results(own, options, deadline, "block_sparse"):
@@ -462,17 +456,6 @@ def side_by_side(chosen: list[Case], options: Options, deadline: float):
             left -= 1
         else:
             yield answer
-
-
-def alone(function):
-    """Runs a function while no other worker measures."""
-
-    def run(*args):
-        with Path(os.environ[LOCK]).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            return function(*args)
-
-    return run
 
 
 def short(row: dict[str, Any]) -> str:

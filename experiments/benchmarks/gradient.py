@@ -35,10 +35,9 @@ def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
     found = _correct_cases()
     new = [{**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or "")]
-    new += [{**x, "keys": "HalfKeys"} for x in found if x["gradient"] is None]
-    new[1:1] = [new.pop()]  # something in 16 bits early
-    turned = [{**x, "turns": "hold"} for x in new] + [{**x, "turns": "eager"} for x in new[:5]]
-    return [*found, *turned, *new]
+    half = [{**x, "steps": "Registers"} for x in found if x["gradient"] is None]
+    new = [*new[:1], half[0], *new[1:4], *half[1:3], *new[4:], *half[3:]]
+    return [*found, *({**x, "turns": "ahead"} for x in new), *new]
 
 
 def _correct_cases() -> list[Case]:
@@ -85,22 +84,18 @@ def fast_cases() -> list[Case]:
         for causal in (False, True)
         for quant in ("sage_bwd", "sage_bwd_fp8")
     ]
-    three = {
-        "num_compute": 3, "block_kv": 64, "num_stages": 4, "registers": 160, "memory_registers": 32
-    }  # fmt: skip
-    new = {**base, "causal": False}
-    both = ("hold", "eager")
-    wanted = [("kv", "Running", x) for x in both] + [("q", "Running", x) for x in both]
-    wanted += [("kv", "HalfKeys", x) for x in (*both, "none")] + [("q", "Half", "hold")]
-    pieces = [[side, kind, {"schedule": turns}] for side, kind, turns in wanted]
-    pieces += [["q", "Running", three | {"schedule": turns}] for turns in (*both, "none")]
-    found += [{**new, "turns": "all", "pieces": each} for each in pieces]
-    found.append({**new, "turns": "all", "pieces": ["operands", "Running", {}]})
-    for schedule in both:
-        for causal in (False, True):
-            case = {**base, "causal": causal, "turns": schedule}
-            found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
-            found += [{**case, "keys": "HalfKeys", "gradient": None}]
+    for causal in (False, True):
+        case = {**base, "causal": causal, "turns": "ahead"}
+        found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
+        found += [{**case, "steps": "Registers", "gradient": None}]
+    pieces = [
+        [side, kind, {"schedule": schedule} | (REGISTERS if (side, kind) == HALF_QUERIES else {})]
+        for side, kind in (("kv", "Running"), ("q", "Running"), ("kv", "Registers"), HALF_QUERIES)
+        for schedule in ("ahead", "eager")
+    ]
+    pieces += [["kv", "Registers", {"schedule": "none"}], ["operands", "Running", {}]]
+    found += [{**base, "causal": False, "turns": "ahead", "pieces": each} for each in pieces]
+    found += [{**base, "causal": False, "sums": "int32", "gradient": "sage_bwd", "turns": "ahead"}]
     return found
 
 
@@ -111,21 +106,32 @@ def quant_of(name: str | None):
     return name
 
 
-SUMS, KEYS = mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps.__name__
+HALF, S32 = mosaic_sm90_backward, mosaic_sm90_backward_s32
+SHIPPED = mosaic_sm90.int8_gradient, dict(HALF.STEPS), dict(HALF.CONFIGS), dict(S32.CONFIGS)
+HALF_QUERIES = ("q", "Registers")
+REGISTERS = {"block_kv": 64, "num_stages": 4}  # of the queries, where they are `Registers`
 
 
 def choose_kernels(case: Case) -> None:
-    """Takes INT8 kernels that add in the type "sums" and the 16-bit kernel "keys" from now on."""
-    modules = mosaic_sm90_backward, mosaic_sm90_backward_s32
-    state = lambda: (mosaic_sm90.int8_gradient, mosaic_sm90_backward.key_steps,  # noqa: E731
-                     *(tuple(x.CONFIGS.values()) for x in modules))  # fmt: skip
-    before, turns = state(), case.get("turns", "none")
-    for module in modules:
-        for side, config in module.CONFIGS.items():
-            if turns != "all":
-                module.CONFIGS[side] = dataclasses.replace(config, schedule=turns)
-    mosaic_sm90.int8_gradient = case.get("sums", SUMS)
-    mosaic_sm90_backward.key_steps = getattr(mosaic_sm90_backward, case.get("keys", KEYS))
+    """Takes the kernels that a case names from now on.
+
+    "sums" is the type in which INT8 kernels add, "steps" a class of 16-bit kernels, "turns" the
+    schedule of both.
+    """
+    state = lambda: [mosaic_sm90.int8_gradient, *map(dict, (HALF.STEPS, HALF.CONFIGS, S32.CONFIGS))]  # noqa: E731
+    before, (sums, steps, half, int8) = state(), SHIPPED
+    if "steps" in case:
+        steps = dict.fromkeys(("q", "kv"), getattr(HALF, case["steps"]))
+        half = {**half, "q": dataclasses.replace(half["q"], **REGISTERS)}
+    if "turns" in case:
+        half, int8 = (
+            {side: dataclasses.replace(x, schedule=case["turns"]) for side, x in configs.items()}
+            for configs in (half, int8)
+        )
+    mosaic_sm90.int8_gradient = case.get("sums", sums)
+    HALF.STEPS |= steps
+    HALF.CONFIGS |= half
+    S32.CONFIGS |= int8
     if before != state():
         jax.clear_caches()
 

@@ -19,32 +19,48 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from experiments.benchmarks import attention
 from experiments.benchmarks.attention import first_line
-from pallas_kernels.benchmarking import Timing, benchmark
+from pallas_kernels import benchmarking
 
 Case = dict[str, Any]
+LOCK = "MEASURING_LOCK"  # names a file that who measures holds
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Waits until no other process is in here, if BENCHMARK_LOCK names a file.
+    """Waits until no other process is in here, if the variable named by `LOCK` names a file.
 
     Programs that share a device then compile side by side and are timed one at a time.
     """
-    path = os.environ.get("BENCHMARK_LOCK")
+    path = os.environ.get(LOCK)
     with open(path, "w") if path else contextlib.nullcontext() as file:
         if file is not None:
             fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         yield
 
 
-def timed(function: Callable, *args: Any, **options: Any) -> Timing:
+def measure_alone() -> None:
+    """Makes all that this process times wait for its turn, torch's programs too."""
+
+    def wrapped(function):
+        def run(*args):
+            with alone():
+                return function(*args)
+
+        return run
+
+    benchmarking._device_seconds = wrapped(benchmarking._device_seconds)
+    attention.time_torch = wrapped(attention.time_torch)
+
+
+def timed(function: Callable, *args: Any, **options: Any) -> benchmarking.Timing:
     """`pallas_kernels.benchmarking.benchmark`, compiled before the device is taken."""
     compiled = function
     if not isinstance(function, jax.stages.Compiled):
         compiled = jax.jit(function).lower(*args).compile()
     with alone():
-        return benchmark(compiled, *args, **options)
+        return benchmarking.benchmark(compiled, *args, **options)
 
 
 def work(run: Callable[[Case], dict[str, Any]]) -> None:

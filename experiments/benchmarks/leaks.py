@@ -27,7 +27,7 @@ def cases() -> list[dict[str, Any]]:
     found = [{**base, "leaks": quant} for quant in variants]
     found += [{**base, "leaks": quant, "block": [64, 128]} for quant in variants[:3]]
     new = [{**x, "sums": "int32"} for x in found if x["leaks"] == "sage_bwd"]
-    return [*found, *new, {**found[1], "keys": "HalfKeys"}]
+    return [*found, *new, {**found[1], "steps": "Registers"}]
 
 
 def builders(query, key, block_q: int, block_kv: int) -> dict[str, BlockMask]:

@@ -41,6 +41,8 @@ FORMATS = {
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
     "int8": lambda w: quantize(w, "int8", axis=0, tile=None),  # with INT8 rows
 }
+FORMATS["int4_a8"] = FORMATS["int4"]  # with INT8 rows
+ROWS_OF_8_BITS = ("int8", "int4_a8")
 KERNELS = {"rows": mosaic_sm90_rows, "tokens": mosaic_sm90_tokens}
 LARGE = {"k": 8192, "n": 8192}
 # Of sum |x| |w|: float32 sums of exact products; weights rounded to bfloat16 before them.
@@ -79,7 +81,26 @@ def cases() -> list[Case]:
         fast("torch bf16", 4096),
         fast("torch bf16", 1),
     ]
+    whole = {"own": 8, "groups": 4, "outputs": 64}  # one block a multiprocessor, no splits
+    whole_blocks = [
+        right("rows", "nvfp4", 16, 1024, 512, config={**whole, "table": True}),
+        *(fast("nvfp4", m, "rows", **c) for m in (16, 1)
+          for c in (whole, {**whole, "table": True}, {**whole, "table": True, "units": 4},
+                    {"outputs": 128, "table": True})),
+        *(fast("int4", m, "rows", **whole) for m in (16, 1)),
+        *(fast("mxfp4", m, "rows", **whole, table=True) for m in (16, 1)),
+        right("tokens", "int4_a8", 300, 1024, 512),
+        fast("int4_a8", 4096, "tokens"),
+        *(fast("int4", m, "rows", **whole, units=4) for m in (16, 1)),
+        right("tokens", "int4_a8", 77, 300, 200, kind="groups"),
+        right("tokens", "int4_a8", 4096, 8192, 8192),
+        right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
+        right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
+        right("rows", "mxfp4", 9, 1024, 512, config=whole),
+        right("rows", "nvfp4", 16, 8192, 8192, config={**whole, "table": True}),
+    ]  # fmt: skip
     rest = [
+        *whole_blocks,
         *(fast("nvfp4", 1, "rows", **c)
           for c in ({"own": 8}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
         *(fast("nvfp4", 16, "rows", **c)
@@ -142,7 +163,7 @@ def packed(name: str, k: int, n: int, kind: str = "normal"):
 def activations(m: int, k: int, name: str = "") -> Any:
     """Normal numbers in bfloat16; for INT8 weights as INT8 with a scale per row."""
     x = jax.random.normal(jax.random.key(1), (m, k)).astype(jnp.bfloat16)
-    return per_row(x) if name == "int8" else x
+    return per_row(x) if name in ROWS_OF_8_BITS else x
 
 
 @jax.jit
@@ -274,7 +295,7 @@ def lower(case: Case) -> dict[str, str]:
     m, k, n = (case[key] for key in ("m", "k", "n"))
     name = case.get("format", case.get("what"))
     x, make = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), FORMATS[name]
-    x = jax.eval_shape(per_row, x) if name == "int8" else x
+    x = jax.eval_shape(per_row, x) if name in ROWS_OF_8_BITS else x
     w = jax.eval_shape(make, jax.ShapeDtypeStruct((k, n), jnp.float32))
     with abstract_gpu():
         call = jax.jit(kernel_call(case, x, w))
@@ -296,7 +317,7 @@ class Options:
     limit: float = 40.0
     """A process that says nothing for so many seconds is ended."""
     only: str = ""
-    """Cases whose JSON contains this text."""
+    """Cases whose JSON contains one of these texts, separated by |."""
     first: int | None = None
     """Only so many cases."""
     dry_run: bool = False

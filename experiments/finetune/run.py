@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -75,20 +77,20 @@ PRESETS = {
         dtype=jnp.float32,
     ),
     "gpu": Sizes(
-        corpus_bytes=40_000_000,
-        layers=8,
+        corpus_bytes=16_000_000,
+        layers=4,
         width=512,
         heads=8,
         seq_len=512,
-        batch=64,
-        pretrain_steps=5000,
+        batch=16,
+        pretrain_steps=2000,
         pretrain_rate=2e-3,
-        steps=600,
-        eval_tokens=1_000_000,
+        steps=150,
+        eval_tokens=400_000,
         rank=16,
-        ranks=(8, 32, 64, 128),
+        ranks=(8, 64, 128),
         seeds=3,
-        rates=(2e-5, 2e-4, 2e-3, 2e-2),
+        rates=(2e-4, 2e-3, 2e-2, 6e-2),
         dtype=jnp.bfloat16,
     ),
 }
@@ -107,6 +109,7 @@ def methods(rank: int) -> dict[str, Any]:
         "falqon_sr": dataclasses.replace(FALQON.code(rank), requant="sr"),
         "falqon_anchored": FALQON.anchored(rank),
         "falqon_anchored_all": dataclasses.replace(FALQON.anchored(rank), k="all"),
+        "falqon_anchored_delayed": dataclasses.replace(FALQON.anchored(rank), scaling="delayed"),
     }
 
 
@@ -165,16 +168,14 @@ class Arm:
         self.method, self.sizes = method, sizes
         self.graph, self.base = nnx.split(base)
         self.transform = optimizer()
-        self.compiled = self.untrained = None
+        self.compiled = self.untrained = self.start = None
 
     def run(self, docs: Corpus, rate: float, seed: int) -> dict[str, Any]:
         """Trains from the base model; returns losses, times and bytes."""
-        # The base is shared by all runs.
-        model = nnx.merge(self.graph, jax.tree.map(jnp.copy, self.base))
-        start = self._prepare(model, seed)
+        model = self._prepared(seed)
         if self.untrained is None:  # the same for every seed: B starts at zero
             self.untrained = train.evaluate(model, windows(docs.validation, self.sizes))
-        step, state, frozen = self._split(model, seed, start)
+        step, state, frozen = self._split(model, seed)
         state = optax.tree_utils.tree_set(state, learning_rate=jnp.float32(rate))
         # The step donates its state: the model keeps its own arrays, and no two leaves are one.
         state = jax.tree.map(jnp.copy, state)
@@ -200,11 +201,21 @@ class Arm:
             facts["saturated"] = max(float(saturated_fraction(m)) for m in state.melded.values())
         return facts
 
-    def _prepare(self, model, seed):
-        return None if self.method == "full" else adapt(model, self.method, seed=seed)
+    def _prepared(self, seed):
+        """A copy of the base model, adapted; the start by singular values is made once."""
+        if self.start is None:
+            model = nnx.merge(self.graph, jax.tree.map(jnp.copy, self.base))
+            if self.method == "full":
+                return model
+            adapt(model, self.method, seed=seed)
+            if not isinstance(self.method, FALQON):
+                return model
+            self.start = nnx.split(model)
+        graph, state = self.start
+        return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
-    def _split(self, model, seed, plan):
-        if plan is None:
+    def _split(self, model, seed):
+        if self.method == "full":
             graph, state = train.init_state(model, self.transform)
             return functools.partial(train.train_step, graph, self.transform), state, ()
         static, state, frozen = init_state(model, self.transform, seed=seed)
@@ -238,25 +249,23 @@ def first_runs(sizes: Sizes) -> list[tuple[str, int, float, int]]:
     runs = [(name, sizes.rank, 1e-3 if name == "full" else 2e-3, 0) for name in names]
     swept = [name for name in names if name.startswith(("falqon", "lora"))]
     runs += [(name, sizes.rank, rate, 0) for name in swept for rate in sizes.rates]
-    ranked = ("lora", "qlora", "fp8lora", "falqon_code", "falqon_anchored")
-    runs += [(name, rank, 2e-3, 0) for rank in sizes.ranks for name in ranked]
+    # FALQON wants more than LoRA: A is frozen and small.
+    ranked = {"lora": (2e-3,), "falqon_code": (2e-3, 2e-2), "falqon_anchored": (2e-3, 2e-2)}
+    runs += [
+        (name, rank, rate, 0)
+        for rank in sizes.ranks
+        for name, rates in ranked.items()
+        for rate in rates
+    ]
     return list(dict.fromkeys(runs))
 
 
-# The order in which further seeds are run: what decides a claim first.
-SEEDED = ("lora", "falqon_anchored", "falqon_code", "lora_fa", "falqon_anchored_all")
-
-
-def seed_runs(records: list[dict[str, Any]], sizes: Sizes) -> list[tuple[str, int, float, int]]:
-    """The other seeds of every method, each at its best learning rate with seed 0."""
-    names = [*SEEDED, *(name for name in methods(sizes.rank) if name not in SEEDED)]
-    rates = {name: best_rate(records, name, sizes.rank) for name in names}
-    return [
-        (name, sizes.rank, rates[name], seed)
-        for seed in range(1, sizes.seeds)
-        for name in names
-        if rates[name] is not None
-    ]
+def seed_runs(
+    records: list[dict[str, Any]], sizes: Sizes, name: str, rank: int
+) -> list[tuple[str, int, float, int]]:
+    """The other seeds of an arm, at the method's best learning rate with seed 0."""
+    rate = best_rate(records, name, rank)
+    return [] if rate is None else [(name, rank, rate, seed) for seed in range(1, sizes.seeds)]
 
 
 def best_rate(records: list[dict[str, Any]], name: str, rank: int) -> float | None:
@@ -266,28 +275,15 @@ def best_rate(records: list[dict[str, Any]], name: str, rank: int) -> float | No
 
 
 def quality(command: "Command", deadline: float) -> dict[str, Any]:
-    """Trains what is not in ``runs.jsonl`` yet, then sums up."""
+    """Trains what is not in ``runs*.jsonl`` yet, then sums up."""
     sizes = PRESETS[command.preset]
     code, docs = corpora(sizes.corpus_bytes)
-    folder, log = command.work, command.folder / "runs.jsonl"
-    base, arms = pretrained(sizes, code, folder), {}
-    done = {record["key"]: record for record in _records(log)}
-    skipped = []
-    for plan in (first_runs, lambda sizes: seed_runs(list(done.values()), sizes)):
-        for run in plan(sizes):
-            if _key(run) in done:
-                continue
-            if time.monotonic() > deadline:
-                skipped.append(_key(run))
-                continue
-            name, rank, rate, seed = run
-            if (name, rank) not in arms:
-                arms[name, rank] = Arm(methods(rank)[name], sizes, base)
-            facts = arms[name, rank].run(docs, rate, seed)
-            settings = {"method": name, "rank": rank, "learning_rate": rate, "seed": seed}
-            done[_key(run)] = {"key": _key(run), **settings, **facts}
-            with log.open("a") as out:
-                out.write(json.dumps(done[_key(run)]) + "\n")
+    base = pretrained(sizes, code, command.work)
+    if command.workers > 1:
+        skipped = _in_parts(command, deadline)
+    else:
+        skipped = _train_missing(command, sizes, docs, base, deadline)
+    records = _records(command.folder)
     full = train.evaluate(base, windows(docs.validation, sizes))
     return {
         "corpora": {
@@ -296,11 +292,60 @@ def quality(command: "Command", deadline: float) -> dict[str, Any]:
             "validation_bytes": len(docs.validation),
         },
         "sizes": dataclasses.asdict(sizes) | {"dtype": jnp.dtype(sizes.dtype).name},
+        "workers": command.workers,
         "untrained_loss": full,
-        "methods": summary(list(done.values()), sizes),
-        "sweep": sweep(list(done.values()), sizes),
+        "methods": summary(records, sizes),
+        "sweep": sweep(records, sizes),
         "skipped": skipped,
     }
+
+
+def _train_missing(command, sizes, docs, base, deadline) -> list[str]:
+    """Trains this part's arms, one after the other; returns what there was no time for."""
+    part, of = (int(x) for x in command.part.split("/")) if command.part else (0, 1)
+    plan: dict[tuple[str, int], list] = {}
+    for run in first_runs(sizes):
+        plan.setdefault(run[:2], []).append(run)
+    log = command.folder / (f"runs_{part}.jsonl" if command.part else "runs.jsonl")
+    done = {record["key"]: record for record in _records(command.folder)}
+    skipped = []
+    for (name, rank), runs in list(plan.items())[part::of]:
+        arm = Arm(methods(rank)[name], sizes, base)
+
+        def train_all(runs, arm=arm, name=name, rank=rank):
+            for run in runs:
+                if _key(run) in done:
+                    continue
+                if time.monotonic() > deadline:
+                    skipped.append(_key(run))
+                    continue
+                facts = arm.run(docs, *run[2:])
+                settings = {"method": name, "rank": rank, "learning_rate": run[2], "seed": run[3]}
+                done[_key(run)] = {"key": _key(run), **settings, **facts}
+                with log.open("a") as out:
+                    out.write(json.dumps(done[_key(run)]) + "\n")
+
+        train_all(runs)
+        train_all(seed_runs(list(done.values()), sizes, name, rank))
+    return skipped
+
+
+def _in_parts(command: "Command", deadline: float) -> list[str]:
+    """The arms in several processes, which share the device: one alone waits for the host."""
+    left = max(1.0, deadline - time.monotonic())
+    arguments = ["quality", "--preset", command.preset, "--time-budget", str(left)]
+    arguments += ["--output", str(command.output), "--work", str(command.work)]
+    program = [sys.executable, "-m", "experiments.finetune.run", *arguments]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    parts = [
+        subprocess.Popen([*program, "--part", f"{i}/{command.workers}"], env=environment)
+        for i in range(command.workers)
+    ]
+    failed = [i for i, part in enumerate(parts) if part.wait()]
+    if failed:
+        raise RuntimeError(f"parts {failed} of the runs failed; see their messages")
+    done = {record["key"] for record in _records(command.folder)}
+    return [_key(run) for run in first_runs(PRESETS[command.preset]) if _key(run) not in done]
 
 
 def summary(records: list[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
@@ -314,30 +359,49 @@ def summary(records: list[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
         if not runs:
             continue
         losses = [r["loss"] for r in runs]
-        spread = float(np.std(losses, ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else None
         table[name] = {
             "learning_rate": rate,
             "seeds": sorted(r["seed"] for r in runs),
             "loss": float(np.mean(losses)),
-            "standard_error": spread,
+            "standard_error": _error(losses),
             "untrained_loss": runs[0]["untrained_loss"],
             "step_ms": float(np.median([r["step_ms"] for r in runs])),
-            **{k: runs[0][k] for k in ("weight_bytes", "optimizer_bytes", "step_temporary_bytes")},
+            **{k: runs[0][k] for k in _BYTES},
         }
     return table
 
 
 def sweep(records: list[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
-    """Loss by method and learning rate, and by rank, both with seed 0."""
-    first = [r for r in records if r["seed"] == 0]
+    """Loss by method and learning rate with seed 0; by rank, at the best rate, of all seeds."""
     by_rate: dict[str, dict[str, float]] = {}
-    by_rank: dict[str, dict[str, float]] = {}
-    for r in sorted(first, key=lambda r: r["learning_rate"]):
-        if r["rank"] == sizes.rank:
+    by_rank: dict[str, dict[str, Any]] = {}
+    for r in sorted(records, key=lambda r: r["learning_rate"]):
+        if r["rank"] == sizes.rank and r["seed"] == 0:
             by_rate.setdefault(r["method"], {})[f"{r['learning_rate']:.0e}"] = r["loss"]
-        if r["learning_rate"] == 2e-3:
-            by_rank.setdefault(r["method"], {})[str(r["rank"])] = r["loss"]
+    for name, rank in sorted({(r["method"], r["rank"]) for r in records}):
+        rate = best_rate(records, name, rank)
+        runs = [
+            r for r in records if (r["method"], r["rank"], r["learning_rate"]) == (name, rank, rate)
+        ]
+        if not runs or len({r["rank"] for r in records if r["method"] == name}) < 2:
+            continue
+        losses = [r["loss"] for r in runs]
+        by_rank.setdefault(name, {})[str(rank)] = {
+            "learning_rate": rate,
+            "loss": float(np.mean(losses)),
+            "standard_error": _error(losses),
+            "step_ms": float(np.median([r["step_ms"] for r in runs])),
+            **{k: runs[0][k] for k in _BYTES},
+        }
     return {"learning_rate": by_rate, "rank": by_rank}
+
+
+_BYTES = ("weight_bytes", "optimizer_bytes", "step_temporary_bytes")
+
+
+def _error(losses: list[float]) -> float | None:
+    """Standard error of the mean; None for one run."""
+    return float(np.std(losses, ddof=1) / math.sqrt(len(losses))) if len(losses) > 1 else None
 
 
 def weights(command: "Command", deadline: float) -> dict[str, Any]:
@@ -393,6 +457,12 @@ class Command:
     work: Path = Path("runs/finetune")
     """Folder of the pretrained base model."""
 
+    workers: int = 1
+    """Processes that share the runs of ``quality``."""
+
+    part: str = ""
+    """Used by the program itself: ``i/n``, the arms of one of them; nothing is summed up."""
+
     @property
     def folder(self) -> Path:
         """Where this preset's files go."""
@@ -403,6 +473,12 @@ class Command:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + self.time_budget
+        if self.part:
+            sizes = PRESETS[self.preset]
+            code, docs = corpora(sizes.corpus_bytes)
+            base = pretrained(sizes, code, self.work)
+            _train_missing(self, sizes, docs, base, deadline)
+            return
         for name in STUDIES if self.study == "all" else (self.study,):
             began = time.process_time()
             results = STUDIES[name](self, deadline)
@@ -424,8 +500,10 @@ def _key(run: tuple[str, int, float, int]) -> str:
     return f"{name}/r{rank}/lr{rate:.0e}/s{seed}"
 
 
-def _records(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def _records(folder: Path) -> list[dict[str, Any]]:
+    """All runs so far, whoever trained them."""
+    logs = sorted(folder.glob("runs*.jsonl"))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ model, to check it, not to measure.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import gc
@@ -98,7 +99,9 @@ def methods(rank: int) -> dict[str, Any]:
             FALQON.code(rank), scaling="delayed", implementation="mosaic"
         ),
         "falqon_code": FALQON.code(rank),
-        "falqon_delayed": dataclasses.replace(FALQON.code(rank), scaling="delayed"),
+        "falqon_delayed": dataclasses.replace(
+            FALQON.code(rank), scaling="delayed", implementation="xla"
+        ),
         "qlora": QLoRA(rank),
         "fp8lora": FP8LoRA(rank),
         "falqon_paper": FALQON.paper(rank),
@@ -166,6 +169,7 @@ def training_step(method: Any, sizes: Sizes, details: Path | None = None) -> dic
     if jax.default_backend() == "gpu":
         times = _kernel_times(lambda: compiled(state, frozen, tokens))
         result["kernels_ms"] = _kernels(times)
+        result["classes_ms"] = classes(times)
         if details is not None:
             details.with_suffix(".hlo").write_text(text)
             details.with_suffix(".kernels.json").write_text(json.dumps(times, indent=1))
@@ -178,6 +182,29 @@ def _kernel_times(run: Any) -> dict[str, float]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
         return kernel_times(Path(folder))
+
+
+# By what stands in a kernel's name, first come: cuBLASLt writes the types of 8-bit operands with q.
+_CLASSES = {
+    "attention": ("cudnn", "fmha"),
+    "8-bit products": ("nvjet_sm90_q",),
+    "other products": ("nvjet", "xmma", "cublas", "splitK"),
+    "gated kernels": ("mosaic",),
+}
+
+
+def classes(times: dict[str, float]) -> dict[str, float]:
+    """Milliseconds by what kernels do; "passes" are those that XLA made.
+
+    >>> classes({"nvjet_sm90_qqtst": 0.002, "loop_add_fusion_1": 0.001})
+    {'8-bit products': 2.0, 'passes': 1.0}
+    """
+    total: dict[str, float] = {}
+    for name, seconds in times.items():
+        found = (kind for kind, parts in _CLASSES.items() if any(part in name for part in parts))
+        kind = next(found, "passes")
+        total[kind] = total.get(kind, 0.0) + 1e3 * seconds
+    return total
 
 
 def _kernels(times: dict[str, float]) -> dict[str, float]:
@@ -216,9 +243,12 @@ def products(side: int, sizes: Sizes) -> dict[str, float]:
         "low_rank_bf16": (lambda x, a, b: (x @ a) @ b, x, a, b),
         "low_rank_fp8": (low_rank_8, x, a, b),
     }
+    compile_one = lambda run: jax.jit(run[0]).lower(*run[1:]).compile()  # noqa: E731
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(zip(runs, pool.map(compile_one, runs.values()), strict=True))
     return {
-        name: 1e3 * benchmark(function, *args, repeats=sizes.repeats).median
-        for name, (function, *args) in runs.items()
+        name: 1e3 * benchmark(programs[name], *args, repeats=sizes.repeats, warmup=1).median
+        for name, (_, *args) in runs.items()
     }
 
 
@@ -252,6 +282,7 @@ class Command:
         if self.layers is not None:
             sizes = dataclasses.replace(sizes, model={**sizes.model, "num_layers": self.layers})
         command = f"python -m experiments.finetune.speed --preset {self.preset}"
+        command += f" --only {self.only}" * bool(self.only)
         command += f" --layers {self.layers}" * (self.layers is not None)
         results: dict[str, Any] = {
             "steps": {},

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,7 @@ from rich.console import Console
 
 from experiments.low_precision import arms, quadratic, report, side_by_side, speed
 from experiments.low_precision.training import PRESETS, OutOfTime, Runs, environment
+from jaxeff.quant.recipe import QAF_MODES
 
 RESULTS = Path(__file__).parent / "results"
 TRAINED = ("rounding", "formats", "qaf")
@@ -52,7 +53,8 @@ class Command:
     """Number of the first seed."""
 
     arms: str = ""
-    """Names of arms, joined by commas, instead of all; bf16 is always there."""
+    """Names of arms, joined by commas, instead of all; bf16 is always there. With qaf and preset
+    "minutes" arms of rounding to train beside."""
 
     setting: Literal["normal", "forced"] = "normal"
     """Of qaf with preset "minutes": NVFP4, or a format that makes the noise large."""
@@ -162,10 +164,7 @@ def run_qaf(command: Command, folder: Path) -> Results:
     settings, claims = {}, []
     for setting, records in trained.items():
         table = report.gaps(records)
-        closed = {
-            mode: 1 - table[mode]["gap"] / table["stay"]["gap"]
-            for mode in ("backward", "forward", "both")
-        }
+        closed = {mode: 1 - table[mode]["gap"] / table["stay"]["gap"] for mode in QAF_MODES}
         noise = {
             name: [
                 [
@@ -184,19 +183,37 @@ def run_qaf(command: Command, folder: Path) -> Results:
             "table": table,
             "gap_closed": closed,
             "noise": noise,
-            "late_gaps": report.late_gaps(records) if command.preset == "minutes" else None,
             "tokens_per_measurement": records["stay"][0]["noise"][0]["tokens"],
             "crosses_sqrt3_at_step": crossed,
             "lowest_layer_at_the_end": _lowest(records["stay"][0]["noise"][-1]["layers"]),
         }
         for mode, share in closed.items():
             claims.append(_claim(f"{setting}: {mode} closes at least half", share, share >= 0.5))
+        if command.preset == "minutes":
+            settings[setting] |= _late_results(setting, records, table, claims)
     if command.plots:
         report.draw_noise(settings, folder / "qaf_noise.png")
         for setting, result in settings.items():
             title = f"E3: ways to go on, {setting} noise"
             report.draw_gaps(result["table"], folder / f"qaf_{setting}.png", title)
     return {"settings": settings, "claims": claims}
+
+
+def _late_results(setting: str, records: Results, table: Results, claims: list) -> Results:
+    """What the training losses of the second phase say, batch by batch; adds its claims."""
+    late = report.late_gaps(records)
+    to_split = report.late_gaps(records, baseline="stay")
+    closed = {mode: 1 - late[mode]["gap"] / late["stay"]["gap"] for mode in QAF_MODES}
+    for mode, share in closed.items():
+        text = f"{setting}: {mode} closes at least half of the gap of training losses"
+        claims.append(_claim(text, share, share >= 0.5))
+    split = table["stay"]["relative_gap"]
+    claims.append(_claim(f"{setting}: split within 1.5 % of bf16", split, split <= 0.015))
+    for arm in set(records) - {"bf16", "stay", *QAF_MODES}:
+        gap = to_split[arm]
+        text = f"{setting}: {arm} worse than split, training losses, two standard errors"
+        claims.append(_claim(text, gap, gap["gap"] > 2 * gap["standard_error"]))
+    return {"late_gaps": late, "late_gap_closed": closed, "late_gaps_to_split": to_split}
 
 
 def run_speed(command: Command, folder: Path) -> Results:
@@ -213,7 +230,7 @@ def run_speed(command: Command, folder: Path) -> Results:
         _run_section(section, folder, left)
     found = [(name, folder / f"speed_{name}.json") for name in speed.SECTIONS]
     rows = {name: json.loads(path.read_text())["rows"] for name, path in found if path.exists()}
-    results: Results = {"sections": rows, "claims": _speed_claims(rows)}
+    results: Results = {"rows": "in speed_<section>.json", "claims": _speed_claims(rows)}
     points = speed.speed_ups([*rows.get("linear", []), *rows.get("sweep", [])])
     results["break_even"] = {name: speed.break_even(values) for name, values in points.items()}
     if command.plots and points:
@@ -316,9 +333,14 @@ def _branch(command: Command, folder: Path) -> dict[str, list]:
     """The modes of finetuning side by side, one seed."""
     if command.collect:
         return _collected(command, folder)
-    session = _session(command, folder)
+    named = {arm.name: arm for arm in arms.rounding_arms("minutes")}
+    wanted = command.arms.split(",") if command.arms else []
+    if not set(wanted) <= set(named):
+        raise SystemExit(f"arms must be out of {sorted(named)}, got {command.arms}")
     branches = arms.branch_arms(command.setting)
-    return side_by_side.branch(session, branches, command.first_seed)
+    beside = [replace(named[name], batch=branches[0].batch) for name in wanted]
+    session = _session(command, folder)
+    return side_by_side.branch(session, branches, command.first_seed, beside)
 
 
 def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str, dict[str, list]]:

@@ -38,7 +38,7 @@ from jaxeff import train
 from jaxeff.data import batches
 from jaxeff.quant import fold_step
 
-EVALUATION_SHARE = 0.05  # of the budget, kept for the final losses
+EVALUATION_SHARE = 0.03  # of the budget, kept for the final losses
 LEAST = 5.0  # seconds of a phase
 TIMED_EVERY = 50  # steps between those whose arms are timed one by one
 NOISE_POINTS = 16  # measurements of the gradient's noise in a run
@@ -248,7 +248,11 @@ def compare(session: Session, arms: Sequence[Arm], seeds: Sequence[int]) -> dict
 
 
 def branch(
-    session: Session, arms: Sequence[Arm], seed: int, share: float = 0.4
+    session: Session,
+    arms: Sequence[Arm],
+    seed: int,
+    beside: Sequence[Arm] = (),
+    share: float = 0.4,
 ) -> dict[str, list[dict[str, Any]]]:
     """Trains bf16 and FP4, then goes on in every mode from the same FP4 state.
 
@@ -257,6 +261,7 @@ def branch(
         arms: bf16, the FP4 arm, then the modes, ``backward`` first; each has the recipe of its own
             phase alone.
         seed: Of weights, data and rounding.
+        beside: Further arms that are trained through both phases, with the same batches and rates.
         share: Part of the training time for the second phase, where more runs take turns.
 
     Returns:
@@ -264,13 +269,14 @@ def branch(
     """
     preset = session.preset
     meter = NoiseMeter(session, arms[1], arms[2], seed)
-    runs = session.start(arms, [seed])
+    runs = session.start([*arms, *beside], [seed])
     plain, trunk = runs[:2]
     measure = functools.partial(meter, trunk)
     first_phase = session.deadline - share * (session.deadline - time.monotonic())
     options = {"peak": preset.learning_rate, "warmup_steps": preset.warmup_steps, "final": 0.1}
-    step = session.advance([plain, trunk], first_phase, measure=measure, **options)
-    for run in runs[2:]:
+    first = [plain, *runs[len(arms) :], trunk]  # noise is measured on the batch of the last one
+    step = session.advance(first, first_phase, measure=measure, **options)
+    for run in runs[2 : len(arms)]:
         copied = jax.tree.map(jnp.copy, trunk.state)
         run.state = copied._replace(rest=run.state.rest)  # other recipes hold other keys
     session.say(f"{session.elapsed:.0f} s: branching at step {step}")

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmarks.isolated import measure_alone
 from experiments.sparse import inputs
 from jaxeff.sparse import hilbert_order, tune_sparge
 from pallas_kernels import dot_product_attention
@@ -233,12 +234,13 @@ def main(options: Options) -> None:
     """Run all cases and write."""
     console, preset = Console(), PRESETS[options.preset]
     output = options.output or FOLDER / f"{options.preset}.json"
-    started, found, left_out = time.monotonic(), {}, []
+    started, found = time.monotonic(), {}
     known = json.loads(output.read_text())["cases"] if output.exists() else {}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    measure_alone()
     for name, case in cases(preset).items():
         if time.monotonic() - started > options.time_budget:
-            left_out.append(name)
-            continue
+            break
         if options.only not in name or (options.retime and name not in known):
             found |= {name: known[name]} if name in known else {}
             continue
@@ -247,19 +249,20 @@ def main(options: Options) -> None:
         if options.retime or not options.tune_only:
             row |= times(case, preset, row["thresholds"], options.samples)
         found[name] = row
-    results = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "command": f"python -m experiments.sparse.run --preset {options.preset}",
-        "preset": asdict(preset),
-        "bounds": {"l1": options.l1, "pv_l1": options.pv_l1, "margin": options.margin},
-        "samples": {"tuned": options.samples, "held_out": options.held_out},
-        "cases": found,
-        "left_out": left_out,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    if options.tune_only:
+        left_out = [x for x in cases(preset) if x not in known | found]
+        results = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "command": f"python -m experiments.sparse.run --preset {options.preset}",
+            "preset": asdict(preset),
+            "bounds": {"l1": options.l1, "pv_l1": options.pv_l1, "margin": options.margin},
+            "samples": {"tuned": options.samples, "held_out": options.held_out},
+            "cases": known | found,
+            "left_out": left_out,
+        }
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        console.print(row.get("seconds", ""), row.get("saved_time", ""), row["mean_sparsity"])
+    if options.tune_only or any("saved_time" not in row for row in found.values()):
         return
     plot(results, output.with_suffix(".svg"))
     table = Table("input", "sparsity", "error (held out)", "time saved")

@@ -176,15 +176,19 @@ def test_lowers_for_cuda(shape, bounds):
 
 
 @pytest.mark.parametrize("window", [None, 40], ids=["whole", "window"])
-def test_registers_of_keys(window):
-    """What a warpgroup does for 64 keys, run by NumPy."""
-    (b, t, s, n, k, h), scale = (1, 128, 64, 1, 1, 64), 0.125
+@pytest.mark.parametrize("side", ["q", "kv"])
+def test_registers(side, window):
+    """What a warpgroup does for 64 rows, run by NumPy."""
+    (b, t, s, n, k, h), scale = (
+        (1, 128, 64, 1, 1, 64) if side == "kv" else (1, 64, 128, 1, 1, 64),
+        0.125,
+    )
     mask = Mask() if window is None else Mask.window(window, window)
     arrays = inputs(b, t, s, n, k, h)
     want, lse, delta = exact(arrays, mask, scale)
     variant, config = Variant("half", "half", "bfloat16"), backward.CONFIGS["kv"]
     bounds = None if window is None else -window, window
-    plan = backward.plan_of("kv", variant, (b, t, n, h), (b, s, k, h), *bounds, config)
+    plan = backward.plan_of(side, variant, (b, t, n, h), (b, s, k, h), *bounds, config)
     query, key, value, d_out = (np.asarray(x, np.float32)[0, :, 0] for x in arrays)
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse) * LOG2E  # rows without keys have P = 0
     numbers = [-np.asarray(x, np.float32)[0, 0] for x in (lse, delta)]
@@ -203,6 +207,9 @@ def test_registers_of_keys(window):
         scalar = lambda x: [np.full(128, int(x), np.int32)]  # noqa: E731
         return body(*[scalar(x) if kind is _SCALAR else x for x, kind in given])
 
+    def done(given, layouts, types, left=0):
+        return tuple(given[: len(types)])
+
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "_inline", inline)
         for name in ("_k_major", "_mn_major"):
@@ -210,18 +217,19 @@ def test_registers_of_keys(window):
         patch.setattr(backward, "_wgmma", product)
         patch.setattr(backward, "accumulate", accumulate)
         patch.setattr(backward, "_wait", lambda left, values, keep=(): values)
-        patch.setattr(backward, "settled", lambda *x: x[:2])
-        steps = backward.HalfKeys("kv", plan, scale)
-        sums = [[np.zeros(128, np.float32)] * (h // 2) for _ in range(2)]
-        for first in range(0, t, config.block_kv):
+        patch.setattr(backward, "settled", done)
+        steps = backward.Registers(side, plan, scale)
+        own, streamed = ((key, value), (query, d_out)), ((query, d_out), (key, value))
+        own, streamed = own[side == "q"], streamed[side == "q"]
+        fixed = [warpgroup.per_row(x) for x in numbers] if side == "q" else []
+        wanted = want[:1] if side == "q" else want[1:]
+        sums = [[np.zeros(128, np.float32)] * (h // 2) for _ in wanted]
+        for first in range(0, len(streamed[0]), config.block_kv):
             rows = slice(first, first + config.block_kv)
-            ring = [
-                (x[rows], number[rows]) for x, number in zip((query, d_out), numbers, strict=True)
-            ]
+            ring = [(x[rows], number[rows]) for x, number in zip(streamed, numbers, strict=True)]
             where = None if window is None else {"row": 0, "col": first}
-            nothing = lambda *_: None  # noqa: E731
-            sums = steps.tile((key, value), ring, [], None, sums, where, *[nothing] * 4)
+            sums = steps.tile(own, ring, fixed, None, sums, where, *[lambda *_: None] * 4)
         got = [warpgroup.from_accumulator(x, h) for x in sums]
-    for x, y, factor in zip(got, want[1:], (scale, 1.0), strict=True):
+    for x, y, factor in zip(got, wanted, (scale, 1.0), strict=False):
         y = np.asarray(y)[0, :, 0]
         assert np.abs(factor * x - y).sum() < 0.01 * np.abs(y).sum()

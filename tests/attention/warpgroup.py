@@ -178,8 +178,13 @@ def bf16_words(x):
 
 
 def permute(a, b, selector):
-    both = np.concatenate([x.view(np.uint8).reshape(128, 4) for x in (a, b)], 1)
-    picked = [both[:, int(selector[0]) >> 4 * i & 7] for i in range(4)]
+    both = [np.ascontiguousarray(x).view(np.uint8).reshape(128, 4) for x in (a, b)]
+    both, picked = np.concatenate(both, 1), []
+    for i in range(4):
+        which = selector >> 4 * i & 15
+        byte = both[LANES, which & 7]
+        sign = np.where(byte & 0x80, 0xFF, 0).astype(np.uint8)  # with bit 3: its sign, eight times
+        picked.append(np.where(which & 8, sign, byte))
     return np.ascontiguousarray(np.stack(picked, 1)).view(np.int32)[:, 0]
 
 

@@ -9,11 +9,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.finetune import toy
 from jaxeff.finetune import meld_weight, melded_dot
+from jaxeff.finetune.melded import scales_of
+from jaxeff.finetune.melded_mlp import melded_mlp
 from jaxeff.optim import Melded, falqon, meld, write_rows
-from jaxeff.optim.falqon import saturated_fraction, top_rows
+from jaxeff.optim.falqon import saturated_fraction, top_rows, write_rows_of_all
 from pallas_kernels import quantize
 
 KEY = jax.random.key(0)
+KEYS = jax.random.split(KEY)
 W = 0.02 * jax.random.normal(KEY, (24, 16))
 
 
@@ -216,6 +219,81 @@ def test_meld_is_pure_and_shards_over_rows():
     np.testing.assert_array_equal(run(jax.tree.map(place, melded), state)["w"].codes, plain.codes)
     changed = np.flatnonzero(np.any(np.asarray(plain.codes != melded["w"].codes), 1))
     assert set(changed) <= set(np.asarray(state.rows["w"]).tolist())
+
+
+def test_weights_of_one_shape_are_stepped_together():
+    """Stacked leaves and one call for all give what each gives alone."""
+    names = ("a", "b")
+    melded = {n: meld_weight((i + 1) * W, 2, anchored=True) for i, n in enumerate(names)}
+    gradient = {n: jax.random.normal(key, (24, 2)) for n, key in zip(names, KEYS, strict=True)}
+    for requant, leftover in (("rtn", "keep"), ("rtn", "drop"), ("anchored", "drop")):
+        transform = falqon(optax.sgd(5.0), k=3, requant=requant, leftover=leftover)
+        apart, together = (
+            transform.init(g) for g in (gradient, jnp.stack(list(gradient.values())))
+        )
+        for _ in range(2):
+            _, apart = transform.update(gradient, apart)
+            _, together = transform.update(jnp.stack(list(gradient.values())), together)
+        old = list(melded.values())
+        all_new = write_rows_of_all(old, together.rows, together.delta, requant=requant)
+        for i, name in enumerate(names):
+            np.testing.assert_array_equal(together.rows[i], apart.rows[name])
+            one = write_rows(melded[name], apart.rows[name], apart.delta[name], requant=requant)
+            np.testing.assert_array_equal(all_new[i].codes, one.codes)
+
+
+# --- delayed scaling ---
+
+
+def test_given_scales_quantise_and_what_was_seen_comes_back():
+    melded = meld_weight(W, 4)
+    x = jax.random.normal(jax.random.key(1), (12, 16))
+    d = jax.random.normal(jax.random.key(2), (12, 24))
+    scales = jnp.float32([0.02, 1e-4])
+    y, pull = jax.vjp(
+        lambda *a: melded_dot(a[0], a[1], melded, a[2]), x, jnp.zeros((24, 4)), scales
+    )
+    dx, _, seen = pull(d)
+    rounded = lambda v, kind, s: jnp.clip(v / s, -448, 448).astype(kind).astype("float32") * s  # noqa: E731
+    np.testing.assert_allclose(
+        y, rounded(x, jnp.float8_e4m3fn, scales[0]) @ melded.weight().T, rtol=1e-5, atol=1e-5
+    )
+    # 448 · 1e-4 is less than the gradients, but E5M2 goes on to 57344.
+    coded = jnp.clip(d / 1e-4, -57344, 57344).astype(jnp.float8_e5m2).astype(jnp.float32) * 1e-4
+    np.testing.assert_allclose(dx, coded @ melded.weight(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(seen, [jnp.abs(x).max(), jnp.abs(d).max()], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gated_mlp_in_one_piece_is_the_three_products(dtype):
+    gate, up, down = (meld_weight(w, 4) for w in (W, 2 * W, W.T))
+    x = jax.random.normal(jax.random.key(1), (12, 16)).astype(dtype)
+    d = jax.random.normal(jax.random.key(2), (12, 16)).astype(dtype)
+    probes = (jnp.zeros((24, 4)), jnp.zeros((24, 4)), jnp.zeros((16, 4)))
+    scales = tuple(jnp.float32(s) for s in ([0.01, 1e-6], [0.01, 1e-6], [2e-5, 1e-4]))
+
+    def apart(x, probes, scales):
+        a, b = (melded_dot(x, probes[i], w, scales[i]) for i, w in ((0, gate), (1, up)))
+        return melded_dot(jax.nn.silu(a) * b, probes[2], down, scales[2])
+
+    whole = lambda *given: melded_mlp(given[0], given[1], (gate, up, down), given[2])  # noqa: E731
+    y, pull = jax.vjp(whole, x, probes, scales)
+    want, pull_apart = jax.vjp(apart, x, probes, scales)
+    close = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # noqa: E731
+    assert close(y.astype("float32"), want.astype("float32")) < 0.02
+    (dx, db, seen), (dx_apart, db_apart, seen_apart) = pull(d), pull_apart(d)
+    # Gate and up are read as E4M3 in the backward pass.
+    assert close(dx.astype("float32"), dx_apart.astype("float32")) < 0.06
+    for ours, theirs in zip(db, db_apart, strict=True):
+        assert close(ours, theirs) < 0.08
+    assert float(seen[1][0]) == 0.0  # up has the codes of x from gate
+    for ours, theirs in zip(seen, seen_apart, strict=True):
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=0.08)
+
+
+def test_scales_follow_the_largest_magnitude_seen_and_start_without():
+    history = jnp.float32([[[4.48, 44.8, 0], [0, 0, 0]]])
+    np.testing.assert_allclose(scales_of(history), [[0.1, 1 / 57344]], rtol=1e-6)
 
 
 # --- what survives ---

@@ -1,5 +1,6 @@
 """Methods in a model: what is trained, what is stored, and what comes out."""
 
+import dataclasses
 import functools
 import gc
 
@@ -279,6 +280,29 @@ def test_fit_learns_resumes_exactly_and_merges(tmp_path):
         jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(model)), strict=True
     ):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_delayed_scaling_learns_alike_and_layers_with_one_input_share_its_codes():
+    """A decoder: the gated MLP in one piece; q, k and v, and gate and up, have one x each."""
+    config = ModelConfig.llama(vocab_size=256, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=64)
+    losses, states = {}, {}
+    for scaling in ("current", "delayed"):
+        model = Decoder(config, rngs=nnx.Rngs(0), attention_fn=jax.nn.dot_product_attention)
+        adapt(model, dataclasses.replace(FALQON.anchored(8), scaling=scaling))
+        static, state, frozen = init_state(model, optax.adam(0.02))
+        step = jax.jit(functools.partial(train_step, static))
+        for _, tokens in zip(range(20), batches(TEXT, 4, 16), strict=False):
+            state, metrics = step(state, frozen, jnp.asarray(tokens))
+            losses.setdefault(scaling, []).append(float(metrics["loss"]))
+        states[scaling] = state
+    assert losses["delayed"][-1] < losses["delayed"][0] - 0.1
+    assert losses["delayed"][-1] == pytest.approx(losses["current"][-1], abs=0.05)
+    assert states["current"].history is None
+    seen = dict(zip(states["delayed"].melded, states["delayed"].history[..., 0], strict=True))
+    shares = [name for name, (x, d) in seen.items() if float(x) == 0 and float(d) > 0]
+    assert len(seen) == 7 and len(shares) == 3  # two of q, k, v; and up
+    with pytest.raises(ValueError, match="scaling must be one of"):
+        FALQON(4, scaling="none")
 
 
 def test_fit_messages():

@@ -53,15 +53,21 @@ def activations(m, k):
     return jnp.asarray(np.random.default_rng(m).normal(size=(m, k)), jnp.bfloat16)
 
 
-def run_blocks(body, outs, grid, args, shared=0):
-    """The kernel's launch: every block in turn."""
+def run_blocks(body, outs, grid, args, shared=0, groups=1):
+    """The kernel's launch: every block in turn.
+
+    Of several warpgroups each runs twice: the second time it finds in shared memory what all of
+    them wrote there before they met.
+    """
 
     def run(*arrays):
         refs = dict(zip(args, map(np.asarray, arrays), strict=True))
         results = {name: np.full(out.shape, np.nan, out.dtype) for name, out in outs.items()}
         for axes in np.ndindex(*grid):
             scratch = {"shared": np.full(shared, np.nan, np.float32)}
-            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
+            for group in range(groups if groups == 1 else 2 * groups):
+                numbers = axes if groups == 1 else (*axes, group % groups)
+                body(refs | results | scratch, [np.full(128, i, np.int32) for i in numbers])
         return results
 
     return jax.pure_callback(run, outs, *args.values())
@@ -87,6 +93,10 @@ def on_numpy(monkeypatch):
         ("int4", 16, 300, 128, "groups", {"own": 8, "units": 8}),
         ("int4_32", 3, 64, 8, "normal", {}),
         ("int4_whole", 4, 50, 130, "normal", {}),
+        ("nvfp4", 3, 1100, 136, "normal", {"own": 8, "groups": 4, "outputs": 64}),
+        ("nvfp4", 7, 200, 128, "groups", {"table": True}),
+        ("int4", 13, 1056, 64, "groups", {"groups": 4, "outputs": 64}),
+        ("mxfp4", 12, 4096, 64, "normal", {"groups": 4, "outputs": 64, "blocks": 3}),
     ],
 )
 def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_numpy):
@@ -119,6 +129,24 @@ def test_the_int8_operand_is_the_transposed_weight(wg):
         words = kernel.finish(*kernel.fetch(swizzled(w), np.full(128, wg, np.int32)))
     got = warpgroup.from_operand(words, np.dtype(np.int8))
     np.testing.assert_array_equal(got, w[:, 64 * wg : 64 * wg + 64].T[ORDER])
+
+
+@pytest.mark.parametrize("wg", [0, 1])
+def test_the_int8_operand_of_int4_weights_is_sixteen_times_their_codes(wg):
+    w = FORMATS["int4"](weights(128, 128))
+    kernel = mosaic_sm90_tokens.Int4Int8(128, 2)
+    codes, scale = np.array(w.qvalue), np.array(w.scale)
+    with warpgroup.installed():
+        words, scales = kernel.fetch(swizzled(codes), scale, np.full(128, wg, np.int32))
+        a = kernel.finish(words, scales)
+        # Sums of 3 in every place of a tile of 16 rows, which begin at the magic number.
+        acc = [np.full(128, 0x4B400003, np.int32)] * 8
+        total = kernel.add([np.ones(128, np.float32)] * 8, acc, scales)
+    here = slice(64 * wg, 64 * wg + 64)
+    want = np.asarray(w.unpack().qvalue).astype(np.int32)[:, here].T[ORDER]
+    np.testing.assert_array_equal(warpgroup.from_operand(a, np.dtype(np.int8)), 16 * want)
+    want = 1 + 3 * scale[0, here][ORDER][:, None] + np.zeros((64, 16))
+    np.testing.assert_allclose(warpgroup.from_accumulator(total, 16), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("wg", [0, 1])
@@ -183,6 +211,21 @@ def test_int8_lowers_for_cuda_with_its_gradient(m):
     many = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((5, m, 300), jnp.bfloat16))
     text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("name", "m", "k"), [("int4", 4096, 512), ("int4_whole", 70, 300)])
+def test_int4_weights_times_int8_rows_lower_for_cuda(name, m, k):
+    x = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, k), jnp.bfloat16))
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((k, 200), jnp.float32))
+    call = functools.partial(matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16)
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    with abstract_gpu():
+        choice = explain("matmul", x, w)
+        assert choice.implementation == "xla" and "not measured" in choice.rejected["mosaic"]
+        narrow = jax.eval_shape(FORMATS["int4_32"], jax.ShapeDtypeStruct((k, 200), jnp.float32))
+        if k % 32 == 0:
+            refused = explain("matmul", x, narrow).rejected["mosaic"]
+            assert "INT4 groups of a multiple of 128 inputs" in refused
 
 
 @pytest.mark.parametrize(

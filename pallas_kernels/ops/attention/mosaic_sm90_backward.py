@@ -101,7 +101,7 @@ def gradient(
     results = []
     for side, config in CONFIGS.items():
         plan = plan_of(side, variant, *shapes, *limits, config)
-        steps = (Half if side == "q" else key_steps)(side, plan, scale)
+        steps = STEPS[side](side, plan, scale)
         results += launch(steps, {name: arrays[name] for name in steps.names}, blocks)
     return tuple(results)
 
@@ -216,6 +216,7 @@ class Half:
 
     auto_barriers = True
     latest_first = False  # whether keys look at their queries from the last to the first
+    early: tuple | None = None  # see `Registers`: no walk that is one tile ahead
 
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale
@@ -312,13 +313,13 @@ class Half:
         return [x * factor for x, factor in zip(sums, (self.scale, 1.0), strict=False)]
 
 
-class HalfKeys(Half):
-    """`Half` for the side of keys, in registers.
+class Registers(Half):
+    """`Half`, register by register.
 
-    Numbers of the queries come with their tile.
+    Numbers of streamed queries come with their tile.
 
     Args:
-        side: "kv".
+        side: "q" or "kv".
         plan: sizes.
         scale: factor on the logits.
     """
@@ -327,8 +328,12 @@ class HalfKeys(Half):
 
     def __init__(self, side: str, plan: Plan, scale: float):
         super().__init__(side, plan, scale)
-        self.ring = ("q", "minus_lse"), ("d_out", "minus_delta")
+        if side == "kv":
+            self.ring = ("q", "minus_lse"), ("d_out", "minus_delta")
         self.names = ("q", "k", "v", "d_out", "minus_lse", "minus_delta")
+        # Of the ring's parts, those that the first two products need, and those that can go before
+        # the last ones: keys need Q and dO again, queries only K.
+        self.early = (0, 1), ((1,) if side == "q" else ())
         head_dim, block, half = plan.head_dim, plan.config.block_kv, plan.variant.half
         self.kind = {"bfloat16": "f32.bf16.bf16", "float16": "f32.f16.f16"}[half]
         self.swizzle = _swizzle(2 * head_dim)
@@ -347,23 +352,52 @@ class HalfKeys(Half):
         """As `Half.source`."""
         return ref.at[b, head, rows] if name.startswith("minus") else ref.at[b, rows, head]
 
+    def of_owner(self, load):
+        """As `Half.of_owner`."""
+        return [load("minus_lse"), load("minus_delta")] if self.side == "q" else []
+
     def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
-        del fixed, load
-        (q, minus_lse), (d_out, minus_delta) = ring
+        del load
         wait(0)
-        scores = self.issue(own[0], q)
         wait(1)
-        d_p = self.issue(own[1], d_out)
+        pending = self.begin(own, ring)
         if self.plan.config.schedule == "hold":
-            scores, d_p = settled(scores, d_p, _ACC)
+            pending = self.settle((), (), pending)[1]
         give()
-        operands = self.operands(scores, d_p, (minus_lse, minus_delta), where)
+        sums, operands = self.prepare(pending, ring, fixed, where, sums)
         take()
-        sums = self.add(sums, operands, (q, d_out))
+        sums, _ = self.settle(self.multiply(sums, operands, ring), operands, ())
         release(1)
         release(0)
         return sums
+
+    # What `tile` does, in pieces, for a walk that is one tile ahead.
+
+    def begin(self, own, slots):
+        """Starts the first two products."""
+        return tuple(self.issue(a, part[0]) for a, part in zip(own, slots, strict=True))
+
+    def advance(self, sums, operands, slots, own, next_slots, give):
+        """Sums with the last products of a tile, and the first ones of the next, all of them done.
+
+        The multiplier never waits: the second of the next tile's products starts while the first
+        runs, when the operands of the last ones have left their registers.
+        """
+        sums = self.multiply(sums, operands, slots)
+        scores = self.issue(own[0], next_slots[0][0])
+        sums, _ = self.settle(sums, operands, (), left=1)
+        d_p = self.issue(own[1], next_slots[1][0])
+        give()
+        return sums, self.settle((), (), (scores, d_p))[1]
+
+    def settle(self, sums, operands, pending, left: int = 0):
+        """Sums and products when they are done; so many later groups are still in flight."""
+        given = [*sums, *pending, *operands]
+        types = [self.sum_type] * len(sums) + [self.tile_type] * len(pending)
+        layouts = [_ACC] * len(types) + [self.operand_type.layout] * len(operands)
+        done = settled(given, layouts, types, left)
+        return done[: len(sums)], done[len(sums) :]
 
     def issue(self, own, streamed):
         """Starts a product of the owner's rows with the streamed ones."""
@@ -374,56 +408,61 @@ class HalfKeys(Half):
 
         return _inline(body, [(own, self.rows), (streamed, self.rows)], [self.tile_type])[0]
 
-    def operands(self, scores, d_p, numbers, where):
-        """dS and P, rounded, as left operands."""
-        position = position_of(self.plan, where)
-        inputs = [(scores, _ACC), (d_p, _ACC), *((x, ()) for x in numbers)]
+    def prepare(self, pending, slots, fixed, where, sums):
+        """Sums, and operands of the last products: dS, for keys also P."""
+        position, of_queries = position_of(self.plan, where), self.side == "q"
+        inputs = [(x, _ACC) for x in pending]
+        inputs += [(x, _ROW) for x in fixed] or [(part[1], ()) for part in slots]
         inputs += [(x, _SCALAR) for x in position.values()]
 
-        def body(scores, d_p, minus_lse, minus_delta, *place):
+        def body(scores, d_p, *rest):
+            numbers, place = rest[:2], rest[2:]
+            shift, minus = map(_numbers_of_rows if of_queries else _numbers_of_columns, numbers)
             scores = _wait(1, scores)
             if position:
                 fields = dict(zip(position, (x[0] for x in place), strict=True))
                 scores = tile_math.mask_scores(scores, Position(**fields), is_int=False)
-            factor, shift = ptx.f32(self.scale * LOG2E), _numbers_of_columns(minus_lse)
+            factor = ptx.f32(self.scale * LOG2E)
             p = [ptx.exp2(ptx.fma(x, factor, shift(i))) for i, x in enumerate(scores)]
-            words = _opaque(self.operand(p))
+            words = [] if of_queries else [_opaque(self.operand(p))]
             pairs = enumerate(zip(p, _wait(0, d_p), strict=True))
-            minus = _numbers_of_columns(minus_delta)
             d_s = [ptx.fmul(x, ptx.fadd(y, minus(i))) for i, (x, y) in pairs]
             if position:  # what lies beyond the end may be anything
                 zero = ptx.f32(0.0)
                 d_s = [ptx.select(ptx.feq(x, zero), zero, y) for x, y in zip(p, d_s, strict=True)]
-            return [_opaque(self.operand(d_s)), words]
+            return [_opaque(self.operand(d_s)), *words]
 
-        return _inline(body, inputs, [self.operand_type] * 2)
+        return sums, _inline(body, inputs, [self.operand_type] * len(sums))
 
-    def add(self, sums, operands, streamed):
-        """Adds the products of dS and Q, and of P and dO."""
+    def multiply(self, sums, operands, slots):
+        """Starts adding the products of dS, and of P, with streamed rows."""
+        count = len(sums)
         inputs = [(x, _ACC) for x in sums] + [(x, self.operand_type.layout) for x in operands]
-        inputs += [(x, self.rows) for x in streamed]
+        inputs += [(part[0], self.rows) for part in slots[:count]]
 
-        def body(d_k, d_v, d_s, p, q, d_out):
-            d_v = self.multiply(p, d_out, d_v)
-            d_k = self.multiply(d_s, q, d_k)
-            d_v = _wait(1, d_v, keep=p)
-            return [_wait(0, d_k, keep=d_s), d_v]
+        def body(*given):
+            found = []
+            for i in reversed(range(count)):  # P has waited longest
+                total, words, ref = given[i::count]
+                a = [words[j : j + 4] for j in range(0, len(words), 4)]
+                b = _mn_major(ref, self.swizzle, 0)
+                found.insert(0, accumulate(self.plan.head_dim, a, b, total, self.kind))
+            return found
 
-        return tuple(_inline(body, inputs, [self.sum_type] * 2))
+        return tuple(_inline(body, inputs, [self.sum_type] * count))
 
     def operand(self, values):
         """Registers of a tile, rounded to 16 bits, as a left operand."""
         half = self.plan.variant.half
-        pairs = [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
-        return pairs
-
-    def multiply(self, words, ref, sums):
-        """Starts ``sums + A B`` for 16-bit registers and rows in shared memory."""
-        a, b = [words[i : i + 4] for i in range(0, len(words), 4)], _mn_major(ref, self.swizzle, 0)
-        return accumulate(self.plan.head_dim, a, b, sums, self.kind)
+        return [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
 
 
-key_steps = Half  # of the kernel of keys
+STEPS = {"q": Half, "kv": Half}
+
+
+def _numbers_of_rows(values):
+    """Element i's number of its row, as a function of i."""
+    return lambda i: values[i // 2 % 2]
 
 
 def _numbers_of_columns(ref):
@@ -454,14 +493,23 @@ def shared(ref, offset, count: int):
     return ptx.asm(text, "f" * count, [ptx.address(ref, offset)], effects=True)
 
 
-def settled(scores, d_p, layout):
-    """Two products that are done."""
+def settled(given, layouts, types, left: int = 0) -> tuple:
+    """Results of products when at most ``left`` later groups are in flight.
 
-    def body(scores, d_p):
-        return [_wait(1, scores), _wait(0, d_p)]
+    Args:
+        given: the results, then operands that must stay until then.
+        layouts: of all of them.
+        types: of the results.
+        left: groups.
+    """
+    count = len(types)
 
-    types = [_shape(x.shape, x.dtype, layout) for x in (scores, d_p)]
-    return _inline(body, [(scores, layout), (d_p, layout)], types)
+    def body(*given):
+        keep = [x for values in given[count:] for x in values]
+        flat = iter(_wait(left, [x for values in given[:count] for x in values], keep=keep))
+        return [[next(flat) for _ in values] for values in given[:count]]
+
+    return tuple(_inline(body, list(zip(given, layouts, strict=True)), types))
 
 
 def accumulate(n: int, a, b, sums, kind: str):
@@ -536,6 +584,7 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
     )
     of_queries, listed = steps.side == "q", "list" in names
     turned = latest_first(steps)
+    ahead = config.schedule == "ahead" and steps.early is not None and not listed
     heads = 1 if of_queries else groups  # streamed heads for each head of the owner
     compute = config.num_compute
 
@@ -681,11 +730,45 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
                 sums = lax.cond(bits != 0, lambda x: add(x, where), skip, sums)
             return step + 1, then, sums
 
+        def slots_of(step):
+            slot = lax.rem(step, i32(stages))
+            return slot, [[smem.at[slot] for smem in part] for part in ring]
+
+        def wait_for(parts, slot):
+            for part in parts:
+                plgpu.barrier_wait(ring_ready[part].at[slot])
+
+        def one_step_ahead(i, state, j, is_masked, hi):
+            """As `one_step`; the next tile's first products follow this one's at once."""
+            step, code, sums, pending = state
+            then, (slot, slots) = code_at(refs, b, head, j, tile, i + 1), slots_of(step)
+            next_slot, _ = slots_of(step + 1)
+            where = {"row": start, "col": number_of(code) * block} if is_masked else None
+            sums, operands = steps.prepare(pending, slots, fixed, where, sums)
+            for part in steps.early[1]:
+                plgpu.barrier_arrive(free[part].at[slot])
+            wait_for([x for x in range(len(free)) if x not in steps.early[0]], slot)
+            pl.when(i + 1 < hi)(lambda: wait_for(steps.early[0], next_slot))
+            take()
+            # After the last tile the next one's products are of what lies there, for nothing.
+            sums, pending = steps.advance(sums, operands, slots, mine, slots_of(step + 1)[1], give)
+            for part in range(len(free)):
+                if part not in steps.early[1]:
+                    plgpu.barrier_arrive(free[part].at[slot])
+            return step + 1, then, sums, pending
+
         def one_head(j, state):
             lo, mid_lo, mid_hi, hi = walk(refs, b, head, j, tile)
             step, sums = state
             state = step, code_at(refs, b, head, j, tile, lo), sums
             run = lambda is_masked: lambda i, x: one_step(i, x, j, is_masked)  # noqa: E731
+            if ahead:
+                pl.when(lo < hi)(lambda: wait_for(steps.early[0], lax.rem(step, i32(stages))))
+                take()
+                pending = steps.begin(mine, slots_of(step)[1])
+                give()
+                state = *state, steps.settle((), (), pending)[1]
+                run = lambda is_masked: lambda i, x: one_step_ahead(i, x, j, is_masked, hi)  # noqa: E731
             if listed:
                 state = lax.fori_loop(lo, mid_hi, run(False), state)
                 state = lax.fori_loop(mid_hi, hi, run(True), state)
@@ -698,10 +781,12 @@ def _kernel(steps, names: tuple[str, ...], groups: int, dtype):
             return state[0], state[2]
 
         pl.when(wg == compute - 1)(give)
-        take()
+        if not ahead:
+            take()
         state = i32(0), steps.start()
         state = one_head(i32(0), state) if heads == 1 else lax.fori_loop(0, heads, one_head, state)
-        give()
+        if not ahead:
+            give()
         rows, stage = pl.ds(start, ROWS), mine[1]  # which nothing reads any more
         mean = refs["k_mean"].at[b, streamed_head(head, 0)] if "k_mean" in names else None
         for total, out in zip(steps.finish(state[1], of_owner, mean), refs["out"], strict=True):

@@ -263,6 +263,7 @@ class Int8:
 
     auto_barriers = False
     latest_first = False
+    early: tuple | None = None
 
     def __init__(self, side: str, plan: Plan, scale: float):
         self.side, self.plan, self.scale = side, plan, scale

@@ -288,19 +288,49 @@ class Running(Int8):
     def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
         del load
-        (first8, first16, *numbers), turned = ring
+        first8, first16, *numbers = ring[0]
         wait(0)
         scores, d_p = self.issue(own, (first8, first16))
         if self.plan.config.schedule == "hold":
-            scores, d_p = settled(scores, d_p, _ACC)
+            scores, d_p = self.settle((), (), (scores, d_p))[1]
         give()
         *sums, codes = self.encode(scores, d_p, fixed, numbers, where, sums)
         release(0)
         wait(1)
         take()
-        sums = self.add(sums, codes, turned)
+        sums, _ = self.settle(self.multiply(sums, codes, ring), codes, ())
         release(1)
         return sums
+
+    # As in `Registers`.
+    early = (0,), (0,)
+
+    def begin(self, own, slots):
+        """As `Registers.begin`."""
+        return tuple(self.issue(own, slots[0][:2]))
+
+    def prepare(self, pending, slots, fixed, where, sums):
+        """As `Registers.prepare`."""
+        *sums, codes = self.encode(*pending, fixed, slots[0][2:], where, sums)
+        return tuple(sums), codes
+
+    def advance(self, sums, operands, slots, own, next_slots, give):
+        """As `Registers.advance`; there are registers for all four products."""
+        sums = self.multiply(sums, operands, slots)
+        pending = self.begin(own, next_slots)
+        give()
+        return self.settle(sums, operands, pending)
+
+    def settle(self, sums, operands, pending):
+        """As `Registers.settle`."""
+        given = [*sums[::2], *pending, *operands]
+        types = [self.sum_type] * (len(sums) // 2)
+        types += (self.tile_type, self.float_type)[: len(pending)]
+        layouts = [_ACC] * len(types) + [self.code_type.layout] * len(operands)
+        done = settled(given, layouts, types)
+        totals, pending = done[: len(sums) // 2], done[len(sums) // 2 :]
+        sums = tuple(x for pair in zip(totals, sums[1::2], strict=True) for x in pair)
+        return sums, pending
 
     def encode(self, scores, d_p, fixed, numbers, where, sums):
         """Codes of dS, and on the side of keys those of P after them.
@@ -347,26 +377,26 @@ class Running(Int8):
         found = _inline(body, inputs, outs)
         return [*found[: 2 * count], found[2 * count :]]
 
-    def add(self, sums, codes, turned):
-        """Adds the products of codes and turned operands.
+    def multiply(self, sums, codes, slots):
+        """Starts adding the products of codes and turned operands.
 
         Args:
             sums: dQ, or dK and dV, each with its scales.
             codes: from `encode`: an operand for each sum.
-            turned: references [H, block], one for each sum.
+            slots: references as `ring` names them.
         """
-        count, head_dim = self.count, self.plan.head_dim
+        count, head_dim, turned = self.count, self.plan.head_dim, slots[1]
         inputs = [*((x, _ACC) for x in sums[::2]), *((x, self.code_type.layout) for x in codes)]
         inputs += [(x, self.columns8) for x in turned]
 
         def body(*given):
             totals, codes, turned = given[:count], given[count : 2 * count], given[2 * count :]
-            flight = []
+            out = []
             for total, words, ref in zip(totals, codes, turned, strict=True):
                 a = [words[i : i + 4] for i in range(0, len(words), 4)]
                 b = _k_major(ref, self.columns8[1].swizzle)
-                flight.append(accumulate(head_dim, a, b, total, "s32.s8.s8"))
-            return [_wait(count - 1 - i, total, keep=codes[i]) for i, total in enumerate(flight)]
+                out.append(accumulate(head_dim, a, b, total, "s32.s8.s8"))
+            return out
 
         totals = _inline(body, inputs, [self.sum_type] * count)
         return tuple(x for pair in zip(totals, sums[1::2], strict=True) for x in pair)

@@ -19,6 +19,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_tile import ROWS, Variant
 
 TILE_OVERHEAD = 0.7  # start and end of a query tile, in K/V tiles
 SMEM_LIMIT = 232_448 - 2048  # bytes a block may use, less barriers and alignment
+SCHEDULES = ("hold", "eager", "ahead", "none")
 REGISTERS = 65536  # per multiprocessor
 FAR = 2**30  # stands for no bound in arrays of bounds
 # The product of P and V is made in parts of this many columns: a whole one of 192 or 256 columns
@@ -37,8 +38,8 @@ class Config:
         qk_split: products that make up one tile of scores; 2 takes the maxima of the first half
             while the second is multiplied.
         schedule: "hold" passes a token so that one warpgroup at a time uses the tensor core,
-            "eager" (gradients only) passes it on before the products are done, "none" leaves it to
-            chance.
+            "eager" (gradients only) passes it on before the products are done, "ahead" does so with
+            the next tile's first products behind this one's last, "none" leaves it to chance.
         persistent: one block per multiprocessor walks over many query tiles.
         head_group: heads whose query tiles are interleaved; their K and V should fit the L2 cache.
         registers: registers per thread of a compute warpgroup.
@@ -73,8 +74,8 @@ class Config:
             raise ValueError(f"num_compute must be 2 or 3; got {self.num_compute}")
         if self.qk_split not in (1, 2):
             raise ValueError(f"qk_split must be 1 or 2; got {self.qk_split}")
-        if self.schedule not in ("hold", "eager", "none"):
-            raise ValueError(f"schedule must be 'hold', 'eager' or 'none'; got {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}; got {self.schedule!r}")
         if self.num_stages < 2:
             raise ValueError(f"num_stages must be at least 2; got {self.num_stages}")
         for name in ("registers", "memory_registers"):

@@ -1017,34 +1017,39 @@ def _finish(plan: Plan, refs, where, state):
 # -- launch ----------------------------------------------------------------------------------------
 
 
-def call(body, outs, grid, args, shared=0, inplace=None):
-    """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
+def call(body, outs, grid, args, shared=0, inplace=None, groups=1):
+    """Runs ``body(refs, axes)`` in blocks of warpgroups over a three-dimensional grid.
 
     Args:
-        body: of a dictionary of references and three block numbers, i32.
+        body: of a dictionary of references and three block numbers, i32, and with several
+            warpgroups the number of this one.
         outs: results by name.
         grid: three numbers of blocks, the first running fastest.
         args: operands by name.
         shared: float32 numbers of shared memory, named "shared"; 0 for none.
         inplace: arrays by name that the kernel changes where they lie; also among the results.
+        groups: warpgroups of 128 threads in a block.
     """
     axes = ("x", "y", "z")
     changed = {name: jax.new_ref(array) for name, array in (inplace or {}).items()}
     names = (*changed, *args, *outs, *(["shared"] if shared else []))
+    several = {"num_threads": groups, "thread_name": "w"} if groups > 1 else {}
+    numbered = (*axes, "w") if groups > 1 else axes
 
     def kernel(*refs):
-        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(names), (_SCALAR,) * 3))
+        @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * len(names), (_SCALAR,) * len(numbered)))
         def run(ctx, refs, numbers):
             del ctx
             body(dict(zip(names, refs, strict=True)), [ptx.unpack(a)[0] for a in numbers])
 
-        run(tuple(refs), tuple(lax.axis_index(axis) for axis in axes))
+        run(tuple(refs), tuple(lax.axis_index(axis) for axis in numbered))
 
     result = plgpu.kernel(
         kernel,
         out_type=list(outs.values()),
         grid=grid,
         grid_names=axes,
+        **several,
         scratch_types=[plgpu.SMEM((shared,), jnp.float32)] if shared else [],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True

@@ -5,10 +5,6 @@ import jax
 from pallas_kernels._device import Device, current_device
 from pallas_kernels.ops.gated import reference
 
-#: Why the kernels are not chosen by themselves.
-UNMEASURED: str | None = (
-    "the gated kernels have not run on a GPU yet; implementation='mosaic' runs them"
-)
 _ROWS, _COLUMNS = 4, 16  # that a thread of the kernel takes
 
 
@@ -32,7 +28,8 @@ def gated_forward(
         up: like ``gate``.
         units: float32 ``[3]``: what 1 means in ``gate``, in ``up`` and in the result's codes.
         columns: ``n``.
-        implementation: None, ``"mosaic"`` (Hopper, bfloat16, 4 | t, 16 | n) or ``"xla"``.
+        implementation: None, ``"mosaic"`` (Hopper, bfloat16, 4 | t, 16 | n) or ``"xla"``; None
+            takes the kernel where it serves the call and there is one device.
 
     Returns:
         E4M3 codes ``[t, n]`` of the product; of the gate and of ``up``, whose codes mean their
@@ -136,5 +133,6 @@ def _chosen(implementation: str | None, x: jax.Array, columns: int) -> bool:
     reason = unsupported_reason(x.shape, columns, str(x.dtype), current_device())
     if implementation == "mosaic" and reason is not None:
         raise NotImplementedError(reason)
-    by_itself = implementation is None and (reason or UNMEASURED) is None
-    return implementation == "mosaic" or (by_itself and jax.device_count() == 1)
+    # On several devices XLA splits plain operations; the kernel runs on one.
+    by_itself = implementation is None and reason is None and jax.device_count() == 1
+    return implementation == "mosaic" or by_itself

@@ -99,13 +99,16 @@ def word(value: int):
     return ptx.i32(value - 2**32 if value >= 2**31 else value)
 
 
-def code_pairs(code: str, four):
+def code_pairs(code: str, four, table: bool = False):
     """A word of four bytes as four words of two bfloat16: of each byte the low code, then the high.
 
     Args:
         code: "e2m1" or "int4".
         four: i32.
+        table: look E2M1 up, both bytes of a number in a table of eight, instead of moving bits.
     """
+    if table and code == "e2m1":
+        return _looked_up(four)
     # In E2M1 a code is moved to the upper nibble of both bytes of its half of a word: then its sign
     # is in place and what is left is two bits off. INT4 wants the lower nibbles.
     if code == "e2m1":
@@ -130,6 +133,21 @@ def code_pairs(code: str, four):
         body = text.replace("SELECTOR", str(selector))
         out += ptx.asm(body, "r", [low, high, *constants])
     return out
+
+
+def _looked_up(four):
+    """`code_pairs` of E2M1: three and three quarters integer instructions a pair, no product."""
+    # A code without its sign is a selector; the sign of the lower one is moved to that of its byte.
+    text = "{ .reg .b32 s, o, h, l, m;\nand.b32 s, $4, $5; shl.b32 o, $4, 4;\n"
+    for i, (signs, shift) in enumerate(((0xD9C8, ""), (0xFBEA, "shr.u32 s, s, 16; "))):
+        text += (
+            f"{shift}prmt.b32 h, $6, $7, s; prmt.b32 l, $8, $9, s;\n"
+            f"prmt.b32 m, o, $4, {signs}; and.b32 m, m, $10; or.b32 h, h, m;\n"
+            f"prmt.b32 ${2 * i}, l, h, {0x5140}; prmt.b32 ${2 * i + 1}, l, h, {0x7362};\n"
+        )
+    high, low = (0x3F3F3F00, 0x40404040), (0xC0800000, 0xC0804000)
+    constants = (0x77777777, *high, *low, 0x80808080)
+    return ptx.asm(text + "}", "rrrr", [four, *map(word, constants)])
 
 
 def float_scales(scale: str, words):

@@ -39,8 +39,7 @@ from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
 from pallas_kernels.ops.matmul.spec import UNIT, MatmulSpec
 
-WARPS = 4
-COLUMNS = 128  # outputs of a block
+WARPS = 4  # of a warpgroup
 ROWS = 8  # rows of x of one product
 
 
@@ -55,12 +54,18 @@ class Config:
         blocks: blocks among which the work is split, if there is so much; None: three for every
             multiprocessor.
         cache: how loads of the weights treat L1 and L2, PTX qualifiers.
+        groups: warpgroups of a block, 1 or 4; all of them share its outputs.
+        outputs: of a block, 64 or 128.
+        table: how E2M1 is decoded, see `code_pairs`.
     """
 
     own: int | None = None
     units: int = 2
     blocks: int | None = None
     cache: str = ".L1::no_allocate"
+    groups: int = 1
+    outputs: int = 128
+    table: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +77,14 @@ class Plan:
         m: rows of x.
         width: row pitch of x, inputs.
         config: sizes.
+        out_dtype: of the result, where no splits are to be added up.
     """
 
     weights: Weights
     m: int
     width: int
     config: Config
+    out_dtype: str = "float32"
 
     @property
     def tiles(self) -> int:
@@ -97,7 +104,12 @@ class Plan:
     @property
     def partners(self) -> int:
         """Warps of a block that have the same outputs."""
-        return WARPS * 8 * self.own // COLUMNS
+        return self.config.groups * WARPS * 8 * self.own // self.columns
+
+    @property
+    def columns(self) -> int:
+        """Outputs of a block."""
+        return self.config.outputs
 
     @property
     def units(self) -> int:
@@ -122,8 +134,9 @@ class Plan:
     @property
     def splits(self) -> int:
         """Blocks that share the contraction: as many turns each, or one more."""
-        wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
-        columns = pl.cdiv(self.weights.n, COLUMNS) * self.row_blocks
+        at_once = 1 if self.config.groups > 1 else 3  # on a multiprocessor
+        wanted = self.config.blocks or at_once * (current_device().num_sms or 132)
+        columns = pl.cdiv(self.weights.n, self.columns) * self.row_blocks
         return max(min(wanted // columns, self.turns), 1)
 
     @property
@@ -156,17 +169,19 @@ class _Thread:
         """Of a block of outputs, a split and a block of rows."""
         self.plan, self.refs = plan, refs
         i32, n = ptx.i32, plan.weights.n
-        column, split, self.row_block = axes
+        column, split, self.row_block, *group = axes
         self.tid = ptx.thread()
+        if group:
+            self.tid = ptx.add(self.tid, ptx.mul(group[0], i32(128)))
         warp = ptx.div(self.tid, i32(32))
         self.warp = ptx.rem(warp, i32(plan.partners))  # among those of the same outputs
         lane = ptx.rem(self.tid, i32(32))
         self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
-        self.column = ptx.mul(column, i32(COLUMNS))
+        self.column = ptx.mul(column, i32(plan.columns))
         part = ptx.mul(ptx.div(warp, i32(plan.partners)), i32(8))
         self.within = ptx.mul(ptx.add(part, self.g), i32(plan.own))  # first output in the block
         self.first = ptx.add(self.column, self.within)
-        if n % COLUMNS:  # outputs that do not exist are read elsewhere and not written
+        if n % plan.columns:  # outputs that do not exist are read elsewhere and not written
             self.first = ptx.imin(self.first, i32(n - plan.own))
         self.split = split
         self.turn, end = (
@@ -244,7 +259,11 @@ class _Thread:
                 parts = [[[ptx.f32(0.0)] * 4 for _ in range(2)] for _ in range(plan.tiles)]
                 for u in units:
                     low, high = (
-                        codes.code_pairs(weights.code, given["codes"][u][plan.own // 4 * r + quad])
+                        codes.code_pairs(
+                            weights.code,
+                            given["codes"][u][plan.own // 4 * r + quad],
+                            plan.config.table,
+                        )
                         for r in range(2)
                     )
                     for pair in range(2):
@@ -269,15 +288,19 @@ class _Thread:
             for d in range(2):
                 row = ptx.add(ptx.mul(self.warp, i32(rows)), i32(ROWS * t + d))
                 row = ptx.add(row, ptx.mul(self.c, i32(2)))
-                start = ptx.add(bytes_at(row, 4 * COLUMNS), bytes_at(self.within, 4))
+                start = ptx.add(bytes_at(row, 4 * plan.columns), bytes_at(self.within, 4))
                 own = [acc[t][i // 2][2 * (i % 2) + d] for i in range(plan.own)]
                 for j in range(0, plan.own, 4):
                     where = ptx.add(start, ptx.i64(4 * j))
                     ptx.store(shared, where, own[j : j + 4], space="shared")
         ptx.asm("bar.sync 0;", "", [], effects=True)
-        quads = COLUMNS // 4
-        for item in range(0, rows * quads, 128):
+        quads, threads = plan.columns // 4, 128 * plan.config.groups
+        for item in range(0, rows * quads, threads):
             index = ptx.add(self.tid, i32(item))
+            ok = None
+            if rows * quads % threads:
+                ok = ptx.lt(index, i32(rows * quads))
+                index = ptx.imin(index, i32(rows * quads - 1))
             row, quad = ptx.div(index, i32(quads)), ptx.rem(index, i32(quads))
             total = None
             for w in range(plan.partners):
@@ -285,15 +308,30 @@ class _Thread:
                 text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
                 four = ptx.asm(text, "ffff", [ptx.address(shared, bytes_at(at, 16))], effects=True)
                 total = four if w == 0 else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
-            self._write(ptx.add(ptx.mul(self.row_block, i32(rows)), row), quad, total)
+            self._write(ptx.add(ptx.mul(self.row_block, i32(rows)), row), quad, total, ok)
 
-    def _write(self, row, quad, values):
+    def _write(self, row, quad, values, ok):
         plan, i32 = self.plan, ptx.i32
         column = ptx.add(self.column, ptx.mul(quad, i32(4)))
-        ok = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
+        inside = ptx.both(ptx.lt(row, i32(plan.m)), ptx.lt(column, i32(plan.weights.n)))
+        ok = inside if ok is None else ptx.both(ok, inside)
+        if plan.splits == 1:  # what the block has is the result
+            return self._write_result(row, column, values, ok)
         index = ptx.add(ptx.mul(self.split, i32(plan.m)), row)
         where = ptx.add(bytes_at(index, 4 * plan.weights.n), bytes_at(column, 4))
-        ptx.store(self.refs["parts"], where, values, ok)
+        return ptx.store(self.refs["out"], where, values, ok)
+
+    def _write_result(self, row, column, values, ok):
+        plan = self.plan
+        if plan.weights.tensor_scale:
+            where = ptx.address(self.refs["tensor_scale"], ptx.i64(0))
+            factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
+            values = [ptx.fmul(x, factor) for x in values]
+        size = 4 if plan.out_dtype == "float32" else 2
+        if size == 2:
+            values = [ptx.half_x2(values[i : i + 2], plan.out_dtype) for i in (0, 2)]
+        where = ptx.add(bytes_at(row, size * plan.weights.n), bytes_at(column, size))
+        ptx.store(self.refs["out"], where, values, ok)
 
 
 def _body(plan: Plan, refs, axes):
@@ -326,15 +364,19 @@ def matmul(
       [..., m, n] in ``spec.out_dtype``.
     """
     weights, arrays = codes.prepare(lhs, rhs, spec, (1, UNIT, 16))
-    plan = Plan(weights, spec.m, arrays["x"].shape[1], config or Config())
-    factor = arrays.pop("tensor_scale", None)
-    parts = call(
+    plan = Plan(weights, spec.m, arrays["x"].shape[1], config or Config(), str(spec.out_dtype))
+    split = plan.splits > 1
+    factor = arrays.pop("tensor_scale", None) if split else None
+    shape = (plan.splits, spec.m, weights.n) if split else (spec.m, weights.n)
+    out = call(
         functools.partial(_body, plan),
-        {"parts": jax.ShapeDtypeStruct((plan.splits, spec.m, weights.n), jnp.float32)},
-        (pl.cdiv(weights.n, COLUMNS), plan.splits, plan.row_blocks),
+        {"out": jax.ShapeDtypeStruct(shape, jnp.float32 if split else spec.out_dtype)},
+        (pl.cdiv(weights.n, plan.columns), plan.splits, plan.row_blocks),
         arrays,
-        shared=plan.partners * ROWS * plan.tiles * COLUMNS,
-    )["parts"]
-    out = parts.sum(0)[:, : spec.n]
-    out = out if factor is None else out * factor
-    return out.astype(spec.out_dtype).reshape(*lhs.shape[:-1], spec.n)
+        shared=plan.partners * ROWS * plan.tiles * plan.columns,
+        groups=plan.config.groups,
+    )["out"]
+    if split:
+        out = out.sum(0)
+        out = (out if factor is None else out * factor).astype(spec.out_dtype)
+    return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)

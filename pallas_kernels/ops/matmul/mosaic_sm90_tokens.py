@@ -13,6 +13,10 @@ the shadow of the tensor cores, and never written anywhere.
 * `Int8`: INT8 weights ``[k, n]`` times INT8 rows, in int32. The 8-bit ``wgmma`` wants neighbours
   along the contraction in a register, which weights with outputs side by side do not have:
   ``ldmatrix`` transposes pairs of them, and a byte permutation the rest.
+* `Int4Int8`: packed INT4 weights times INT8 rows, a step's sums in int32, which are scaled by their
+  group's scale and added in float32. Two codes of a byte are neighbours along the contraction, so
+  nothing is transposed. (Groups of 16 or 32 inputs would be scaled so often that the float32 units
+  took longer than the tensor cores win over bfloat16; they are not served.)
 
 The rows of an operand are outputs in an order that puts neighbours into one thread, which then
 reads the codes of both with one load and writes them as one word. Blocks of a cluster work on the
@@ -49,6 +53,7 @@ OWN = 64  # outputs of a warpgroup
 COLUMNS = COMPUTE * OWN  # outputs of a block
 ROW_BYTES = 128  # of x in a step; rows of all tiles in shared memory are so wide
 GROUPS = ROW_BYTES // 32  # products of a step, 32 bytes of a row each
+_MAGIC, _MAGIC_BITS = 1.5 * 2**23, 0x4B400000  # whose last place is 1
 _ACC = plgpu.Layout._WGMMA_ACC_32BIT
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -326,6 +331,99 @@ class Int8:
 
 
 @dataclasses.dataclass(frozen=True)
+class Int4Int8(Int8):
+    """Packed INT4 weights with a float32 scale per group of inputs and output, INT8 rows.
+
+    The 8-bit operand is 16 times the code, a nibble moved to the upper half of its byte; the
+    scale of the row makes up for it.
+
+    Args:
+        k: inputs, a multiple of 128.
+        m: rows.
+        groups: rows of scales.
+    """
+
+    groups: int = 1
+    copies = 2
+
+    @property
+    def types(self):
+        """Operand A before and after `finish`, and the scales of its outputs."""
+        scales = _array((OWN, UNIT), jnp.bfloat16, plgpu.Layout.WGMMA)
+        return [*super().types, scales]
+
+    def smem(self, stages: int):
+        """What the ring holds beside x."""
+        shape = (stages, self.step // 2, COLUMNS)
+        return {
+            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
+            "scale": plgpu.SMEM((stages, 1, COLUMNS), jnp.float32),
+        }
+
+    def load(self, refs, smem, slot, step, column, barrier):
+        """Starts the copies of a step."""
+        size, columns = self.step // 2, pl.ds(column, COLUMNS)
+        source = refs["codes"].at[pl.ds(step * size, size), columns]
+        plgpu.copy_gmem_to_smem(source, smem["codes"].at[slot], barrier)
+        # A scale serves whole steps.
+        group = lax.div(step, jnp.int32(self.k // self.step // self.groups))
+        plgpu.copy_gmem_to_smem(
+            refs["scale"].at[pl.ds(group, 1), columns], smem["scale"].at[slot], barrier
+        )
+
+    def refs(self, smem, slot):
+        """References that `fetch` reads, with their transforms."""
+        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
+
+    def fetch(self, w, s, wg):
+        """Bytes of one step's operand, each twice, and the scales of the thread's outputs."""
+        i32 = ptx.i32
+        first, c = _place(wg)
+        piece, within = ptx.div(first, i32(16)), ptx.rem(first, i32(16))
+        offsets = [8 * ROW_BYTES * i for i in range(2 * GROUPS)]
+        rows = []
+        for odd in range(2):
+            start = _swizzled(ptx.add(ptx.mul(c, i32(2)), i32(odd)), piece)
+            out = "r" * len(offsets)
+            rows.append(_loads(w, ptx.add(start, within), offsets, "ld.shared.u16", out))
+        words = [
+            ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", "r", pair)[0]
+            for pair in zip(*rows, strict=True)
+            for selector in (0x4400, 0x5511)
+        ]
+        pair = _loads(s, ptx.mul(first, i32(4)), [0], "ld.shared.v2.b32", "ff")
+        return [words, [ptx.bits(x) for x in (*pair, *pair)]]
+
+    def finish(self, words, scales):
+        """The operand: four neighbours along the contraction in a register."""
+        del scales
+        text = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 t, t, $2; and.b32 $0, $1, $3; "
+        text += "or.b32 $0, $0, t; }"
+        masks = [codes.word(0x00F000F0), codes.word(0xF000F000)]
+        return [ptx.asm(text, "r", [word, *masks])[0] for word in words]
+
+    def add(self, total, acc, scales):
+        """``total + acc · scale``; the sums began at the number whose float has integers below."""
+        out = []
+        for i, (x, y) in enumerate(zip(total, acc, strict=True)):
+            number = ptx.fsub(ptx.from_bits(y), ptx.f32(_MAGIC))
+            out.append(ptx.fma(number, ptx.from_bits(scales[i // 2 % 2]), x))
+        return out
+
+    def factors(self, refs):
+        """References that `scaled` reads."""
+        return [refs["row_scale"]]
+
+    def scaled(self, values, row, column, row_scale):
+        """Two neighbouring outputs of a row."""
+        del column
+        row = ptx.imin(row, ptx.i32(self.m - 1))
+        where = ptx.address(row_scale, ptx.mul(ptx.widen(row), ptx.i64(4)))
+        factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
+        return [ptx.fmul(x, factor) for x in values]
+
+
+@dataclasses.dataclass(frozen=True)
 class Fp8(Int8):
     """FP8 likewise, by its bytes; the sums stay in the tensor core, which keeps about 14 bits.
 
@@ -363,7 +461,7 @@ class Plan:
         config: sizes.
     """
 
-    weights: FourBit | Int8 | Fp8
+    weights: FourBit | Int8 | Int4Int8 | Fp8
     m: int
     n: int
     out_dtype: str
@@ -483,13 +581,40 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
             plgpu.barrier_arrive(free.at[slot])
             return acc, finish(words)
 
-        zero = ptx.f32 if weights.acc_dtype == jnp.float32 else ptx.i32
-        acc = _inline(lambda: [[zero(0)] * (tile_m // 2)], [], [acc_type])[0]
+        def filled(value, kind=acc_type):
+            make = ptx.f32 if kind.dtype == jnp.float32 else ptx.i32
+            return _inline(lambda: [[make(value)] * (tile_m // 2)], [], [kind])[0]
+
+        def add(total, acc, scales):
+            body = lambda *given: [weights.add(*given)]  # noqa: E731
+            inputs = [(total, _ACC), (acc, _ACC), (scales, types[1].layout)]
+            return _inline(body, inputs, [total_type])[0]
+
+        def one_scaled_step(step, state):
+            total, a, scales = state
+            slot, then = lax.rem(step, i32(stages)), lax.rem(step + 1, i32(stages))
+            with jax.named_scope("wgmma"):
+                acc = multiply(filled(_MAGIC_BITS), a, slot)
+            plgpu.barrier_wait(ready.at[then])
+            with jax.named_scope("dequant"):
+                words = fetch(then)
+            acc = wait(acc, a)
+            plgpu.barrier_arrive(free.at[slot])
+            return add(total, acc, scales), finish(words), words[1]
+
+        total_type = _array((OWN, tile_m), jnp.float32, _ACC)
         plgpu.barrier_wait(ready.at[0])
-        state = (acc, finish(fetch(i32(0))))
-        acc, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
+        words = fetch(i32(0))
         slot = (plan.steps - 1) % stages
-        acc = wait(multiply(acc, a, slot), a)
+        if isinstance(weights, Int4Int8):
+            state = (filled(0, total_type), finish(words), words[1])
+            state = lax.fori_loop(i32(0), i32(plan.steps - 1), one_scaled_step, state)
+            total, a, scales = state
+            acc = add(total, wait(multiply(filled(_MAGIC_BITS), a, slot), a), scales)
+        else:
+            state = (filled(0), finish(words))
+            acc, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
+            acc = wait(multiply(acc, a, slot), a)
         plgpu.barrier_arrive(free.at[slot])
 
         def body(out, acc, row, column, wg, *factors):
@@ -522,14 +647,14 @@ def _launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
     return launch(kernel, plan, plan.row_tiles * plan.clusters, *arrays.values())
 
 
-def heuristic(m: int, n: int) -> Config:
+def heuristic(spec: MatmulSpec) -> Config:
     """Sizes: the largest tile of x of which three quarters of the multiprocessors get one.
 
-    >>> [heuristic(m, 8192).tile_m for m in (64, 256, 4096)]
-    [64, 128, 256]
+    With two sums a tile of 256 rows does not fit into the registers.
     """
     wanted = 3 * (current_device().num_sms or 132) // 4
-    fits = [t for t in (256, 128) if pl.cdiv(m, t) * pl.cdiv(n, COLUMNS) >= wanted]
+    tiles = (128,) if spec.scheme == "w4a8" else (256, 128)
+    fits = [t for t in tiles if pl.cdiv(spec.m, t) * pl.cdiv(spec.n, COLUMNS) >= wanted]
     return Config(tile_m=fits[0] if fits else 64)
 
 
@@ -539,7 +664,8 @@ def matmul(
     """Computes the same as `reference.matmul`, with 4-bit weights rounded to bfloat16.
 
     Args:
-      lhs: bfloat16 [..., m, k]; for 8-bit weights an INT8 or FP8 QTensor with a scale per row.
+      lhs: bfloat16 [..., m, k]; for 8-bit weights an INT8 or FP8 QTensor with a scale per row; for
+        INT4 weights either bfloat16 or INT8.
       rhs: packed 4-bit QTensor [k, n], or INT8 or FP8 with a scale per output.
       spec: static facts.
       config: sizes; None chooses.
@@ -547,8 +673,13 @@ def matmul(
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
-    weights: FourBit | Int8 | Fp8
-    if spec.scheme == "w8a8":
+    weights: FourBit | Int8 | Int4Int8 | Fp8
+    config = config or heuristic(spec)
+    if spec.scheme == "w4a8":
+        arrays = _int4_int8(lhs, rhs, spec)
+        k, n = 2 * arrays["codes"].shape[0], arrays["codes"].shape[1]
+        weights = Int4Int8(k, spec.m, arrays["scale"].shape[0])
+    elif spec.scheme == "w8a8":
         k, n = (-(-size // 128) * 128 for size in (spec.k, spec.n))
         w, x = (lax.bitcast_convert_type(qt.qvalue, jnp.int8) for qt in (rhs, lhs))
         x = x.reshape(spec.m, spec.k)
@@ -570,6 +701,20 @@ def matmul(
     else:
         packed, arrays = codes.prepare(lhs, rhs, spec, (8, FourBit.step, COLUMNS))
         weights, n = FourBit(packed), packed.n
-    plan = Plan(weights, spec.m, n, spec.out_dtype, config or heuristic(spec.m, n))
+    plan = Plan(weights, spec.m, n, spec.out_dtype, config)
     out = _launch(plan, arrays)
     return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)
+
+
+def _int4_int8(lhs: QTensor, rhs: QTensor, spec: MatmulSpec) -> dict[str, jax.Array]:
+    """Arrays as `Int4Int8` takes them, padded with zeros."""
+    k, n = (-(-size // 128) * 128 for size in (2 * rhs.qvalue.shape[0], spec.n))
+    columns = ((0, 0), (0, n - spec.n))
+    x = lhs.qvalue.reshape(spec.m, spec.k)
+    row_scale = xla.spread(lhs.scale, lhs.qvalue.shape[:-1]).reshape(spec.m)
+    return {
+        "x": jnp.pad(x, ((0, -spec.m % 8), (0, k - spec.k))),
+        "codes": jnp.pad(rhs.qvalue, ((0, k // 2 - rhs.qvalue.shape[0]), columns[1])),
+        "scale": jnp.pad(rhs.scale, columns),
+        "row_scale": row_scale / 16,  # of codes that are moved by four bits
+    }

@@ -161,6 +161,8 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return _fp8_reason(spec)
     if spec.scheme == "w8a8" and spec.direct is not None:
         return None
+    if spec.scheme == "w4a8" and spec.rhs.packed == "int4" and spec.lhs.dtype == "int8":
+        return _int4_int8_reason(spec)
     if spec.scheme != "w4a16":
         kinds = (
             "" if spec.scheme != "w8a8" else " but INT8 or FP8 with one scale per row and output"
@@ -183,6 +185,25 @@ def _fp8_reason(spec: MatmulSpec) -> str | None:
         return (
             "the sm90 kernel takes rows in multiples of 8 and columns of 64; "
             f"got {spec.m} and {spec.n}"
+        )
+    return None
+
+
+def _int4_int8_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernel does not serve INT4 weights times INT8 rows, or None."""
+    lhs, rhs = spec.lhs, spec.rhs
+    if not (lhs.plain and lhs.k_tiles == 1):
+        return "the sm90 kernel takes INT8 rows with one scale each and no zero point"
+    if rhs.packed_axis != -2 or rhs.zero_point or rhs.n_tiles != spec.n:
+        return (
+            "the sm90 kernel takes INT4 weights packed along the inputs, with one scale per group "
+            "of inputs and output and no zero points"
+        )
+    group = rhs.stored_k // max(rhs.k_tiles, 1)
+    if rhs.scale_dtype != "float32" or (rhs.k_tiles > 1 and group % BLOCK_K):
+        return (
+            f"the sm90 kernel takes INT4 groups of a multiple of {BLOCK_K} inputs with float32 "
+            f"scales; got {group} with {rhs.scale_dtype}"
         )
     return None
 
@@ -219,6 +240,8 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
             "cuBLASLt multiplies FP8 codes faster: 1545 against 1468 TFLOP/s at 8192³ on an H200; "
             "implementation='mosaic' runs the sm90 kernel"
         )
+    if spec.scheme == "w4a8":
+        return "the sm90 kernel for w4a8 was not measured yet; implementation='mosaic' runs it"
     if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (

@@ -7,7 +7,10 @@ as many rows as a block has values, and 256 columns of them:
 * along the columns of the matrix, every thread holds the blocks of four columns (of two, if they
   have 32 values), so that neither the largest magnitude nor a Hadamard transform needs another,
 * along its rows, every thread holds 8 neighbours and shares the largest magnitude with those beside
-  it; what it reads, the first half left in the cache.
+  it,
+* along both, with blocks of 16, the values that a thread has for columns are a quarter of a block
+  of each row: four threads find the magnitudes of four rows together, and each makes the scale of
+  one. Blocks of 32 are rounded one way after the other, the second read coming from the cache.
 
 Values come out rounded, in the dtype of the matrix and at their places: FP4 has no arithmetic on
 Hopper, so rounded values are what its products take. The scale of the tensor is given, because it
