@@ -177,6 +177,7 @@ def score_calls(case: Case):
         ratio=0.3,
         chunk=chunk,
         norm=case["norm"],
+        side_by_side=case["joined"],
         pass_format=case["format"],
         pass_quant=case["quant"],
     )
