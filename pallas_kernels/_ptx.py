@@ -408,48 +408,6 @@ def store(ref, offset, values, ok=None, space: str = "global", shift: int = 0):
     asm(body, "", ins, effects=True)
 
 
-# -- blocks that wait for each other ---------------------------------------------------------------
-
-
-def arrive(ref, offset, count: int):
-    """Adds one to a counter when all threads of the block have come here.
-
-    What the block wrote before is seen by whoever sees the new count. Every thread must call it.
-
-    Args:
-        ref: int32 array in global memory.
-        offset: i64, byte of the counter.
-        count: a number of arrivals.
-
-    Returns:
-        i1, the same for all threads: whether this one was number ``count``. If so, the block sees
-        what those before it wrote.
-    """
-    text = (
-        "{ .reg .pred p, q; .reg .b32 before; mov.b32 before, 0;\n"
-        "bar.sync 0; setp.eq.s32 p, $2, 0;\n"
-        "@p atom.acq_rel.gpu.global.add.u32 before, [$1], 1;\n"
-        "setp.eq.and.s32 q, before, $3, p; bar.red.or.pred p, 0, q; selp.b32 $0, 1, 0, p; }"
-    )
-    ins = [address(ref, offset), thread(), i32(count - 1)]
-    return eq(asm(text, "r", ins, effects=True)[0], i32(1))
-
-
-def wait(ref, offset, count: int):
-    """Waits until a counter is at least ``count``, and sees what was written before that.
-
-    Args:
-        ref: int32 array in global memory.
-        offset: i64, byte of the counter.
-        count: number of arrivals.
-    """
-    text = (
-        "{ .reg .pred p; .reg .b32 now; AGAIN:\n"
-        "ld.acquire.gpu.global.b32 now, [$0]; setp.lt.s32 p, now, $1; @p bra AGAIN; }"
-    )
-    asm(text, "", [address(ref, offset), i32(count)], effects=True)
-
-
 # -- arrays of a warpgroup -------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ again at the end.
 2. ``accurate``: the error of each variant on the input sets that separate them.
 3. ``fast``: device time beside the peers, the ceilings of the same run, quantisers beside a copy.
 4. ``sanitize``: compute-sanitizer's memcheck and racecheck on small shapes.
-5. ``sizes``: tiles and schedules other than the untuned ones; ``plans``: those of the quantiser.
+5. ``sizes``: tiles and schedules other than the untuned ones.
 
 Cases run in a process of their own that is ended when it says nothing for ``--limit`` seconds: a
 kernel that hangs costs one case. ``--dry-run`` lowers every case for an abstract H200 on any
@@ -36,7 +36,7 @@ from pallas_kernels import dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import benchmark, gigabytes_per_second
 
-STAGES = ("correct", "accurate", "fast", "sanitize", "sizes", "plans")
+STAGES = ("correct", "accurate", "fast", "sanitize", "sizes")
 
 # Relative L1 against float32 on normal inputs; 16-bit P and V leave .0124 with INT8 scores.
 BOUNDS = {"sage2": 0.045, "sage1": 0.025, "fp8": 0.06, None: 0.006}
@@ -137,20 +137,6 @@ def sanitize_cases() -> list[Case]:
     ]
 
 
-def plans_cases() -> list[Case]:
-    """Orders of the work of `quantize_kv` beside the heuristic's."""
-    sizes = [4, 4096, 32, 128], [4, 16384, 32, 128], [4, 4096, 32, 64]
-    changes: list[dict[str, int]] = [
-        {"ahead": 3},
-        {"ahead": 5},
-        {"piece": 256},
-        {"width": 2, "ahead": 5},
-        {"width": 8, "ahead": 2},
-    ]
-    cases = [({}, size) for size in sizes] + [(x, size) for size in sizes for x in changes]
-    return [{"stage": "plans", "quantizers": size, "sizes": change} for change, size in cases]
-
-
 def sizes_cases() -> list[Case]:
     """Configurations beside the heuristic's, at the judged shapes."""
     changes: list[dict[str, Any]] = [
@@ -185,7 +171,6 @@ CASES = {
     "fast": fast_cases,
     "sanitize": sanitize_cases,
     "sizes": sizes_cases,
-    "plans": plans_cases,
 }
 
 
@@ -380,52 +365,42 @@ def run_fast(case: Case) -> dict[str, Any]:
             "copy_gbps": gigabytes_per_second(4.0 * size, copy),
         }
     if "quantizers" in case:
-        return run_quantizers(*case["quantizers"], case.get("sizes", {}))
+        return run_quantizers(*case["quantizers"])
     shape = bench.Shape(**case["shape"])
     # What holds all logits, or computes in float32, takes half a minute and more.
     slow = ("xla", "emulated") if shape.seq_len > 2048 else ()
     return {"rows": bench.measure(shape, 10, (*slow, *case.get("skip", ())))}
 
 
-def run_quantizers(batch: int, length: int, heads: int, head_dim: int, sizes) -> dict[str, Any]:
-    """GB/s of each quantiser beside a copy of as many elements, counting each byte once.
+def run_quantizers(batch: int, length: int, heads: int, head_dim: int) -> dict[str, Any]:
+    """GB/s of each quantiser beside a copy of as many elements.
 
-    Per element that is 2 bytes read and 1 written, whether the cache or memory is read again.
+    The statistics read 2 bytes per element of K and V, the encoders read 2 and write 1.
     """
     from pallas_kernels.ops.quantize import mosaic_sm90 as quantisers
-    from pallas_kernels.ops.quantize.mosaic_sm90_kv import plan_of, quantize_kv
 
     shape = (batch, length, heads, head_dim)
     q, k, v = (jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16) for i in range(3))
     lengths = jnp.full((batch,), length, jnp.int32)
     mean = jnp.zeros((batch, heads, head_dim))
-    both = jax.jit(lambda k, v: quantize_kv(k, v, lengths, **sizes))
-    want = jax.block_until_ready(both(k, v))
-    for _ in range(20):
-        same = jax.tree.map(lambda a, b: (a == b).all(), both(k, v), want)
-        if not all(map(bool, jax.tree.leaves(same))):
-            raise RuntimeError(f"two runs differ: {same}")
+
+    def without_q(q, k, v):
+        return bench.quantized(q, k, v, leave_q=True)._replace(q=None)
+
     timings = {
         "copy": benchmark(lambda x: x + 1, q),
-        "k and v": benchmark(both, k, v),
-        "all but q": benchmark(
-            lambda q, k, v: bench.quantized(q, k, v, leave_q=True)._replace(q=None), q, k, v
-        ),
+        "statistics": benchmark(lambda k, v: quantisers.kv_statistics(k, v, lengths), k, v),
+        "q": benchmark(lambda q, mean: quantisers.quantize_q(q, lengths, mean), q, mean),
+        "k": benchmark(lambda k, mean: quantisers.quantize_k(k, lengths, mean), k, mean),
+        "v": benchmark(lambda v, mean: quantisers.quantize_v(v, mean, lengths), v, mean + 1),
+        "k and v, both passes": benchmark(without_q, q, k, v),
+        "all": benchmark(bench.quantized, q, k, v),
     }
-    if not sizes:
-        timings |= {
-            "q": benchmark(lambda q, m: quantisers.quantize_q(q, lengths, m), q, mean),
-            "statistics": benchmark(lambda k, v: quantisers.kv_statistics(k, v, lengths), k, v),
-            "k": benchmark(lambda k, m: quantisers.quantize_k(k, lengths, m), k, mean),
-            "v": benchmark(lambda v, m: quantisers.quantize_v(v, m, lengths), v, mean + 1),
-        }
     size = float(q.size)
-    moved = {"copy": 4, "q": 3, "statistics": 4, "k": 3, "v": 3}
-    rates = {
-        name: gigabytes_per_second(size * moved.get(name, 6), x) for name, x in timings.items()
-    }
+    moved = {"copy": 4, "statistics": 4, "k and v, both passes": 10, "all": 13}
+    moved = {name: size * moved.get(name, 3) for name in timings}
+    rates = {name: gigabytes_per_second(moved[name], x) for name, x in timings.items()}
     return {
-        "plan": dataclasses.asdict(plan_of(k, 256, True, **sizes)),
         **{f"{name} gbps": rate for name, rate in rates.items()},
         **{f"{name} of copy": rate / rates["copy"] for name, rate in rates.items()},
         **{f"{name} us": x.median * 1e6 for name, x in timings.items()},
@@ -481,7 +456,7 @@ def quantized_for(config, q, k, v):
 def run_case(case: Case) -> dict[str, Any]:
     """Runs one case of any stage on this machine's GPU."""
     runners = {"correct": run_correct, "accurate": run_accurate, "fast": run_fast,
-               "sanitize": run_sanitize, "sizes": run_sizes, "plans": run_fast}  # fmt: skip
+               "sanitize": run_sanitize, "sizes": run_sizes}  # fmt: skip
     return runners[case["stage"]](case)
 
 

@@ -116,20 +116,7 @@ def branch(condition, yes, no):
     (yes if condition[0] else no)()
 
 
-def counter(ref, offset):
-    return ref.reshape(-1)[int(offset[0]) // 4 :]
-
-
-def arrive(ref, offset, count):
-    counter(ref, offset)[0] += 1
-    return np.full(128, counter(ref, offset)[0] == count)
-
-
-def wait(ref, offset, count):
-    assert counter(ref, offset)[0] >= count, "waits for a block that comes later"
-
-
-CONTROL = {"loop": loop, "branch": branch, "arrive": arrive, "wait": wait}
+CONTROL = {"loop": loop, "branch": branch}
 
 
 # -- PTX -------------------------------------------------------------------------------------------
@@ -413,7 +400,7 @@ def run_asm(text, outs, ins, tied):
 # -- launches --------------------------------------------------------------------------------------
 
 
-def run_blocks(body, outs, grid, args, counters=0):
+def run_blocks(body, outs, grid, args):
     """The quantisers' launch: every block in turn."""
 
     def run(*arrays):
@@ -424,10 +411,9 @@ def run_blocks(body, outs, grid, args, counters=0):
             .reshape(o.shape)
             for o in outs
         ]
-        state = [np.zeros(counters, np.int32)] if counters else []
         for index in np.ndindex(*grid):
             axes = [np.full(128, i, np.int32) for i in index]
-            body([*map(np.asarray, arrays), *results, *state], axes)
+            body([*map(np.asarray, arrays), *results], axes)
         return results
 
     return jax.pure_callback(run, outs, *args)

@@ -15,10 +15,13 @@ side by side, so that blocks that run at the same time read whole rows of memory
 a warp: no shared memory is used. Tokens beyond a sequence's length are never read, so that NaN
 there cannot spread.
 
-Measured and left out, since they took longer on an H100 (4 x 4096 tokens, 32 heads of 128): a
-cluster of blocks per head that takes the statistics, meets at the cluster's barrier and encodes
-from the cache (291 us for K and V, against some 270), and statistics of K and V apart, by rows of
-memory and with sixteen loads in flight (137 us, against some 110).
+Measured and left out, for 4 x 4096 tokens and 32 heads of 128. On an H100: a cluster of blocks per
+head that takes the statistics, meets at the cluster's barrier and encodes from the cache (291 us
+for K and V, against some 270), and statistics of K and V apart, by rows of memory and with sixteen
+loads in flight (137 us, against some 110). On an H200: one launch in which a few heads' statistics
+are taken just before their codes, so that the codes read from the cache, and blocks wait for each
+other through counters in memory. It takes as long as the two passes (207 us, against 205), with one
+to eight heads at a time and whatever lay between; a copy of what it has to move would take 120.
 
 References: SageAttention (arXiv 2410.02367), sections 4.2 and 4.6; SageAttention2
 (arXiv 2411.10958), sections 3.1 to 3.3.
@@ -186,20 +189,15 @@ class _Lanes:
         return head, channel, ptx.both(exists, ptx.lt(head, ptx.i32(heads)))
 
 
-def _call(body, outs, grid, args, counters=0):
+def _call(body, outs, grid, args):
     """Runs ``body(refs, axes)`` in blocks of 128 threads over a three-dimensional grid.
 
-    Blocks that are neighbours along the first axis run at the same time. ``counters`` is how many
-    int32 zeros to hand to ``body`` as its last reference, for blocks that wait for each other.
+    Blocks that are neighbours along the first axis run at the same time.
     """
     names = ("x", "y", "z")
-    count = len(args) + len(outs) + bool(counters)
-    state = [jax.new_ref(jnp.zeros(counters, jnp.int32))] if counters else []
+    count = len(args) + len(outs)
 
     def kernel(*refs):
-        if counters:  # They come after the arguments, and are given last.
-            refs = (*refs[: len(args)], *refs[len(args) + 1 :], refs[len(args)])
-
         @plgpu.inline_mgpu(arg_types=((plgpu.RefType(),) * count, (_SCALAR,) * 3))
         def run(ctx, refs, axes):
             del ctx
@@ -215,7 +213,7 @@ def _call(body, outs, grid, args, counters=0):
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
-    )(*args, *state)
+    )(*args)
 
 
 # -- kernels ---------------------------------------------------------------------------------------
@@ -234,73 +232,55 @@ def kv_statistics(k, v, lengths, *, chunk=256):
         mean float32 [B, K, H], amax float32 [B, K, H].
     """
     batch, s_len, heads, head_dim = k.shape
+    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
     chunks = pl.cdiv(s_len, chunk)
     partial = jax.ShapeDtypeStruct((batch, heads, chunks * 4, head_dim), jnp.float32)
+    same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
+    row_bytes = 2 * heads * head_dim
+    unroll = 4  # rows of lanes; all loads at once would take the registers of another block
 
     def body(refs, axes):
         k_ref, v_ref, length_ref, sum_ref, max_ref = refs
         piece, head, b = axes
         limit = _load_limit(length_ref, b)
-        partial_statistics(
-            {"sums": k_ref, "tops": v_ref}, {"sums": sum_ref, "tops": max_ref}, k.shape,
-            (b, head, piece), limit, chunk, k.dtype == jnp.bfloat16,
-        )  # fmt: skip
+        local, channel, exists = lanes.place()
+        token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
+
+        def take(i, found):
+            first = ptx.add(token, ptx.mul(i, ptx.i32(unroll * lanes.rows)))
+            offset = _element(k.shape, (b, first, head, channel), 2)
+            steps = [j * lanes.rows for j in range(unroll)]
+            valid = [ptx.both(exists, ptx.lt(ptx.add(first, ptx.i32(j)), limit)) for j in steps]
+            k_words, v_words = (
+                [
+                    _load8(ref, offset, ok, shift=j * row_bytes)
+                    for j, ok in zip(steps, valid, strict=True)
+                ]
+                for ref in (k_ref, v_ref)
+            )
+            sums, tops = found
+            for word in k_words:
+                pairs = zip(sums, _floats(word, is_bf16), strict=True)
+                sums = [ptx.fadd(total, x) for total, x in pairs]
+            for word in v_words:
+                pairs = zip(tops, _floats(word, is_bf16), strict=True)
+                tops = [_abs_max([x], top) for top, x in pairs]
+            return sums, tops
+
+        zeros = [ptx.f32(0.0)] * 8
+        sums, tops = ptx.loop(chunk // lanes.rows // unroll, take, (zeros, zeros))
+        sums = [_over_lanes(ptx.fadd, x, same_warp) for x in sums]
+        tops = [_over_lanes(ptx.fmax, x, same_warp) for x in tops]
+        warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
+        slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
+        offset = _element(partial.shape, (b, head, slot, channel), 4)
+        first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
+        for ref, values in ((sum_ref, sums), (max_ref, tops)):
+            ptx.store(ref, offset, values[:4], first)
+            ptx.store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
     sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
     return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
-
-
-def partial_statistics(inputs, outputs, shape, place, limit, chunk: int, is_bf16: bool):
-    """Sums and largest magnitudes of a head's piece of tokens, four rows of results.
-
-    Args:
-        inputs: references to [B, S, K, H] by "sums" and "tops", either or both.
-        outputs: references to float32 [B, K, 4 * pieces, H] by the same names.
-        shape: of the inputs.
-        place: registers: sequence, head, piece.
-        limit: register: valid tokens.
-        chunk: tokens of a piece.
-        is_bf16: or float16.
-    """
-    lanes = _Lanes(shape[3])
-    b, head, piece = place
-    local, channel, exists = lanes.place()
-    token = ptx.add(ptx.mul(piece, ptx.i32(chunk)), local)
-    combine = {"sums": ptx.fadd, "tops": lambda a, b: _abs_max([b], a)}
-    row_bytes = 2 * shape[2] * shape[3]
-    unroll = 4  # rows of lanes; all loads at once would take the registers of another block
-
-    def body(i, found):
-        first = ptx.add(token, ptx.mul(i, ptx.i32(unroll * lanes.rows)))
-        offset = _element(shape, (b, first, head, channel), 2)
-        steps = [j * lanes.rows for j in range(unroll)]
-        valid = [ptx.both(exists, ptx.lt(ptx.add(first, ptx.i32(j)), limit)) for j in steps]
-        words = {
-            name: [
-                _load8(ref, offset, ok, shift=j * row_bytes)
-                for j, ok in zip(steps, valid, strict=True)
-            ]
-            for name, ref in inputs.items()
-        }
-        for name, parts in words.items():
-            for word in parts:
-                values = _floats(word, is_bf16)
-                pairs = zip(found[name], values, strict=True)
-                found = {**found, name: [combine[name](a, x) for a, x in pairs]}
-        return found
-
-    found = {name: [ptx.f32(0.0)] * 8 for name in inputs}
-    found = ptx.loop(chunk // lanes.rows // unroll, body, found)
-    same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
-    warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
-    slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
-    first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
-    for name, values in found.items():
-        values = [_over_lanes(combine[name], x, same_warp) for x in values]
-        results = ptx.shape(outputs[name])
-        offset = _element(results, (b, head, slot, channel), 4)
-        ptx.store(outputs[name], offset, values[:4], first)
-        ptx.store(outputs[name], ptx.add(offset, ptx.i64(16)), values[4:], first)
 
 
 def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
@@ -441,91 +421,52 @@ def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
         Codes [B, Sp, K, H] with Sp = S rounded up to the block, float32 [B, K, Sp / block, 8].
     """
     batch, s_len, heads, head_dim = k.shape
-    lanes = _Lanes(head_dim)
+    lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
     tiles, groups = pl.cdiv(s_len, scale_block), pl.cdiv(heads, lanes.rows)
+    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
+    scales = jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)
+    encode = _int8x4 if qk == "int8" else ptx.e4m3x4
+    steps, row = range(0, scale_block, 8), heads * head_dim
 
     def body(refs, axes):
         k_ref, length_ref, *mean_ref, codes_ref, scale_ref = refs
         piece, tile, b = axes
+        limit = _load_limit(length_ref, b)
         group, residue = ptx.rem(piece, ptx.i32(groups)), ptx.div(piece, ptx.i32(groups))
         head, channel, exists = lanes.place_heads(group, heads)
-        encode_k(
-            k_ref, mean_ref[0] if mean_ref else None, codes_ref, scale_ref,
-            (b, head, tile, residue), channel, exists, _load_limit(length_ref, b),
-            shape=k.shape, scale_block=scale_block, qk=qk, is_bf16=k.dtype == jnp.bfloat16,
-        )  # fmt: skip
+        shift = None
+        if mean is not None:
+            inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
+            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, *inside), 4))
+
+        def smoothed(word):
+            values = _floats(word, is_bf16)
+            if shift is None:
+                return values
+            return [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
+
+        start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
+        valid = [ptx.both(exists, ptx.lt(ptx.add(start, ptx.i32(j)), limit)) for j in steps]
+        offset = _element(k.shape, (b, start, head, channel), 2)
+        words = [
+            _load8(k_ref, offset, ok, shift=2 * row * j) for j, ok in zip(steps, valid, strict=True)
+        ]
+        top = ptx.f32(TINY)
+        for word, ok in zip(words, valid, strict=True):  # tokens that are not there are 0 - mean
+            top = ptx.fmax(top, ptx.select(ok, _abs_max(smoothed(word)), ptx.f32(0.0)))
+        top = _over_lanes(ptx.fmax, top, lanes.distances)
+        factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
+        offset = _element(codes.shape, (b, start, head, channel), 1)
+        for j, word, ok in zip(steps, words, valid, strict=True):
+            scaled = [ptx.fmul(x, factor) for x in smoothed(word)]
+            found = [ptx.select(ok, encode(part), ptx.i32(0)) for part in (scaled[:4], scaled[4:])]
+            ptx.store(codes_ref, offset, found, exists, shift=row * j)
+        place = _element(scales.shape, (b, head, tile, residue), 4)
+        first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
+        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
 
     args = (k, lengths) if mean is None else (k, lengths, mean)
-    return _call(body, k_types(k.shape, scale_block, qk), (8 * groups, tiles, batch), args)
-
-
-def k_types(shape, scale_block: int, qk: str) -> list[jax.ShapeDtypeStruct]:
-    """Codes and scales of K [B, S, K, H]."""
-    batch, length, heads, head_dim = shape
-    tiles = pl.cdiv(length, scale_block)
-    codes = jax.ShapeDtypeStruct((batch, tiles * scale_block, heads, head_dim), _DTYPES[qk])
-    return [codes, jax.ShapeDtypeStruct((batch, heads, tiles, 8), jnp.float32)]
-
-
-def encode_k(
-    k_ref, mean_ref, codes_ref, scale_ref, place, channel, exists, limit, *, shape, scale_block,
-    qk, is_bf16, half=None,
-):  # fmt: skip
-    """Codes of the keys of a tile with one residue modulo 8, by the lanes of one row or of two.
-
-    Args:
-        k_ref: reference to 16-bit [B, S, K, H].
-        mean_ref: reference to float32 [B, K, H], or None to subtract nothing.
-        codes_ref: reference to 8-bit [B, Sp, K, H].
-        scale_ref: reference to float32 [B, K, tiles, 8].
-        place: registers: sequence, head, tile, residue.
-        channel: register: the lane's first channel.
-        exists: register: whether the lane has anything to do.
-        limit: register: valid keys.
-        shape: of K.
-        scale_block: keys of a tile.
-        qk: "int8" or "e4m3".
-        is_bf16: or float16.
-        half: register: 0 or 1, where neighbouring rows of lanes share the keys; None where not.
-            Half the keys are half the registers, and more blocks run at the same time.
-    """
-    b, head, tile, residue = place
-    lanes, encode = _Lanes(shape[3]), _int8x4 if qk == "int8" else ptx.e4m3x4
-    distances, stride = lanes.distances, 8
-    if half is not None:
-        distances, stride = [*distances, lanes.count], 16
-        residue = ptx.add(residue, ptx.mul(half, ptx.i32(8)))
-    shift = None
-    if mean_ref is not None:  # A lane without work must still read inside the array.
-        inside = [ptx.select(exists, x, ptx.i32(0)) for x in (head, channel)]
-        shift = _load_f32x8(mean_ref, _element(ptx.shape(mean_ref), (b, *inside), 4))
-
-    def smoothed(word):
-        values = _floats(word, is_bf16)
-        if shift is None:
-            return values
-        return [ptx.fsub(x, m) for x, m in zip(values, shift, strict=True)]
-
-    start = ptx.add(ptx.mul(tile, ptx.i32(scale_block)), residue)
-    steps, row = range(0, scale_block, stride), shape[2] * shape[3]
-    valid = [ptx.both(exists, ptx.lt(ptx.add(start, ptx.i32(j)), limit)) for j in steps]
-    offset = _element(shape, (b, start, head, channel), 2)
-    words = [
-        _load8(k_ref, offset, ok, shift=2 * row * j) for j, ok in zip(steps, valid, strict=True)
-    ]
-    top = ptx.f32(TINY)
-    for word, ok in zip(words, valid, strict=True):  # Tokens that are not there are zeros, less m.
-        top = ptx.fmax(top, ptx.select(ok, _abs_max(smoothed(word)), ptx.f32(0.0)))
-    top = _over_lanes(ptx.fmax, top, distances)
-    factor = ptx.fdiv(ptx.f32(LARGEST[qk]), top)
-    offset = _element(ptx.shape(codes_ref), (b, start, head, channel), 1)
-    for j, word, ok in zip(steps, words, valid, strict=True):
-        scaled = [ptx.fmul(x, factor) for x in smoothed(word)]
-        codes = [ptx.select(ok, encode(part), ptx.i32(0)) for part in (scaled[:4], scaled[4:])]
-        ptx.store(codes_ref, offset, codes, exists, shift=row * j)
-    where = _element(ptx.shape(scale_ref), (b, head, tile, ptx.rem(residue, ptx.i32(8))), 4)
-    first = ptx.both(exists, ptx.eq(channel, ptx.i32(0)))
-    ptx.store(scale_ref, where, [ptx.fmul(top, ptx.f32(1 / LARGEST[qk]))], first)
+    return _call(body, [codes, scales], (8 * groups, tiles, batch), args)
 
 
 def quantize_v(v, scale, lengths):
@@ -540,61 +481,37 @@ def quantize_v(v, scale, lengths):
         e4m3 [B, K, H, Sv], Sv = S rounded up to 128.
     """
     batch, s_len, heads, head_dim = v.shape
+    is_bf16, row_bytes = v.dtype == jnp.bfloat16, 2 * heads * head_dim
+    tiles = pl.cdiv(s_len, SEQ_PAD)
     columns = head_dim // 32  # one warp: 128 tokens x 32 channels
+    blocks = pl.cdiv(heads * columns, 4)
+    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.float8_e4m3fn)
 
     def body(refs, axes):
         v_ref, scale_ref, length_ref, codes_ref = refs
         block, tile, b = axes
+        limit = _load_limit(length_ref, b)
         there, head, part, lane = _place_columns(block, heads, columns)
-        encode_v(
-            v_ref, scale_ref, codes_ref, (b, head, tile, part), lane, there,
-            _load_limit(length_ref, b), shape=v.shape, is_bf16=v.dtype == jnp.bfloat16,
-        )  # fmt: skip
+        channel = ptx.mul(part, ptx.i32(32))
+        channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
+        token = ptx.mul(tile, ptx.i32(SEQ_PAD))
+        token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
+        scales = _load_f32x8(scale_ref, _element(scale.shape, (b, head, channel), 4))
+        factors = [ptx.fdiv(ptx.f32(1.0), x) for x in scales]
+        first = _element(v.shape, (b, token, head, channel), 2)
+        packed = [[] for _ in range(8)]  # words of four tokens, by channel
+        for start in range(0, 16, 4):  # codes take a quarter of the registers of numbers
+            group = []
+            for i in V_ORDER[start : start + 4]:
+                ok = ptx.both(there, ptx.lt(ptx.add(token, ptx.i32(i)), limit))
+                group.append(_floats(_load8(v_ref, first, ok, shift=i * row_bytes), is_bf16))
+            for c, values in enumerate(zip(*group, strict=True)):
+                packed[c].append(ptx.e4m3x4([ptx.fmul(x, factors[c]) for x in values]))
+        where = _element(out.shape, (b, head, channel, token), 1)
+        for c, codes in enumerate(packed):
+            ptx.store(codes_ref, where, codes, there, shift=c * out.shape[3])
 
-    grid = (pl.cdiv(heads * columns, 4), pl.cdiv(s_len, SEQ_PAD), batch)
-    return _call(body, [v_type(v.shape)], grid, (v, scale, lengths))[0]
-
-
-def v_type(shape) -> jax.ShapeDtypeStruct:
-    """Codes of V [B, S, K, H]."""
-    batch, length, heads, head_dim = shape
-    padded = pl.cdiv(length, SEQ_PAD) * SEQ_PAD
-    return jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.float8_e4m3fn)
-
-
-def encode_v(v_ref, scale_ref, codes_ref, place, lane, there, limit, *, shape, is_bf16):
-    """FP8 codes of 128 tokens of 32 channels by a warp, transposed, tokens as `V_ORDER` says.
-
-    Args:
-        v_ref: reference to 16-bit [B, S, K, H].
-        scale_ref: reference to float32 [B, K, H].
-        codes_ref: reference to e4m3 [B, K, H, Sv].
-        place: registers: sequence, head, tile of tokens, group of channels.
-        lane: register: of this thread in its warp.
-        there: register: whether the warp has anything to do.
-        limit: register: valid tokens.
-        shape: of V.
-        is_bf16: or float16.
-    """
-    b, head, tile, part = place
-    channel = ptx.mul(part, ptx.i32(32))
-    channel = ptx.add(channel, ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8)))
-    token = ptx.mul(tile, ptx.i32(SEQ_PAD))
-    token = ptx.add(token, ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16)))
-    scales = _load_f32x8(scale_ref, _element(ptx.shape(scale_ref), (b, head, channel), 4))
-    factors = [ptx.fdiv(ptx.f32(1.0), scale) for scale in scales]
-    first, row = _element(shape, (b, token, head, channel), 2), 2 * shape[2] * shape[3]
-    packed = [[] for _ in range(8)]  # words of four tokens by channel
-    for start in range(0, 16, 4):  # as soon as four tokens are there, they take a third of the room
-        group = []
-        for i in V_ORDER[start : start + 4]:
-            ok = ptx.both(there, ptx.lt(ptx.add(token, ptx.i32(i)), limit))
-            group.append(_floats(_load8(v_ref, first, ok, shift=i * row), is_bf16))
-        for c, values in enumerate(zip(*group, strict=True)):
-            packed[c].append(ptx.e4m3x4([ptx.fmul(x, factors[c]) for x in values]))
-    where = _element(ptx.shape(codes_ref), (b, head, channel, token), 1)
-    for c, codes in enumerate(packed):
-        ptx.store(codes_ref, where, codes, there, shift=c * ptx.shape(codes_ref)[3])
+    return _call(body, [out], (blocks, tiles, batch), (v, scale, lengths))[0]
 
 
 def quantize_columns(x, mean=None, *, block=64):
