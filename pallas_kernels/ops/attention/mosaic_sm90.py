@@ -42,7 +42,7 @@ from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS, AttentionOperands
 
 # Kernels of SageBwd's gradient, and the ones that are used.
 INT8_GRADIENTS = {"float32": backward_int8, "int32": backward_s32}
-int8_gradient = "float32"
+int8_gradient = "int32"
 
 
 def attention_forward(

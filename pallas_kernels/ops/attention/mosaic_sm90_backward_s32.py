@@ -20,6 +20,11 @@ grows, and the sums, which are in its units, are shifted. That is rare, and a wa
 grows skips it. Keys look at their queries from the last to the first: under a causal mask
 probabilities grow in that order.
 
+At B 4, T = S = 4096, N 32, H 128 an H200 takes 2.00 ms for the queries and 3.46 for the keys,
+against 1.99 and 4.01 with sums in float32. Turns at the tensor core change little (1.88 and 3.51
+with "ahead"), so the warpgroups do not wait for each other; docs/sparse.md counts instructions,
+products and bytes of shared memory.
+
 K^T, Q^T and dO^T are the same codes turned round, once, before the kernels. Tokens are permuted
 within 16 as in the forward kernel, so that registers of P and dS are operands as they stand.
 

@@ -326,11 +326,11 @@ def unmeasured_reason(spec: AttentionSpec) -> str | None:
     """
     if spec.quant is None or spec.quant.backward != "int8":
         return None
-    if spec.head_dim > 64 and spec.dtype == "bfloat16":
+    if spec.head_dim <= 64 or spec.dtype == "bfloat16":
         return None
     return (
-        "the INT8 gradient kernels have run on a GPU with head sizes above 64 and bfloat16 only; "
-        "ask for implementation='mosaic'"
+        "the INT8 gradient kernels have not run on a GPU with float16 and head sizes above 64; ask "
+        "for implementation='mosaic'"
     )
 
 
@@ -357,10 +357,10 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
                 "the gradient's kernels take head sizes up to 128 and rules without arrays; "
                 "everything else has that of 'xla'"
             )
-            said.append("P and dS have a scale per row and tile there, not one per tile")
+            said.append("P and dS have a scale per row there, not one per tile")
             if spec.quant.pv == "int8":
                 said.append("P V is in 16 bits, finer than the INT8 of the variant")
-            said.append("on an H100 forward and backward take longer than in 16 bits")
+            said.append("on an H200 forward and backward take longer than in 16 bits")
     elif spec.quant is not None:
         said.append(
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "
