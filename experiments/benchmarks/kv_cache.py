@@ -47,16 +47,18 @@ def cases() -> list[Case]:
         for s, r in (("bfloat16", 1.0), ("bfloat16", 0.3), ("int8", 0.3), ("bfloat16", 0.1))
     ]
     score = [
-        {"stage": "score", "tokens": tokens, "joined": joined, "format": form, "quant": quant}
-        for tokens, joined, form, quant in (
-            (8192, True, "fp8", None),
-            (8192, True, None, None),
-            (8192, True, "fp8", "sage2"),
-            (8192, False, None, None),
-            (32768, True, "fp8", "sage2"),
-            (32768, True, None, None),
+        {"stage": "score", "tokens": tokens, "joined": joined, "format": form, "quant": quant,
+         "norm": norm}
+        for tokens, joined, form, quant, norm in (
+            (8192, True, "fp8", None, "chunk"),
+            (8192, True, None, None, "chunk"),
+            (8192, True, "fp8", "sage2", "chunk"),
+            (8192, True, "fp8", "sage2", "full"),
+            (8192, False, None, None, "chunk"),
+            (32768, True, "fp8", "sage2", "chunk"),
+            (32768, True, None, None, "chunk"),
         )
-    ]
+    ]  # fmt: skip
     compact = [
         {"stage": "compact", "batch": batch, "budget": 1024, "buffer": 128, "kernels": kernels}
         for batch, kernels in ((8, True), (32, True), (8, False), (32, False), (1, True))
@@ -171,7 +173,14 @@ def some_cache(shapes: KVCache, tokens: int) -> KVCache:
 def score_calls(case: Case):
     """Prefill and one pass, each with its arguments, and the number of passes."""
     tokens, chunk = case["tokens"], 2048
-    method = KVzip(ratio=0.3, chunk=chunk, pass_format=case["format"], pass_quant=case["quant"])
+    method = KVzip(
+        ratio=0.3,
+        chunk=chunk,
+        norm=case["norm"],
+        side_by_side=case["joined"],
+        pass_format=case["format"],
+        pass_quant=case["quant"],
+    )
     graphdef, state = nnx.split(_model(case["layers"]))
     text = np.random.default_rng(0).integers(1024, size=(1, tokens)).astype(np.int32)
     lengths = np.full(1, tokens, np.int32)

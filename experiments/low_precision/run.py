@@ -163,8 +163,12 @@ def run_qaf(command: Command, folder: Path) -> Results:
         trained = _train(command, folder, arms.qaf_arms(command.preset))
     settings, claims = {}, []
     for setting, records in trained.items():
-        table = report.gaps(records)
-        closed = {mode: 1 - table[mode]["gap"] / table["stay"]["gap"] for mode in QAF_MODES}
+        # A run that was cut off has no losses on held-out text.
+        whole = all(run["validation"] is not None for runs in records.values() for run in runs)
+        table = report.gaps(records) if whole else {}
+        closed = {
+            mode: 1 - table[mode]["gap"] / table["stay"]["gap"] for mode in QAF_MODES if whole
+        }
         noise = {
             name: [
                 [
@@ -194,26 +198,34 @@ def run_qaf(command: Command, folder: Path) -> Results:
     if command.plots:
         report.draw_noise(settings, folder / "qaf_noise.png")
         for setting, result in settings.items():
+            if not result["table"]:
+                continue
             title = f"E3: ways to go on, {setting} noise"
             report.draw_gaps(result["table"], folder / f"qaf_{setting}.png", title)
     return {"settings": settings, "claims": claims}
 
 
 def _late_results(setting: str, records: Results, table: Results, claims: list) -> Results:
-    """What the training losses of the second phase say, batch by batch; adds its claims."""
-    late = report.late_gaps(records)
-    to_split = report.late_gaps(records, baseline="stay")
+    """What training losses say, batch by batch, over the last half of the second phase."""
+    late = report.late_gaps(records, share=0.5)  # of the shortest curves, which are the modes'
+    to_split = report.late_gaps(records, baseline="stay", share=0.5)
     closed = {mode: 1 - late[mode]["gap"] / late["stay"]["gap"] for mode in QAF_MODES}
     for mode, share in closed.items():
         text = f"{setting}: {mode} closes at least half of the gap of training losses"
         claims.append(_claim(text, share, share >= 0.5))
-    split = table["stay"]["relative_gap"]
-    claims.append(_claim(f"{setting}: split within 1.5 % of bf16", split, split <= 0.015))
-    for arm in set(records) - {"bf16", "stay", *QAF_MODES}:
+    if table:
+        split = table["stay"]["relative_gap"]
+        claims.append(_claim(f"{setting}: split within 1.5 % of bf16", split, split <= 0.015))
+    for arm in sorted(set(records) - {"bf16", "stay", *QAF_MODES}):
         gap = to_split[arm]
         text = f"{setting}: {arm} worse than split, training losses, two standard errors"
         claims.append(_claim(text, gap, gap["gap"] > 2 * gap["standard_error"]))
-    return {"late_gaps": late, "late_gap_closed": closed, "late_gaps_to_split": to_split}
+    return {
+        "steps": {name: runs[0]["steps"] for name, runs in records.items()},
+        "late_gaps": late,
+        "late_gap_closed": closed,
+        "late_gaps_to_split": to_split,
+    }
 
 
 def run_speed(command: Command, folder: Path) -> Results:

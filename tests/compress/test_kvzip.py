@@ -404,7 +404,7 @@ def test_passes_side_by_side_score_as_one_by_one(norm, sinks):
     model, lengths = Decoder(config, rngs=nnx.Rngs(0)), np.array([40, 12, 31])
     prompt = np.random.default_rng(4).integers(256, size=(3, 40)).astype(np.int32)
     cache = _read(model, prompt, lengths)
-    method = KVzip(ratio=0.5, norm=norm, num_sinks=sinks, chunk=9)
+    method = KVzip(ratio=0.5, norm=norm, num_sinks=sinks, chunk=9, side_by_side=True)
     passes = method.context_passes(prompt, lengths, vocab_size=256)
     graphdef, state = nnx.split(model)
 
@@ -438,3 +438,5 @@ def test_passes_in_fp8_are_close_and_leave_the_rest_alone():
     assert min(shared) > 0.8
     with pytest.raises(ValueError, match="expected None or 'fp8'"):
         KVzip(ratio=0.5, pass_format="int3")
+    with pytest.raises(ValueError, match="needs side_by_side=True"):
+        KVzip(ratio=0.5, pass_quant="sage2")

@@ -1,5 +1,6 @@
 """What a GPU changes for caches: kernels in the place of XLA's operations, on small models."""
 
+import dataclasses
 import functools
 
 import jax
@@ -43,7 +44,7 @@ def test_passes_side_by_side_score_as_one_by_one(model, norm, quant):
 
     method = KVzip(ratio=0.5, norm=norm, num_sinks=4, chunk=127)
     passes = method.context_passes(prompt, lengths, vocab_size=1000)
-    quick = KVzip(ratio=0.5, norm=norm, num_sinks=4, chunk=127, pass_quant=quant)
+    quick = dataclasses.replace(method, side_by_side=True, pass_quant=quant)
     joined = side_by_side(passes, quick.most_passes(cache), 512)
     assert len(passes) == 4 and len(joined) == 1
     for mine, its in zip(scores(quick, joined), scores(method, passes), strict=True):

@@ -23,8 +23,9 @@ the sixteen values differ by more than 2^12 in magnitude.
 
 `cast_matrix` does for FP8 with one scale what an 8-bit product needs: codes in both orders.
 
-Measured on an H100 (16384 x 8192, bfloat16): stochastic rounding along rows at 90 % of the
-bandwidth of a copy, along columns at 74 %, both at 60 %, as long as one after the other.
+Measured on an H200 (16384 x 8192, bfloat16): stochastic rounding along rows at 99 % of the
+bandwidth of a copy, along columns at 79 %, both at 65 %, as long as one after the other: the
+integer instructions of two hashes are the limit.
 """
 
 from __future__ import annotations
