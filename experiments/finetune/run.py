@@ -71,7 +71,7 @@ PRESETS = {
         steps=150,
         eval_tokens=32_768,
         rank=16,
-        ranks=(),
+        ranks=(8, 64),
         seeds=3,
         rates=(2e-4, 2e-3, 2e-2),
         dtype=jnp.float32,
@@ -304,8 +304,10 @@ def _train_missing(command, sizes, docs, base, deadline) -> list[str]:
     """Trains this part's arms, one after the other; returns what there was no time for."""
     part, of = (int(x) for x in command.part.split("/")) if command.part else (0, 1)
     plan: dict[tuple[str, int], list] = {}
+    wanted = command.only.split(",") if command.only else list(methods(sizes.rank))
     for run in first_runs(sizes):
-        plan.setdefault(run[:2], []).append(run)
+        if run[0] in wanted:
+            plan.setdefault(run[:2], []).append(run)
     log = command.folder / (f"runs_{part}.jsonl" if command.part else "runs.jsonl")
     done = {record["key"]: record for record in _records(command.folder)}
     skipped = []
@@ -335,6 +337,7 @@ def _in_parts(command: "Command", deadline: float) -> list[str]:
     left = max(1.0, deadline - time.monotonic())
     arguments = ["quality", "--preset", command.preset, "--time-budget", str(left)]
     arguments += ["--output", str(command.output), "--work", str(command.work)]
+    arguments += ["--only", command.only] * bool(command.only)
     program = [sys.executable, "-m", "experiments.finetune.run", *arguments]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     parts = [
@@ -457,6 +460,9 @@ class Command:
     work: Path = Path("runs/finetune")
     """Folder of the pretrained base model."""
 
+    only: str = ""
+    """Methods of ``quality`` to run, with commas; by default all."""
+
     workers: int = 1
     """Processes that share the runs of ``quality``."""
 
@@ -486,7 +492,8 @@ class Command:
                 "machine": machine(),
                 "seed": 0,
                 "cpu_seconds_of_this_call": round(time.process_time() - began, 1),
-                "command": f"python -m experiments.finetune.run {name} --preset {self.preset}",
+                "command": f"python -m experiments.finetune.run {name} --preset {self.preset}"
+                + f" --only {self.only}" * bool(self.only),
             }
             (self.folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
             from experiments.finetune import plot

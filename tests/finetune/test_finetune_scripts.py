@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.finetune import peers, speed
+from experiments.finetune import peers, run, speed
 
 
 def test_peers_says_what_passed_failed_and_was_left_out(monkeypatch, tmp_path):
@@ -39,3 +39,31 @@ def test_speed_measures_what_is_asked_for(tmp_path, monkeypatch):
     assert result["sizes"]["model"]["num_layers"] == 3 and not result["products"]
     with pytest.raises(ValueError, match=r"only has \['lor'\], which are no measurements"):
         speed.Command("cpu", output=tmp_path, only="lor").run()
+
+
+def test_quality_sums_up_seeds_by_rank_at_each_ones_best_rate(tmp_path, monkeypatch):
+    """Arms are trained by the part they belong to; runs that are in any log are not repeated."""
+    sizes = run.PRESETS["cpu"]
+    asked = []
+
+    class Arm:
+        def __init__(self, method, sizes, base):
+            self.rank = method.rank
+
+        def run(self, docs, rate, seed):
+            asked.append((self.rank, rate, seed))
+            facts = dict.fromkeys(("untrained_loss", "step_ms", *run._BYTES), 1)
+            return {"loss": 1 + abs(rate - 2e-2) + 0.1 * seed, **facts}
+
+    monkeypatch.setattr(run, "Arm", Arm)
+    for part in ("0/2", "1/2", "0/2"):
+        command = run.Command("quality", output=tmp_path, only="falqon_anchored", part=part)
+        command.folder.mkdir(exist_ok=True)
+        assert run._train_missing(command, sizes, None, None, float("inf")) == []
+    assert len(asked) == len(set(asked)) == 3 + 2 + 2 * (2 + 2)
+    by_rank = run.sweep(run._records(command.folder), sizes)["rank"]["falqon_anchored"]
+    assert list(by_rank) == ["8", "16", "64"]
+    for row in by_rank.values():
+        assert row["learning_rate"] == 2e-2 and row["loss"] == pytest.approx(1.1)
+    late = run.Command("quality", output=tmp_path, only="lora", part="0/1")
+    assert len(run._train_missing(late, sizes, None, None, 0.0)) == 3 + 2

@@ -22,6 +22,7 @@ from pallas_kernels.ops.matmul import (
     reference,
 )
 from pallas_kernels.ops.matmul import spec as spec_lib
+from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
 from pallas_kernels.ops.quantize.api import quantize
 
 GPU = Device("gpu", "NVIDIA H200", (9, 0))
@@ -167,6 +168,20 @@ def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
     error = np.abs(got - want)
     # INT4 times a float32 scale is rounded once, E2M1 times its scale not at all.
     assert (error <= np.abs(want) * (1.01 * 2.0**-8 if "int4" in name else 1e-6)).all()
+
+
+def test_blocks_take_the_whole_contraction_where_they_fill_the_multiprocessors():
+    facts = lambda n, scale="e4m3": Weights("e2m1", scale, 16, 64, n, True)  # noqa: E731
+    chosen = mosaic_sm90_rows.heuristic
+    with abstract_gpu():
+        assert chosen(facts(8192), 16).groups == chosen(facts(16384), 1).groups == 4
+        for other in ((facts(4096), 1), (facts(11008), 1), (facts(8192), 17)):
+            assert chosen(*other) == mosaic_sm90_rows.Config()
+        assert chosen(facts(8192, "e8m0"), 1) == mosaic_sm90_rows.Config()
+    text = lowered(
+        functools.partial(matmul, implementation="mosaic"), *shapes("nvfp4", 9, 64, 8192)
+    )
+    assert text.count("custom_call @mosaic_gpu") == 1
 
 
 # -- dispatch and lowering -------------------------------------------------------------------------
