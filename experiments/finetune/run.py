@@ -71,9 +71,9 @@ PRESETS = {
         steps=150,
         eval_tokens=32_768,
         rank=16,
-        ranks=(8, 64),
+        ranks=(8, 64, 128),
         seeds=3,
-        rates=(2e-4, 2e-3, 2e-2),
+        rates=(2e-4, 2e-3, 6e-3, 2e-2, 6e-2),
         dtype=jnp.float32,
     ),
     "gpu": Sizes(
@@ -250,7 +250,12 @@ def first_runs(sizes: Sizes) -> list[tuple[str, int, float, int]]:
     swept = [name for name in names if name.startswith(("falqon", "lora"))]
     runs += [(name, sizes.rank, rate, 0) for name in swept for rate in sizes.rates]
     # FALQON wants more than LoRA: A is frozen and small.
-    ranked = {"lora": (2e-3,), "falqon_code": (2e-3, 2e-2), "falqon_anchored": (2e-3, 2e-2)}
+    ranked = {
+        "lora": (2e-3, 6e-3),
+        "falqon_code": (2e-2, 6e-2),
+        "falqon_anchored": (6e-3, 2e-2, 6e-2),
+        "falqon_anchored_all": (6e-3, 2e-2, 6e-2),
+    }
     runs += [
         (name, rank, rate, 0)
         for rank in sizes.ranks

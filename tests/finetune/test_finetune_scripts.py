@@ -60,10 +60,10 @@ def test_quality_sums_up_seeds_by_rank_at_each_ones_best_rate(tmp_path, monkeypa
         command = run.Command("quality", output=tmp_path, only="falqon_anchored", part=part)
         command.folder.mkdir(exist_ok=True)
         assert run._train_missing(command, sizes, None, None, float("inf")) == []
-    assert len(asked) == len(set(asked)) == 3 + 2 + 2 * (2 + 2)
+    assert len(asked) == len(set(asked)) == 5 + 2 + 3 * (3 + 2)
     by_rank = run.sweep(run._records(command.folder), sizes)["rank"]["falqon_anchored"]
-    assert list(by_rank) == ["8", "16", "64"]
+    assert list(by_rank) == ["8", "16", "64", "128"]
     for row in by_rank.values():
         assert row["learning_rate"] == 2e-2 and row["loss"] == pytest.approx(1.1)
     late = run.Command("quality", output=tmp_path, only="lora", part="0/1")
-    assert len(run._train_missing(late, sizes, None, None, 0.0)) == 3 + 2
+    assert len(run._train_missing(late, sizes, None, None, 0.0)) == 5 + 3 * 2
