@@ -116,42 +116,7 @@ def run_side(side, found, mask):
     shapes = (1, t, n, h), (1, s, k, h)
     variant, bounds = Variant("int8", "half"), (mask.min_diff, mask.max_diff)
     steps = int8.Int8(side, plan_of(side, variant, *shapes, *bounds, int8.CONFIGS[side]), SCALE)
-    block, plan = steps.plan.config.block_kv, steps.plan
-    x = {}
-    for name, array in found.items():  # what lies beyond the end is copied as zeros
-        token = {"q8": 1, "k8": 1, "v": 1, "d_out": 1}.get(name)
-        pad = [(0, 384 * (i == token)) for i in range(array.ndim)]
-        x[name] = np.pad(array, pad)[0]
-
-    def piece(name, head, start, size):
-        if name.endswith("_t"):
-            return x[name][head][:, start : start + size]
-        if name in steps.copied:
-            width = steps.copied[name]
-            return np.ascontiguousarray(x[name][head][start // size * width :][:width])
-        return x[name][start : start + size, head]
-
-    results = [
-        np.zeros((plan.q_tiles * plan.config.block_q, plan.num_heads, h))
-        for _ in range(steps.count)
-    ]
-    groups = n // k
-    for head, first in np.ndindex(plan.num_heads, len(results[0]) // 64):
-        row = first * 64
-        own = [piece(name, head, row, 64) for name in steps.own]
-        load = lambda name: warpgroup.per_row(x[name][head][row : row + 64])  # noqa: B023, E731
-        fixed, sums = steps.of_owner(load), steps.start()
-        streamed = [head // groups] if side == "q" else range(head * groups, (head + 1) * groups)
-        for other in streamed:
-            for start in range(0, plan.kv_len, block):
-                ring = [[piece(name, other, start, block) for name in part] for part in steps.ring]
-                where = {"row": row, "col": start, "first_col": start, "last_col": start + block}
-                nothing = [lambda *_: None] * 4
-                sums = steps.tile(own, ring, fixed, None, sums, where, *nothing)
-        mean = x["k_mean"][head // groups] if side == "q" else None
-        for result, total in zip(results, steps.finish(sums, load, mean), strict=True):
-            result[row : row + 64, head] = warpgroup.from_accumulator(total, h)
-    return [result[None, : plan.q_len] for result in results]
+    return warpgroup.walk(steps, found, n // k)
 
 
 def test_registers(case):

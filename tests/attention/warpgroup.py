@@ -644,6 +644,55 @@ def dequantized(ops, t, s, ordered=False):
     return [jnp.asarray(x) for x in (q, k, v)]
 
 
+def walk(steps, found, groups):
+    """A gradient kernel's loops over one sequence, with every tile masked.
+
+    Args:
+        steps: `Int8` or what derives from it.
+        found: arrays by name, as `operands` makes them.
+        groups: query heads of a key head.
+
+    Returns:
+        [1, tokens of the owner, heads, H] for each sum.
+    """
+    plan, side = steps.plan, steps.side
+    block = plan.config.block_kv
+    x = {}
+    for name, array in found.items():  # what lies beyond the end is copied as zeros
+        token = {"q8": 1, "k8": 1, "v": 1, "d_out": 1}.get(name)
+        pad = [(0, 384 * (i == token)) for i in range(array.ndim)]
+        x[name] = np.pad(array, pad)[0]
+
+    def piece(name, head, start, size):
+        if name.endswith("_t"):
+            return x[name][head][:, start : start + size]
+        if name in steps.copied:
+            width = steps.copied[name]
+            return np.ascontiguousarray(x[name][head][start // size * width :][:width])
+        return x[name][start : start + size, head]
+
+    results = [
+        np.zeros((plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim))
+        for _ in range(steps.count)
+    ]
+    for head, first in np.ndindex(plan.num_heads, len(results[0]) // 64):
+        row = first * 64
+        own = [piece(name, head, row, 64) for name in steps.own]
+        load = lambda name: per_row(x[name][head][row : row + 64])  # noqa: B023, E731
+        fixed, sums = steps.of_owner(load), steps.start()
+        streamed = [head // groups] if side == "q" else range(head * groups, (head + 1) * groups)
+        for other in streamed:
+            for start in range(0, plan.kv_len, block):
+                ring = [[piece(name, other, start, block) for name in part] for part in steps.ring]
+                where = {"row": row, "col": start, "first_col": start, "last_col": start + block}
+                nothing = [lambda *_: None] * 4
+                sums = steps.tile(own, ring, fixed, None, sums, where, *nothing)
+        mean = x["k_mean"][head // groups] if side == "q" else None
+        for result, total in zip(results, steps.finish(sums, load, mean), strict=True):
+            result[row : row + 64, head] = from_accumulator(total, plan.head_dim)
+    return [result[None, : plan.q_len] for result in results]
+
+
 @contextlib.contextmanager
 def installed():
     """Puts the NumPy warpgroup in the place of the GPU's; results must be waited for inside."""

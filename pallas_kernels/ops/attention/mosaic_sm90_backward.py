@@ -97,12 +97,30 @@ def gradient(
     arrays |= {"lse": jnp.pad(lse, pad, constant_values=jnp.inf), "delta": jnp.pad(delta, pad)}
     arrays |= {"minus_lse": -arrays["lse"], "minus_delta": -arrays["delta"]}
     variant = Variant("half", "half", str(query.dtype))
-    shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
+    sizes = query.shape, key.shape, min_diff, max_diff
+    make = lambda side, plan: STEPS[side](side, plan, scale)  # noqa: E731
+    return both_sides(make, CONFIGS, variant, sizes, arrays, blocks)
+
+
+def both_sides(make, configs, variant: Variant, sizes, arrays, blocks) -> tuple[jax.Array, ...]:
+    """The kernels of queries and of keys, one after the other.
+
+    Args:
+        make: steps of a kernel, a function of its side and its plan.
+        configs: by side.
+        variant: formats.
+        sizes: shapes of query and key, then the bounds; as `plan_of` takes them.
+        arrays: by name, of which each kernel reads those that its steps name.
+        blocks: tiles to visit, or None for all.
+
+    Returns:
+        dQ, dK and dV.
+    """
     results = []
-    for side, config in CONFIGS.items():
-        plan = plan_of(side, variant, *shapes, *limits, config)
-        steps = STEPS[side](side, plan, scale)
-        results += launch(steps, {name: arrays[name] for name in steps.names}, blocks)
+    for side, config in configs.items():
+        steps = make(side, plan_of(side, variant, *sizes, config))
+        own = {name: arrays[name] for name in steps.names if name in arrays}
+        results += launch(steps, own, blocks)
     return tuple(results)
 
 

@@ -37,7 +37,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.masks import BlockMask
 from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
-from pallas_kernels.ops.attention.mosaic_sm90_backward import PAD, launch, plan_of, whole
+from pallas_kernels.ops.attention.mosaic_sm90_backward import (
+    PAD,
+    both_sides,
+    shared,
+    thread_columns,
+    whole,
+)
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _ACC,
     _COL,
@@ -118,14 +124,9 @@ def gradient(
         scale_block=max(K_BLOCK, scale_block),
     )  # fmt: skip
     variant = Variant("int8", "half", str(query.dtype))
-    shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
-    results = []
-    for side, config in CONFIGS.items():
-        plan = plan_of(side, variant, *shapes, *limits, config)
-        steps = Int8(side, plan, scale)
-        own = {name: arrays[name] for name in steps.names if name in arrays}
-        results += launch(steps, own, blocks)
-    return tuple(results)
+    sizes = query.shape, key.shape, min_diff, max_diff
+    make = lambda side, plan: Int8(side, plan, scale)  # noqa: E731
+    return both_sides(make, CONFIGS, variant, sizes, arrays, blocks)
 
 
 def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block) -> dict:
@@ -437,7 +438,7 @@ class Int8:
                 tile = _wait(left, tile, keep=words)
                 own = sums[n][first // 2 : first // 2 + size]
                 place = ptx.i64(4 * (n * head_dim + first) // CHANNELS)
-                channels = _shared(scales, place, part // CHANNELS)
+                channels = shared(scales, place, part // CHANNELS)
                 out[n] += add_part(own, tile, codes[2 * n + 1], channels)
 
             for n in reversed(range(count)):  # dV first: its operand has waited longest
@@ -481,7 +482,7 @@ class Int8:
 def _rows_are_queries(fixed, numbers):
     """Scale, shift and minus delta of element i of a tile, as functions of i."""
     row_scale, minus_lse, minus_delta = fixed
-    k_scale = _shared(numbers[0], _thread_columns(0, 1), 2)
+    k_scale = shared(numbers[0], thread_columns(0, 1), 2)
     scale = [[ptx.fmul(r, c) for c in k_scale] for r in row_scale]
     half = lambda i: (i // 2) % 2  # noqa: E731
     return (
@@ -499,7 +500,7 @@ def _rows_are_keys(fixed, numbers):
     def line(i):
         j = i // 4
         if (j, 0) not in scales:
-            values = _shared(lines, _thread_columns(j, 2), 4)
+            values = shared(lines, thread_columns(j, 2), 4)
             for c in range(2):
                 shifts[j, c] = values[2 * c]
                 scales[j, c] = ptx.fmul(row_scale, values[2 * c + 1])
@@ -508,22 +509,7 @@ def _rows_are_keys(fixed, numbers):
     def delta(i):
         j = i // 4
         if (j, 0) not in minus_delta:
-            minus_delta[j, 0], minus_delta[j, 1] = _shared(deltas, _thread_columns(j, 1), 2)
+            minus_delta[j, 0], minus_delta[j, 1] = shared(deltas, thread_columns(j, 1), 2)
         return minus_delta[j, i % 2]
 
     return lambda i: scales[line(i)], lambda i: shifts[line(i)], delta
-
-
-def _thread_columns(j: int, width: int):
-    """Byte of the thread's numbers for the j-th 8 columns, ``width`` for each column."""
-    column = ptx.mul(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(2))
-    return ptx.widen(ptx.mul(ptx.add(column, ptx.i32(8 * j)), ptx.i32(4 * width)))
-
-
-def _shared(ref, offset, count: int):
-    """Neighbouring float32 of an array in shared memory."""
-    targets = ", ".join(f"${i}" for i in range(count))
-    text = f"ld.shared.v{count}.f32 {{{targets}}}, [${count}];"
-    if count == 1:
-        text = "ld.shared.f32 $0, [$1];"
-    return ptx.asm(text, "f" * count, [ptx.address(ref, offset)], effects=True)

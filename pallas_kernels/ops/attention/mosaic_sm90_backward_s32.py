@@ -44,9 +44,10 @@ from pallas_kernels.ops.attention import mosaic_sm90_tile as tile_math
 from pallas_kernels.ops.attention.mosaic_sm90_backward import (
     PAD,
     accumulate,
-    launch,
-    plan_of,
+    both_sides,
     settled,
+    shared,
+    thread_columns,
     whole,
 )
 from pallas_kernels.ops.attention.mosaic_sm90_backward_int8 import (
@@ -55,8 +56,6 @@ from pallas_kernels.ops.attention.mosaic_sm90_backward_int8 import (
     Int8,
     _codes,
     _lines,
-    _shared,
-    _thread_columns,
     probabilities,
 )
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
@@ -135,15 +134,10 @@ def gradient(
         scale_block=max(K_BLOCK, scale_block),
     )  # fmt: skip
     variant = Variant("int8", "half", str(query.dtype))
-    shapes, limits = (query.shape, key.shape), (min_diff, max_diff)
-    results = []
-    for side, config in CONFIGS.items():
-        plan = plan_of(side, variant, *shapes, *limits, config)
-        heads = 1 if side == "q" else query.shape[2] // key.shape[2]
-        steps = Running(side, plan, scale, heads)
-        own = {name: arrays[name] for name in steps.names if name in arrays}
-        results += launch(steps, own, blocks)
-    return tuple(results)
+    sizes = query.shape, key.shape, min_diff, max_diff
+    heads = {"q": 1, "kv": query.shape[2] // key.shape[2]}
+    make = lambda side, plan: Running(side, plan, scale, heads[side])  # noqa: E731
+    return both_sides(make, CONFIGS, variant, sizes, arrays, blocks)
 
 
 def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block) -> dict:
@@ -436,7 +430,7 @@ class Running(Int8):
 def _rows_are_queries(fixed, lines):
     """Scale and shift of S, factor and summand of dP, of element i of a tile, as functions of i."""
     row_scale, minus_lse, minus_delta = fixed
-    k_scale = _shared(lines, _thread_columns(0, 1), 2)
+    k_scale = shared(lines, thread_columns(0, 1), 2)
     scale = [[ptx.fmul(r, c) for c in k_scale] for r in row_scale]
     summand = [[ptx.fmul(x, c) for c in k_scale] for x in minus_delta]
     half = lambda i: (i // 2) % 2  # noqa: E731
@@ -458,7 +452,7 @@ def _rows_are_keys(fixed, lines, block):
         if (part, j, 0) not in found:
             column = ptx.mul(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(2))
             column = ptx.add(column, ptx.i32(8 * j + part * block))
-            values = _shared(lines, ptx.widen(ptx.mul(column, ptx.i32(8))), 4)
+            values = shared(lines, ptx.widen(ptx.mul(column, ptx.i32(8))), 4)
             for k in range(2):
                 first, second = values[2 * k : 2 * k + 2]
                 found[part, j, k] = (
