@@ -121,7 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "theta": 10_000.0,
         "workers": 4,
-        "threads": 4,
+        "threads": 8,
         "rows": {"recall": 256, "trace": 512},
         "questions": 8,
         "ratios": (0.3, 0.1, 0.2, 0.5, 0.7, 0.9),
