@@ -25,6 +25,7 @@ from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
 
 LANES = np.arange(128)
 E4M3 = ml_dtypes.float8_e4m3fn
+COPIES: list[list] = [[]]  # groups on their way, and the one that copies are put in
 
 
 # -- registers -------------------------------------------------------------------------------------
@@ -42,6 +43,14 @@ class Address:
         assert (where % size == 0).all(), "not aligned"
         assert (where >= 0).all() and (where + size <= self.array.nbytes).all(), "out of bounds"
         return where
+
+    def bytes(self):
+        """All bytes of the array."""
+        return self.array.reshape(-1).view(np.uint8)
+
+    def rows(self, size):
+        """Indices of the bytes of every thread's item, [128, size]."""
+        return self.items(size, np.ones(128, bool))[:, None] + np.arange(size)
 
 
 def full(dtype):
@@ -246,7 +255,7 @@ def parse(text):
         # What is jumped over must be without effect then: a test of that as well.
         if statement.startswith("@") and " bra " in statement:
             continue
-        found = re.fullmatch(r"(?:@(\w+) )?(\S+) (.*)", statement, re.DOTALL)
+        found = re.fullmatch(r"(?:@(\w+) )?(\S+) ?(.*)", statement, re.DOTALL)
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
         out.append((found[1], found[2], operands))
     return out
@@ -275,6 +284,8 @@ class Machine:
         return [x.strip() for x in name.strip("{}").split(",")]
 
     def run(self, predicate, opcode, operands):
+        if opcode.startswith("cp.async."):
+            return self.copy(opcode, operands)
         target, *sources = operands
         active = np.ones(128, bool) if predicate is None else self.registers[predicate]
         if opcode in FLOATS:
@@ -349,6 +360,17 @@ class Machine:
         for i, name in enumerate(names):
             pair = np.stack([rows[warp, i, 2 * c + h, g] for h in range(2)], 1)
             self.registers[name] = np.ascontiguousarray(pair).view(np.int32)[:, 0]
+
+    def copy(self, opcode, operands):
+        """A copy arrives as late as it may: when its group is waited for."""
+        if opcode == "cp.async.commit_group":
+            COPIES.append([])
+        elif opcode == "cp.async.wait_group":
+            while len(COPIES) > int(operands[0]) + 1:
+                for target, source, size in COPIES.pop(0):
+                    target.bytes()[target.rows(size)] = source.bytes()[source.rows(size)]
+        else:
+            COPIES[-1].append((*map(self.address, operands[:2]), int(operands[2])))
 
     def address(self, place):
         """Of ``[register]`` or ``[register+bytes]``."""

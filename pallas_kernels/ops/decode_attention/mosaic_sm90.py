@@ -47,6 +47,8 @@ UNIT = 16  # tokens of one mma
 NO_MAX = -1e30  # finite, so that a difference of two is never NaN
 HEADROOM = 8.0  # P is at most 2^8: what float16 holds below 1 is used for small P
 LOG2E = math.log2(math.e)
+RING_BYTES = 65536  # of shared memory for a block's copies; three blocks share 227 KB
+JOIN_NUMBERS = 4 * 128 + 2 * 8  # four channels per thread; maximum and sum of up to eight teams
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
@@ -86,14 +88,16 @@ class Config:
     Args:
         blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
         units: units of 16 tokens in a warp's step; None chooses.
-        cache: how loads of the cache treat L1 and L2, PTX qualifiers.
+        stages: steps of a warp whose copies are on their way; None chooses.
+        cache: how copies of the cache treat L2, a PTX qualifier.
         at_once: parts of a head whose loads are in flight together where parts are joined.
     """
 
     blocks: int | None = None
     units: int | None = None
-    cache: str = ".L1::no_allocate"
-    at_once: int = 4
+    stages: int | None = None
+    cache: str = ""
+    at_once: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +166,29 @@ class Plan:
         return WARPS * self.step
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of K, or of V, in a warp's step."""
+        return self.step * self.row_bytes
+
+    @property
+    def stages(self) -> int:
+        """Steps in shared memory, so many that three blocks fill it."""
+        return self.config.stages or min(RING_BYTES // (2 * WARPS * self.step_bytes), 8)
+
+    @property
+    def shared(self) -> int:
+        """float32 numbers of shared memory: copies on their way, later what warps join."""
+        ring = 2 * WARPS * self.stages * self.step_bytes // 4
+        return max(ring, WARPS * ROWS * (self.spec.head_dim + 3))
+
+    @property
+    def at_once(self) -> int:
+        """Parts that a thread loads together where parts are joined."""
+        heads = self.spec.batch * self.spec.num_kv_heads
+        teams = 512 // self.spec.head_dim
+        return self.config.at_once or min(max(-(-self.blocks // (heads * teams)), 2), 16)
+
+    @property
     def blocks(self) -> int:
         """Blocks among which the slots are dealt out."""
         spec = self.spec
@@ -226,11 +253,29 @@ def load(ref, offset, size: int, cache: str = "", outs: str | None = None):
     return ptx.asm(text, outs or "r" * n, [ptx.address(ref, offset)], effects=True)
 
 
-def read_shared(ref, offset, n: int):
-    """Floats of shared memory."""
+def read_shared(ref, offset, n: int, kind: str = "f", shift: int = 0):
+    """Floats or words of shared memory."""
     names = ", ".join(f"${i}" for i in range(n))
-    text = f"ld.shared.b32 $0, [${n}];" if n == 1 else f"ld.shared.v{n}.b32 {{{names}}}, [${n}];"
-    return ptx.asm(text, "f" * n, [ptx.address(ref, offset)], effects=True)
+    target, width = ("$0", "") if n == 1 else (f"{{{names}}}", f".v{n}")
+    text = f"ld.shared{width}.b32 {target}, [${n}+{shift}];"
+    return ptx.asm(text, kind * n, [ptx.address(ref, offset)], effects=True)
+
+
+def copy(ref, offset, shared, place, size: int, cache: str, shift: tuple[int, int]):
+    """Starts a copy of 4, 8 or 16 bytes to shared memory; ``shift`` is added to both offsets."""
+    kind = "cg" if size == 16 else "ca"
+    text = f"cp.async.{kind}.shared.global{cache} [$0+{shift[1]}], [$1+{shift[0]}], {size};"
+    ptx.asm(text, "", [ptx.address(shared, place), ptx.address(ref, offset)], effects=True)
+
+
+def commit():
+    """Makes a group of the copies that the thread started since the last one."""
+    ptx.asm("cp.async.commit_group;", "", [], effects=True)
+
+
+def wait(groups: int):
+    """Waits for the thread's copies but those of the last ``groups`` groups."""
+    ptx.asm(f"cp.async.wait_group {groups};", "", [], effects=True)
 
 
 def barrier():
@@ -365,23 +410,24 @@ class _Thread:
     tokens of its scores.
     """
 
-    def __init__(self, plan: Plan, refs, block, row_block, head, first):
-        """Of a block, for a block of rows of a head, from a turn of the head on."""
+    def __init__(self, plan: Plan, refs, block, row_block, head, first, count):
+        """Of a block, for a block of rows of a head: so many turns of it from one on."""
         self.plan, self.refs = plan, refs
         spec, i32 = plan.spec, ptx.i32
         self.block, self.row_block, self.head = block, row_block, head
         self.first = ptx.mul(first, i32(plan.turn))
         tid = ptx.thread()
         self.tid, self.warp = tid, ptx.div(tid, i32(32))
-        lane = ptx.rem(tid, i32(32))
-        self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
+        self.lane = ptx.rem(tid, i32(32))
+        self.g, self.c = ptx.div(self.lane, i32(4)), ptx.rem(self.lane, i32(4))
         pair = ptx.add(ptx.mul(ptx.div(self.g, i32(2)), i32(4)), ptx.rem(self.g, i32(2)))
         self.k_token, self.v_token = pair, ptx.mul(self.c, i32(4))
         self.k_width = min(16, plan.row_bytes // 4)
         self.v_width = min(16, plan.row_bytes // 8)
         self.batch = ptx.div(self.head, i32(spec.num_kv_heads))
         self.limit = _int_at(refs["limits"], head)
-        self.last = ptx.sub(self.limit, i32(1))
+        end = ptx.add(self.first, ptx.mul(count, i32(plan.turn)))
+        self.last = ptx.sub(ptx.imin(self.limit, end), i32(1))  # what is beyond is not read
         if plan.pool:
             self.home = ptx.mul(self.batch, i32(plan.pool))
         else:
@@ -417,58 +463,75 @@ class _Thread:
             home = ptx.sub(home, begin)
         return ptx.add(home, slot)
 
-    def _codes(self, name, row, place, width, lanes):
+    def _pieces(self, name):
+        """What the thread holds of a step: tokens, its place in a row, bytes of a piece, lanes."""
+        units = range(0, self.plan.step, UNIT)
+        if name == "k":
+            tokens = [ptx.add(self.k_token, ptx.i32(u + 2 * e)) for u in units for e in range(2)]
+            return tokens, self.c, self.k_width, 4
+        tokens = [ptx.add(self.v_token, ptx.i32(u + t)) for u in units for t in range(4)]
+        return tokens, self.g, self.v_width, 8
+
+    def _slot(self, name, i, width):
+        """Where in shared memory the thread's first piece of a step lies: pieces of lanes mix."""
         plan = self.plan
-        offset = ptx.add(bytes_at(row, plan.row_bytes), bytes_at(place, width))
-        pieces = plan.row_bytes // (lanes * width)
-        words = [
-            word
-            for i in range(pieces)
-            for word in load(
-                self.refs[name], ptx.add(offset, ptx.i64(i * lanes * width)), width,
-                plan.config.cache,
-            )
-        ]  # fmt: skip
+        stage = ptx.add(ptx.mul(self.warp, ptx.i32(plan.stages)), ptx.rem(i, ptx.i32(plan.stages)))
+        place = ptx.mul(stage, ptx.i32(2 * plan.step_bytes))
+        place = ptx.add(place, ptx.mul(self.lane, ptx.i32(width)))
+        return ptx.add(ptx.widen(place), ptx.i64(plan.step_bytes * (name == "v")))
+
+    def fetch(self, name, i, page):
+        """Starts the copies of the thread's part of K or V of a step, as one group."""
+        plan, start = self.plan, self.start(i)
+        tokens, place, width, lanes = self._pieces(name)
+        slot, count = self._slot(name, i, width), plan.row_bytes // (lanes * width)
+        for n, token in enumerate(tokens):
+            offset = bytes_at(self.row(start, page, token), plan.row_bytes)
+            offset = ptx.add(offset, bytes_at(place, width))
+            for j in range(count):
+                shift = (j * lanes * width, (n * count + j) * 32 * width)
+                copy(self.refs[name], offset, self.refs["shared"], slot, width,
+                     plan.config.cache, shift)  # fmt: skip
+        commit()
+
+    def words(self, name, i, facts):
+        """Words of K [unit][2] or of V [unit][4] of a step whose copies have arrived.
+
+        With scales per tile the last word of each holds those of its codes.
+        """
+        plan = self.plan
+        tokens, _, width, lanes = self._pieces(name)
+        slot, count = self._slot(name, i, width), plan.row_bytes // (lanes * width)
+        found = [
+            [
+                word
+                for j in range(count)
+                for word in read_shared(
+                    self.refs["shared"], slot, width // 4, "r", (n * count + j) * 32 * width
+                )
+            ]
+            for n in range(len(tokens))
+        ]
         if plan.store.tile:
-            # Lanes and tiles share the row: so many tiles per lane, or lanes per tile.
-            tiles = plan.spec.head_dim // plan.store.tile
-            size = max(tiles // lanes, 1)
-            place = ptx.div(ptx.mul(place, ptx.i32(tiles)), ptx.i32(lanes))
-            where = ptx.add(bytes_at(row, tiles), ptx.widen(place))
-            text = f"ld.global.nc.u{8 * size} $0, [$1];"
-            ref = self.refs[f"{name}_scale"]
-            words += ptx.asm(text, "r", [ptx.address(ref, where)], effects=True)
-        return words
+            found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
+        each = len(tokens) // plan.units
+        return [found[u : u + each] for u in range(0, len(tokens), each)]
 
-    def keys(self, i, page):
-        """Words of K, [unit][2]."""
-        start = self.start(i)
-        return [
-            [
-                self._codes(
-                    "k",
-                    self.row(start, page, ptx.add(self.k_token, ptx.i32(UNIT * u + 2 * e))),
-                    self.c, self.k_width, 4,
-                )
-                for e in range(2)
-            ]
-            for u in range(self.plan.units)
-        ]  # fmt: skip
-
-    def values(self, i, page):
-        """Words of V, [unit][4]."""
-        start = self.start(i)
-        return [
-            [
-                self._codes(
-                    "v",
-                    self.row(start, page, ptx.add(self.v_token, ptx.i32(UNIT * u + t))),
-                    self.g, self.v_width, 8,
-                )
-                for t in range(4)
-            ]
-            for u in range(self.plan.units)
-        ]  # fmt: skip
+    def tile_scales(self, name, i, page):
+        """Scales of the tiles that the thread's codes of every token of a step lie in."""
+        plan, start = self.plan, self.start(i)
+        tokens, place, _, lanes = self._pieces(name)
+        # Lanes and tiles share the row: so many tiles per lane, or lanes per tile.
+        tiles = plan.spec.head_dim // plan.store.tile
+        size = max(tiles // lanes, 1)
+        place = ptx.div(ptx.mul(place, ptx.i32(tiles)), ptx.i32(lanes))
+        text, ref = f"ld.global.nc.u{8 * size} $0, [$1];", self.refs[f"{name}_scale"]
+        found = []
+        for token in tokens:
+            where = bytes_at(self.row(start, page, token), tiles)
+            where = ptx.add(where, ptx.widen(place))
+            found += ptx.asm(text, "r", [ptx.address(ref, where)], effects=True)
+        return found
 
     def facts(self, i, page):
         """Scales, zero points and positions of the thread's slots, [unit][4] by name."""
@@ -481,6 +544,8 @@ class _Thread:
         if plan.positions:
             kinds["positions"] = "r"
         out = {name: [] for name in kinds}
+        if plan.store.tile:
+            out |= {f"{name}_scale": self.tile_scales(name, i, page) for name in ("k", "v")}
         for u in range(plan.units):
             token = ptx.add(self.v_token, ptx.i32(UNIT * u))
             if plan.spec.capacity % 4:
@@ -684,9 +749,7 @@ class _Thread:
         factors = [from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
         out = [[ptx.fmul(x, factors[i % 2]) for i, x in enumerate(tile)] for tile in out]
         for u in range(plan.units):
-            first, second = (
-                value_pairs(plan.spec.store, values[u][t], values[u][t + 1]) for t in (0, 2)
-            )
+            first, second = (value_pairs(plan.spec.store, *values[u][t : t + 2]) for t in (0, 2))
             for j in range(len(out)):
                 a = [*first[2 * j : 2 * j + 2], *second[2 * j : 2 * j + 2]]
                 out[j] = mma(out[j], a, operand[u], plan.store.half)
@@ -811,7 +874,7 @@ def _attend(plan: Plan, refs, axes):
                 first = ptx.add(first, _int_at(refs["skips"], head))
 
             def walk():
-                _walk(plan, _Thread(plan, refs, block, row_block, head, first), count)
+                _walk(plan, _Thread(plan, refs, block, row_block, head, first, count), count)
 
             ptx.branch(ptx.lt(ptx.i32(0), count), walk, lambda: None)
             return [ptx.add(head, ptx.i32(1)), ptx.add(start, count), ptx.sub(left, count)]
@@ -824,13 +887,16 @@ def _attend(plan: Plan, refs, axes):
 
 def _walk(plan: Plan, thread: _Thread, count):
     """The part of a head: ``count`` steps of every warp."""
-    zero, one = ptx.i32(0), ptx.i32(1)
-    page = thread.page(zero)
+    zero, one, stages = ptx.i32(0), ptx.i32(1), plan.stages
+    # Of the steps on their way and of one more, where tiles are handed out in any order.
+    pages = [thread.page(ptx.i32(s)) for s in range(stages + 1 if plan.pool else 0)]
+    page_of = lambda pages, s: pages[s] if plan.pool else zero  # noqa: E731
+    for s in range(stages):
+        for name in ("k", "v"):
+            thread.fetch(name, ptx.i32(s), page_of(pages, s))
     state = {
-        "k": thread.keys(zero, page),
-        "facts": thread.facts(zero, page),
-        "v": thread.values(zero, page),
-        "page": [page, thread.page(one)],
+        "facts": thread.facts(zero, page_of(pages, 0)),
+        "pages": pages,
         "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16)],
         "sums": {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0)}
         | ({"z": ptx.f32(0.0)} if plan.zero_point else {}),
@@ -838,18 +904,24 @@ def _walk(plan: Plan, thread: _Thread, count):
     query, row = thread.query()
 
     def step(i, s):
-        now, later = s["page"]
-        x = thread.logits(s["k"], query, s["facts"], row)
-        seen = thread.seen(i, now, s["facts"], row)
-        operand, alpha, sums = thread.softmax(x, seen, s["facts"], s["sums"])
-        soon = ptx.add(i, one)
-        new = {"k": thread.keys(soon, later), "facts": thread.facts(soon, later)}
-        values = thread.clean(s["v"], seen)
+        pages, facts, far = s["pages"], s["facts"], ptx.add(i, ptx.i32(stages))
+        wait(2 * stages - 1)  # groups after this step's K, and later after its V
+        x = thread.logits(thread.words("k", i, facts), query, facts, row)
+        thread.fetch("k", far, page_of(pages, stages))
+        seen = thread.seen(i, page_of(pages, 0), facts, row)
+        operand, alpha, sums = thread.softmax(x, seen, facts, s["sums"])
+        wait(2 * stages - 1)
+        values = thread.clean(thread.words("v", i, facts), seen)
         out = thread.add_values(s["out"], values, operand, alpha)
-        new |= {"v": thread.values(soon, later), "out": out, "sums": sums}
-        return new | {"page": [later, thread.page(ptx.add(soon, one))]}
+        thread.fetch("v", far, page_of(pages, stages))
+        facts = thread.facts(ptx.add(i, one), page_of(pages, 1))
+        if plan.pool:
+            pages = [*pages[1:], thread.page(ptx.add(far, one))]
+        return {"facts": facts, "pages": pages, "out": out, "sums": sums}
 
     state = ptx.loop(count, step, state)
+    wait(0)
+    barrier()  # the warps' results lie where their copies did
     _join_warps(plan, thread, state["out"], state["sums"])
 
 
@@ -937,15 +1009,12 @@ def _in_order(plan: Plan, out, codes: int, d: int):
 
 
 def _join_parts(plan: Plan, refs, axes):
-    """What a block does: some rows of a head, two channels per thread."""
-    spec, i32, at_once = plan.spec, ptx.i32, plan.config.at_once
-    pairs = spec.head_dim // 2
-    block, head, _ = axes
+    """What a block does: a row of a head, four channels per thread; teams share its parts out."""
+    i32, quads, at_once = ptx.i32, plan.spec.head_dim // 4, plan.at_once
+    teams = 128 // quads
+    row, head, _ = axes
     tid = ptx.thread()
-    row = ptx.add(ptx.mul(block, i32(128 // pairs)), ptx.div(tid, i32(pairs)))
-    channel = ptx.rem(tid, i32(pairs))
-    exists = ptx.lt(row, i32(plan.rows))
-    row = ptx.imin(row, i32(plan.rows - 1))
+    team, quad = ptx.div(tid, i32(quads)), ptx.rem(tid, i32(quads))
     shares = _Shares(plan, refs)
     start, end = shares.start_of(head), shares.end_of(head)
     first = shares.block_of(start)
@@ -956,12 +1025,13 @@ def _join_parts(plan: Plan, refs, axes):
         parts = []
         for j in range(at_once):
             number = ptx.add(ptx.mul(i, i32(at_once)), i32(j))
+            number = ptx.add(ptx.mul(number, i32(teams)), team)
             here = ptx.add(first, ptx.imin(number, ptx.sub(count, i32(1))))
             index = ptx.add(here, head)
             index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
             stats = load(refs["stats"], bytes_at(index, 8), 8, outs="ff")
-            index = ptx.add(ptx.mul(index, i32(pairs)), channel)
-            values = load(refs["partial"], bytes_at(index, 8), 8, outs="ff")
+            index = ptx.add(ptx.mul(index, i32(quads)), quad)
+            values = load(refs["partial"], bytes_at(index, 16), 16, outs="ffff")
             parts.append((ptx.lt(number, count), stats, values))
         zero, low = ptx.f32(0.0), ptx.f32(NO_MAX)
         tops = [ptx.select(ok, m, low) for ok, (m, _), _ in parts]
@@ -976,16 +1046,39 @@ def _join_parts(plan: Plan, refs, axes):
                    for x, y in zip(values, out, strict=True)]  # fmt: skip
         return {"m": m, "l": total, "out": out}
 
-    state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 2}
-    rounds = ptx.div(ptx.add(count, i32(at_once - 1)), i32(at_once))
-    state = ptx.loop(rounds, step, state)
-    _finish(plan, refs, (row, channel, head, exists), state)
+    state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 4}
+    rounds = ptx.div(ptx.add(count, i32(at_once * teams - 1)), i32(at_once * teams))
+    state = _join_teams(refs["shared"], ptx.loop(rounds, step, state), team, quad, teams)
+    _finish(plan, refs, (row, quad, head, ptx.eq(team, i32(0))), state)
+
+
+def _join_teams(shared, state, team, quad, teams: int):
+    """Adds the teams' results in shared memory: maxima and sums, then four channels a thread."""
+    i32, quads, sums = ptx.i32, 128 // teams, 16 * 128
+
+    def numbers(base):
+        return [read_shared(shared, ptx.i64(base + 4 * t), 1)[0] for t in range(teams)]
+
+    ptx.store(shared, ptx.add(bytes_at(team, 4), ptx.i64(sums)), [state["m"]], space="shared")
+    barrier()
+    m = functools.reduce(ptx.fmax, numbers(sums))
+    factor = ptx.exp2(ptx.fsub(state["m"], m))
+    place = ptx.add(bytes_at(team, 4), ptx.i64(sums + 4 * teams))
+    ptx.store(shared, place, [ptx.fmul(state["l"], factor)], space="shared")
+    index = ptx.add(ptx.mul(team, i32(quads)), quad)
+    ptx.store(shared, bytes_at(index, 16), [ptx.fmul(x, factor) for x in state["out"]],
+              space="shared")  # fmt: skip
+    barrier()
+    parts = [read_shared(shared, bytes_at(ptx.add(quad, i32(t * quads)), 16), 4)
+             for t in range(teams)]  # fmt: skip
+    out = [functools.reduce(ptx.fadd, x) for x in zip(*parts, strict=True)]
+    return {"m": m, "l": functools.reduce(ptx.fadd, numbers(sums + 4 * teams)), "out": out}
 
 
 def _finish(plan: Plan, refs, where, state):
     """Adds the sink, divides by the sum, and writes output and log-sum-exp."""
     spec, i32 = plan.spec, ptx.i32
-    row, channel, head, exists = where
+    row, quad, head, mine = where
     m, total, out = state["m"], state["l"], state["out"]
     group, token = ptx.div(row, i32(spec.q_len)), ptx.rem(row, i32(spec.q_len))
     entry = ptx.div(head, i32(spec.num_kv_heads))
@@ -1005,13 +1098,11 @@ def _finish(plan: Plan, refs, where, state):
     lse = ptx.select(empty, ptx.f32(-math.inf), lse)
     index = ptx.add(ptx.mul(entry, i32(spec.q_len)), token)
     index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
-    first = ptx.both(exists, ptx.eq(channel, i32(0)))
-    ptx.store(refs["lse"], bytes_at(index, 4), [lse], first)
-    index = ptx.add(ptx.mul(index, i32(spec.head_dim // 2)), channel)
-    if spec.dtype == "float32":
-        ptx.store(refs["out"], bytes_at(index, 8), out, exists)
-    else:
-        ptx.store(refs["out"], bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)], exists)
+    ptx.store(refs["lse"], bytes_at(index, 4), [lse], ptx.both(mine, ptx.eq(quad, i32(0))))
+    index = ptx.add(ptx.mul(index, i32(spec.head_dim // 4)), quad)
+    if spec.dtype != "float32":
+        out = [ptx.half_x2(pair, spec.dtype) for pair in (out[:2], out[2:])]
+    ptx.store(refs["out"], bytes_at(index, 4 * len(out)), out, mine)
 
 
 # -- launch ----------------------------------------------------------------------------------------
@@ -1127,7 +1218,7 @@ def attention(
         },
         (plan.row_blocks, plan.blocks, 1),
         args,
-        shared=WARPS * ROWS * (spec.head_dim + 3),
+        shared=plan.shared,
     )
     args = {"ends": args["ends"], **partial}
     if sinks is not None:
@@ -1139,8 +1230,9 @@ def attention(
             "out": jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.dtype(spec.dtype)),
             "lse": jax.ShapeDtypeStruct(shape, jnp.float32),
         },
-        (pl.cdiv(plan.rows, 256 // spec.head_dim), heads, 1),
+        (plan.rows, heads, 1),
         args,
+        shared=JOIN_NUMBERS,
     )
     return joined["out"], joined["lse"]
 
