@@ -330,7 +330,9 @@ class Machine:
             self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
 
     def mma(self, opcode, operands):
-        """m16n8k16, warp by warp."""
+        """m16n8k16, or k32 of integers, warp by warp."""
+        if ".m16n8k32." in opcode:
+            return self.mma_whole(operands)
         dtype = np.float16 if ".f16.f16." in opcode else ml_dtypes.bfloat16
         d, a, b, c = (self.halves(x) for x in operands)
         lane = LANES % 32
@@ -349,6 +351,26 @@ class Machine:
         total = (total + left @ right).astype(np.float32)
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
+
+    def mma_whole(self, operands):
+        d, a, b, c = (self.halves(x) for x in operands)
+        lane = LANES % 32
+        row, col, warp = lane // 4, lane % 4, LANES // 32
+        left, right = np.zeros((4, 16, 32), np.int64), np.zeros((4, 32, 8), np.int64)
+        total = np.zeros((4, 16, 8), np.int64)
+        codes = lambda name: halves(self.read(name), np.int8)  # noqa: E731
+        for i in range(4):
+            for j in range(4):
+                left[warp, row + i % 2 * 8, 4 * col + i // 2 * 16 + j] = codes(a[i])[:, j]
+            total[warp, row + i // 2 * 8, 2 * col + i % 2] = self.read(c[i])
+        for i in range(2):
+            for j in range(4):
+                right[warp, 4 * col + 16 * i + j, row] = codes(b[i])[:, j]
+        total += left @ right
+        assert (abs(total) < 2**31).all(), "overflow"
+        for i in range(4):
+            found = total[warp, row + i // 2 * 8, 2 * col + i % 2]
+            self.registers[d[i]] = found.astype(np.int32)
 
     def load_matrices(self, operands):
         """Four 8 x 8 matrices of 16 bits, transposed: lane 8 i + j names row j of matrix i."""

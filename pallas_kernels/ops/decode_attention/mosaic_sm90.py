@@ -61,22 +61,24 @@ class Store:
         half: 16-bit type of the products.
         order: channels of eight codes in the order in which widening yields them.
         tile: channels that share an e4m3 scale; 0 for one float32 scale per slot, or none.
+        whole: keys are multiplied as integers, and values as float16 with something added.
     """
 
     bits: int
     half: str = "float16"
     order: tuple[int, ...] = tuple(range(8))
     tile: int = 0
+    whole: bool = False
 
 
 _NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 STORES = {
     "bfloat16": Store(16, "bfloat16"),
     "float16": Store(16),
-    "int8": Store(8),
+    "int8": Store(8, whole=True),
     "fp8_e4m3": Store(8),
     "fp8_e5m2": Store(8),
-    "int4": Store(4, order=_NIBBLES),
+    "int4": Store(4, order=_NIBBLES, whole=True),
     "nvfp4": Store(4, order=_NIBBLES, tile=16),
 }
 
@@ -133,6 +135,11 @@ class Plan:
     def scaled(self) -> bool:
         """Slots have float32 scales."""
         return self.store.bits < 16 and not self.store.tile
+
+    @property
+    def limbs(self) -> int:
+        """Bytes of a query's numbers where they are multiplied as integers."""
+        return 3 if self.spec.dtype == "float32" else 2
 
     @property
     def rows(self) -> int:
@@ -301,6 +308,61 @@ def mma(acc, a, b, half: str):
         "{$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
     )
     return ptx.asm(text, "", [*a, *b], tied=acc, effects=True)
+
+
+def mma_whole(acc, a, b):
+    """``acc + A B`` in integers for A [16, 32] and B [32, 8]."""
+    text = (
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, "
+        "{$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
+    )
+    return ptx.asm(text, "", [*a, *b], tied=acc, effects=True)
+
+
+def bytes_of(words, which: int):
+    """One byte of each of some words, four in a word."""
+    near, found = 0x11 * which + 0x40, []
+    for i in range(0, len(words), 4):
+        a, b, c, d = words[i : i + 4]
+        found.append(permute(permute(a, b, near), permute(c, d, near), 0x5410))
+    return found
+
+
+def _and_xor(word, mask: int, other: int):
+    """``(word & mask) ^ other``."""
+    text = "{ .reg .b32 t; and.b32 t, $1, $2; xor.b32 $0, t, $3; }"
+    return ptx.asm(text, "r", [word, _word(mask), _word(other)])[0]
+
+
+def whole_keys(store: str, words):
+    """Codes of a key as bytes, in the order of `Store.order`; those of int4 times 16."""
+    if store == "int8":
+        return words
+    text = "{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, $3; and.b32 $1, $2, $3; }"
+    return [part for word in words for part in ptx.asm(text, "rr", [word, _word(0xF0F0F0F0)])]
+
+
+# Of the even and the odd channels of `whole_values`: what was added, and the factor before.
+ADDED = {"int8": ((1152.0, 1.0), (1152.0, 1.0)), "int4": ((1032.0, 1.0), (1152.0, 16.0))}
+
+
+def whole_values(store: str, first, second):
+    """Codes of two tokens as words (first's, second's) of float16, one per channel, in order.
+
+    A code is the mantissa of 1024 and what makes it positive: see `ADDED`.
+    """
+    out = []
+    for a, b in zip(first, second, strict=True):
+        if store == "int8":
+            pairs = [permute(a, b, selector) for selector in (0x4400, 0x5511, 0x6622, 0x7733)]
+            out += [_and_xor(pair, 0x00FF00FF, 0x64806480) for pair in pairs]
+            continue
+        for selector in (0x5410, 0x7632):
+            low = permute(a, b, selector)
+            for word in (low, ptx.shr(low, ptx.i32(8))):
+                out += [_and_xor(word, 0x000F000F, 0x64086408)]
+                out += [_and_xor(word, 0x00F000F0, 0x64806480)]
+    return out
 
 
 def _code_bytes(store: str, word):
@@ -581,6 +643,9 @@ class _Thread:
         name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
         index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
         x = self._channels(self.refs["query"], index, spec.dtype)
+        if plan.store.whole:
+            words, facts = self._whole_query(x)
+            return words, (*facts, self._position(token))
         x = [ptx.fmul(value, ptx.f32(spec.scale * LOG2E)) for value in x]
         bias = factor = total = None
         if plan.bias:
@@ -602,6 +667,43 @@ class _Thread:
             for s in range(len(high) // 2)
         ]
         return words, (factor, bias, total, self._position(token))
+
+    def _whole_query(self, x):
+        """Operands and factor, bias and sum of a row whose numbers are integers of some bytes.
+
+        Those are 2^14 (or 2^22) at most: the bits of a bfloat16 down to 2^-7 of the largest one.
+        """
+        plan, f32 = self.plan, ptx.f32
+        factor, inverse = _power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+        bias = total = None
+        if plan.bias:
+            offset = self._channels(self.refs["offset"], self.head, "float32")
+            bias = self._over_row(ptx.fadd, [ptx.fmul(*p) for p in zip(x, offset, strict=True)])
+            bias = ptx.fmul(bias, f32(plan.spec.scale * LOG2E))
+        size = 2.0 ** (8 * plan.limbs - 2)
+        numbers = [
+            ptx.asm("cvt.rni.s32.f32 $0, $1;", "r", [ptx.fmul(ptx.fmul(v, inverse), f32(size))])[0]
+            for v in x
+        ]
+        if plan.zero_point:
+            total = self._over_row(ptx.fadd, [ptx.to_float(n) for n in numbers])
+        order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
+        numbers = [numbers[i] for i in order]
+        # Signed bytes, the largest first: what is taken for negative in one is made up in the next.
+        limbs = [
+            bytes_of([ptx.add(n, ptx.i32(0x8080 & (1 << 8 * i) - 1)) for n in numbers], i)
+            for i in reversed(range(plan.limbs))
+        ]
+        limbs += [[ptx.i32(0)] * len(limbs[0])] * (plan.limbs % 2)
+        words = [
+            [high[s], low[s], high[s + 1], low[s + 1]]
+            for high, low in zip(limbs[::2], limbs[1::2], strict=True)
+            for s in range(0, len(high), 2)
+        ]
+        unit = plan.spec.scale * LOG2E / size
+        codes = 16.0 if plan.store.bits == 4 else 1.0  # see `whole_keys`
+        total = None if total is None else ptx.fmul(total, f32(codes))
+        return words, (ptx.fmul(factor, f32(unit / codes)), bias, total)
 
     def _channels(self, ref, row, dtype: str):
         """The thread's channels of a row of [..., H] as float32, in the order of a key's codes."""
@@ -634,11 +736,7 @@ class _Thread:
         for u in range(plan.units):
             x = [None] * 4
             for e in range(2):
-                pairs = key_pairs(plan.spec.store, keys[u][e])
-                acc = [ptx.f32(0.0)] * 4
-                for s, a in enumerate(query):
-                    acc = mma(acc, a, pairs[2 * s : 2 * s + 2], plan.store.half)
-                x[2 * e : 2 * e + 2] = [ptx.fadd(acc[d], acc[d + 2]) for d in range(2)]
+                x[2 * e : 2 * e + 2] = self._products(keys[u][e], query)
             for t in range(4):
                 if plan.zero_point:
                     x[t] = ptx.fsub(x[t], ptx.fmul(facts["k_zero"][u][t], total))
@@ -655,6 +753,28 @@ class _Thread:
                     x[t] = _capped(x[t], plan.spec.soft_cap * LOG2E)
             out.append(x)
         return out
+
+    def _products(self, words, query):
+        """Of a key of each lane and the rows of its four: two numbers."""
+        store = self.plan.store
+        if not store.whole:
+            acc, pairs = [ptx.f32(0.0)] * 4, key_pairs(self.plan.spec.store, words)
+            for s, a in enumerate(query):
+                acc = mma(acc, a, pairs[2 * s : 2 * s + 2], store.half)
+            return [ptx.fadd(acc[d], acc[d + 2]) for d in range(2)]
+        codes, total = whole_keys(self.plan.spec.store, words), None
+        each = len(codes) // 2  # products of a pair of limbs
+        for first in range(0, len(query), each):
+            acc = [ptx.i32(0)] * 4
+            for s in range(each):
+                acc = mma_whole(acc, query[first + s], codes[2 * s : 2 * s + 2])
+            if total is None:
+                wide = [ptx.add(ptx.mul(acc[d], ptx.i32(256)), acc[d + 2]) for d in range(2)]
+                total = [ptx.to_float(x) for x in wide]
+            else:  # the third limb
+                total = [ptx.fma(x, ptx.f32(256.0), ptx.to_float(acc[d]))
+                         for d, x in enumerate(total)]  # fmt: skip
+        return total
 
     def seen(self, i, page, facts, row):
         """Which of the slots the thread's row sees, [unit][4]."""
@@ -749,11 +869,30 @@ class _Thread:
         factors = [from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
         out = [[ptx.fmul(x, factors[i % 2]) for i, x in enumerate(tile)] for tile in out]
         for u in range(plan.units):
-            first, second = (value_pairs(plan.spec.store, *values[u][t : t + 2]) for t in (0, 2))
+            pairs = whole_values if plan.store.whole else value_pairs
+            first, second = (pairs(plan.spec.store, *values[u][t : t + 2]) for t in (0, 2))
+            if plan.store.whole:
+                ones = [_word(0x3C003C00)] * 2
+                first, second = [*first, *ones], [*second, *ones]
             for j in range(len(out)):
                 a = [*first[2 * j : 2 * j + 2], *second[2 * j : 2 * j + 2]]
                 out[j] = mma(out[j], a, operand[u], plan.store.half)
         return out
+
+    def centred(self, out):
+        """Without what `whole_values` added: the last tile has the sum of P, of `tiles` of ones."""
+        if not self.plan.store.whole:
+            return out
+        *tiles, sums = out
+        added = ADDED[self.plan.spec.store]
+        return [
+            [
+                ptx.fmul(ptx.fma(sums[i % 2], ptx.f32(-added[i // 2][0]), x),
+                         ptx.f32(1 / added[i // 2][1]))
+                for i, x in enumerate(tile)
+            ]
+            for tile in tiles
+        ]  # fmt: skip
 
 
 def _capped(x, cap: float):
@@ -897,7 +1036,7 @@ def _walk(plan: Plan, thread: _Thread, count):
     state = {
         "facts": thread.facts(zero, page_of(pages, 0)),
         "pages": pages,
-        "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16)],
+        "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16 + plan.store.whole)],
         "sums": {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0)}
         | ({"z": ptx.f32(0.0)} if plan.zero_point else {}),
     }
@@ -922,7 +1061,7 @@ def _walk(plan: Plan, thread: _Thread, count):
     state = ptx.loop(count, step, state)
     wait(0)
     barrier()  # the warps' results lie where their copies did
-    _join_warps(plan, thread, state["out"], state["sums"])
+    _join_warps(plan, thread, thread.centred(state["out"]), state["sums"])
 
 
 def _partial_row(plan: Plan, thread: _Thread, row):
@@ -996,6 +1135,7 @@ def _sum_of_warps(shared, place, which, row):
 def _in_order(plan: Plan, out, codes: int, d: int):
     """Row 2c + d of the thread's output as (first channel within the head, four numbers)."""
     order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(codes)]
+    order = range(codes) if plan.store.whole else order
     for piece in range(plan.spec.head_dim // (8 * codes)):
         numbers = {}
         for i, channel in enumerate(order):
