@@ -28,7 +28,7 @@ from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_rea
 STORES = decode.STORES | {"int4_symmetric": lambda x: quantize(x, "int4", axis=-1).pack(-1)}
 
 
-def run_blocks(body, outs, grid, args, shared=0, inplace=None):
+def run_blocks(body, outs, grid, args, shared=0, inplace=None, groups=1):
     """The kernels' launch: every block in turn."""
     inplace, made = inplace or {}, outs
     args = inplace | args
@@ -39,9 +39,10 @@ def run_blocks(body, outs, grid, args, shared=0, inplace=None):
         for name, out in made.items():  # what no thread writes stays NaN
             raw = np.full(int(np.prod(out.shape)) * out.dtype.itemsize, 0xFF, np.uint8)
             results[name] = raw.view(out.dtype).reshape(out.shape)
-        for x, y, z in np.ndindex(*grid):
+        for x, y, z, w in np.ndindex(*grid, groups):
             scratch = {"shared": np.full(shared, np.nan, np.float32)} if shared else {}
-            body(refs | results | scratch, [np.full(128, i, np.int32) for i in (x, y, z)])
+            axes = (x, y, z, w) if groups > 1 else (x, y, z)
+            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
         return results
 
     outs = outs | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in inplace.items()}
@@ -97,7 +98,8 @@ def test_equals_the_oracle_on_the_same_codes(store, h):
 
 def test_chunks_join_and_empty_heads_give_zeros():
     length, at = jnp.array([[150, 0]]), jnp.array([[149]])
-    compare(k=2, length=length, at=at, config={"blocks": 5}, sinks=True)
+    for groups in (1, 3):
+        compare(k=2, length=length, at=at, config={"blocks": 5, "groups": groups}, sinks=True)
     compare(n=14, k=2, c=1, length=length)  # a group of seven, one slot
 
 

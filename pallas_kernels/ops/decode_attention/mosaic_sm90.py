@@ -90,6 +90,7 @@ class Config:
     Args:
         blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
         units: units of 16 tokens in a warp's step; None chooses.
+        groups: blocks that are launched as one, which bounds their registers to a share each.
         stages: steps of a warp whose copies are on their way; None chooses.
         cache: how copies of the cache treat L2, a PTX qualifier.
         at_once: parts of a head whose loads are in flight together where parts are joined.
@@ -97,6 +98,7 @@ class Config:
 
     blocks: int | None = None
     units: int | None = None
+    groups: int = 1
     stages: int | None = None
     cache: str = ""
     at_once: int | None = None
@@ -180,7 +182,8 @@ class Plan:
     @property
     def stages(self) -> int:
         """Steps in shared memory, so many that three blocks fill it."""
-        return self.config.stages or min(RING_BYTES // (2 * WARPS * self.step_bytes), 8)
+        ring = RING_BYTES * 3 // max(self.config.groups, 3)
+        return self.config.stages or min(ring // (2 * WARPS * self.step_bytes), 8)
 
     @property
     def shared(self) -> int:
@@ -285,9 +288,12 @@ def wait(groups: int):
     ptx.asm(f"cp.async.wait_group {groups};", "", [], effects=True)
 
 
-def barrier():
-    """Waits for the block's four warps."""
-    ptx.asm("bar.sync 0;", "", [], effects=True)
+def barrier(group=None):
+    """Waits for the block's four warps, or those of one warpgroup of it."""
+    if group is None:
+        ptx.asm("bar.sync 0;", "", [], effects=True)
+    else:
+        ptx.asm("bar.sync $0, 128;", "", [ptx.add(group, ptx.i32(1))], effects=True)
 
 
 def from_lane(x, lane):
@@ -472,11 +478,17 @@ class _Thread:
     tokens of its scores.
     """
 
-    def __init__(self, plan: Plan, refs, block, row_block, head, first, count):
-        """Of a block, for a block of rows of a head: so many turns of it from one on."""
+    def __init__(self, plan: Plan, refs, block, row_block, head, first, count, group):
+        """Of a block, for a block of rows of a head: so many turns of it from one on.
+
+        The block is a warpgroup, of several that were launched together, or None.
+        """
         self.plan, self.refs = plan, refs
         spec, i32 = plan.spec, ptx.i32
         self.block, self.row_block, self.head = block, row_block, head
+        self.group, self.shared = group, ptx.i64(0)
+        if group is not None:
+            self.shared = bytes_at(group, 4 * plan.shared)
         self.first = ptx.mul(first, i32(plan.turn))
         tid = ptx.thread()
         self.tid, self.warp = tid, ptx.div(tid, i32(32))
@@ -540,7 +552,8 @@ class _Thread:
         stage = ptx.add(ptx.mul(self.warp, ptx.i32(plan.stages)), ptx.rem(i, ptx.i32(plan.stages)))
         place = ptx.mul(stage, ptx.i32(2 * plan.step_bytes))
         place = ptx.add(place, ptx.mul(self.lane, ptx.i32(width)))
-        return ptx.add(ptx.widen(place), ptx.i64(plan.step_bytes * (name == "v")))
+        place = ptx.add(ptx.widen(place), ptx.i64(plan.step_bytes * (name == "v")))
+        return ptx.add(self.shared, place)
 
     def fetch(self, name, i, page):
         """Starts the copies of the thread's part of K or V of a step, as one group."""
@@ -996,7 +1009,10 @@ class _Shares:
 
 def _attend(plan: Plan, refs, axes):
     """What a block does: parts of neighbouring heads, for up to eight rows of each."""
-    row_block, block, _ = axes
+    row_block, block, _, *group = axes
+    group = group[0] if group else None
+    if group is not None:
+        block = ptx.add(ptx.mul(block, ptx.i32(plan.config.groups)), group)
     shares = _Shares(plan, refs)
 
     def work():
@@ -1013,7 +1029,7 @@ def _attend(plan: Plan, refs, axes):
                 first = ptx.add(first, _int_at(refs["skips"], head))
 
             def walk():
-                _walk(plan, _Thread(plan, refs, block, row_block, head, first, count), count)
+                _walk(plan, _Thread(plan, refs, block, row_block, head, first, count, group), count)
 
             ptx.branch(ptx.lt(ptx.i32(0), count), walk, lambda: None)
             return [ptx.add(head, ptx.i32(1)), ptx.add(start, count), ptx.sub(left, count)]
@@ -1060,7 +1076,7 @@ def _walk(plan: Plan, thread: _Thread, count):
 
     state = ptx.loop(count, step, state)
     wait(0)
-    barrier()  # the warps' results lie where their copies did
+    barrier(thread.group)  # the warps' results lie where their copies did
     _join_warps(plan, thread, thread.centred(state["out"]), state["sums"])
 
 
@@ -1078,7 +1094,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
 
     def place(which, warp, row):
         index = ptx.add(ptx.mul(warp, i32(ROWS)), row)
-        return ptx.add(bytes_at(index, 4), ptx.i64(which * slot))
+        return ptx.add(thread.shared, ptx.add(bytes_at(index, 4), ptx.i64(which * slot)))
 
     totals = dict(sums)
     for name in totals:
@@ -1086,7 +1102,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
             totals[name] = ptx.fadd(totals[name], ptx.shuffle_xor(totals[name], distance))
     # The four lanes of a row store the same number.
     ptx.store(shared, place(0, thread.warp, thread.g), [totals["m"]], space="shared")
-    barrier()
+    barrier(thread.group)
     tops = [read_shared(shared, place(0, i32(w), thread.g), 1)[0] for w in range(WARPS)]
     factor = ptx.exp2(ptx.fsub(totals["m"], functools.reduce(ptx.fmax, tops)))
     for which, name in enumerate(("l", "z"), 1):
@@ -1100,10 +1116,11 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         row = ptx.add(ptx.mul(thread.c, i32(2)), i32(d))
         row = ptx.add(ptx.mul(thread.warp, i32(ROWS)), row)
         base = ptx.add(bytes_at(row, 4 * head_dim), bytes_at(thread.g, 4 * codes))
+        base = ptx.add(base, thread.shared)
         for channel, four in _in_order(plan, out, codes, d):
             where = ptx.add(base, ptx.i64(3 * slot + 4 * channel))
             ptx.store(shared, where, [ptx.fmul(x, scale) for x in four], space="shared")
-    barrier()
+    barrier(thread.group)
     quads = head_dim // 4
     for item in range(0, ROWS * quads, 128):
         index = ptx.add(thread.tid, i32(item))
@@ -1111,7 +1128,8 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         total = None
         for w in range(WARPS):
             at = ptx.add(ptx.mul(ptx.add(row, i32(w * ROWS)), i32(quads)), channel)
-            four = read_shared(shared, ptx.add(bytes_at(at, 16), ptx.i64(3 * slot)), 4)
+            at = ptx.add(thread.shared, bytes_at(at, 16))
+            four = read_shared(shared, at, 4, shift=3 * slot)
             total = four if total is None else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
         if "z" in totals:
             shift = _sum_of_warps(shared, place, 2, row)
@@ -1124,7 +1142,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
     where = bytes_at(_partial_row(plan, thread, row), 8)
     ptx.store(thread.refs["stats"], where, stats, ptx.lt(thread.tid, i32(ROWS)))
-    barrier()  # before the next head's numbers
+    barrier(thread.group)  # before the next head's numbers
 
 
 def _sum_of_warps(shared, place, which, row):
@@ -1356,9 +1374,10 @@ def attention(
             "partial": jax.ShapeDtypeStruct((*rows, spec.head_dim), jnp.float32),
             "stats": jax.ShapeDtypeStruct((*rows, 2), jnp.float32),
         },
-        (plan.row_blocks, plan.blocks, 1),
+        (plan.row_blocks, -(-plan.blocks // plan.config.groups), 1),
         args,
-        shared=plan.shared,
+        shared=plan.shared * plan.config.groups,
+        groups=plan.config.groups,
     )
     args = {"ends": args["ends"], **partial}
     if sinks is not None:
