@@ -134,6 +134,7 @@ FLOATS = {
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "add.f32": np.add,
     "add.rn.f32": np.add,
+    "mul.rn.f32": lambda a, b: quiet(np.multiply, a, b),
     "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
     "fma.rm.f32": lambda a, b, c: rounded_down(a.astype(np.float64) * b + c),
     "div.rn.f32": np.divide,

@@ -45,7 +45,9 @@ ROWS = 8  # query rows of one block: the columns of the second product
 WARPS = 4
 UNIT = 16  # tokens of one mma
 NO_MAX = -1e30  # finite, so that a difference of two is never NaN
-HEADROOM = 8.0  # P is at most 2^8: what float16 holds below 1 is used for small P
+# P is at most 2^8 when the maximum moves, which it does when P would be above 2^12: what float16
+# holds below 1 is used for small P, and sums are rarely multiplied.
+HEADROOM, SLACK = 8.0, 4.0
 LOG2E = math.log2(math.e)
 RING_BYTES = 65536  # of shared memory for a block's copies; three blocks share 227 KB
 JOIN_NUMBERS = 4 * 128 + 2 * 8  # four channels per thread; maximum and sum of up to eight teams
@@ -853,7 +855,9 @@ class _Thread:
         top = functools.reduce(ptx.fmax, [t for part in tops for t in part])
         for distance in (1, 2):
             top = ptx.fmax(top, ptx.shuffle_xor(top, distance))
-        m = ptx.fmax(state["m"], ptx.fsub(top, ptx.f32(HEADROOM)))
+        top = ptx.fsub(top, ptx.f32(HEADROOM))
+        moves = ptx.fge(top, ptx.fadd(state["m"], ptx.f32(SLACK)))
+        m = ptx.select(moves, top, state["m"])
         alpha = ptx.exp2(ptx.fsub(state["m"], m))
         total = ptx.fmul(state["l"], alpha)
         shift = ptx.fmul(state["z"], alpha) if plan.zero_point else None
@@ -878,9 +882,7 @@ class _Thread:
     def add_values(self, out, values, operand, alpha):
         """``alpha out + V^T P^T``."""
         plan = self.plan
-        lane = ptx.mul(self.c, ptx.i32(8))
-        factors = [from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
-        out = [[ptx.fmul(x, factors[i % 2]) for i, x in enumerate(tile)] for tile in out]
+        out = _multiplied(out, alpha, ptx.mul(self.c, ptx.i32(8)))
         for u in range(plan.units):
             pairs = whole_values if plan.store.whole else value_pairs
             first, second = (pairs(plan.spec.store, *values[u][t : t + 2]) for t in (0, 2))
@@ -906,6 +908,24 @@ class _Thread:
             ]
             for tile in tiles
         ]  # fmt: skip
+
+
+def _multiplied(out, alpha, lane):
+    """Columns of the tiles of ``out`` times alpha of a lane and of the fourth one after it.
+
+    A warp whose factors are all 1 skips it.
+    """
+    numbers = [x for tile in out for x in tile]
+    count = len(numbers)
+    lines = [".reg .pred some; .reg .f32 x<2>; .reg .b32 other;"]
+    lines += [f"setp.ne.f32 some, ${2 * count}, 0f3F800000;", "vote.sync.any.pred some, some, -1;"]
+    lines += ["@!some bra DONE;", f"add.s32 other, ${2 * count + 1}, 4;"]
+    lines += [f"shfl.sync.idx.b32 x0, ${2 * count}, ${2 * count + 1}, 31, -1;"]
+    lines += [f"shfl.sync.idx.b32 x1, ${2 * count}, other, 31, -1;"]
+    lines += [f"mul.rn.f32 ${i}, ${i}, x{i % 2};" for i in range(count)]
+    text = "{ " + "\n".join(lines) + "\nDONE:\n}"
+    numbers = ptx.asm(text, "", [alpha, lane], tied=numbers, effects=True)
+    return [numbers[i : i + 4] for i in range(0, count, 4)]
 
 
 def _capped(x, cap: float):
