@@ -1,475 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention on Hopper: a cache is read once, in its stored width, straight into registers.
+"""Decode attention on Hopper: a cache is read once, in its stored width.
 
 The live slots of all key/value heads, one head after the other, are dealt out evenly to blocks of
 four warps: heads of any lengths take the time of their bytes. A block's share may cover the end of
 one head and the start of the next. For each, a warp walks over its part:
 
-* ``S = Q K^T`` by ``mma.sync`` m16n8k16. The operand B wants neighbouring channels of a key in a
-  thread, so a thread's 16-byte loads of a key are operands as they stand (8- and 4-bit codes after
-  they are widened to float16, exactly). The rows of A are up to eight (query head, token) pairs
-  that share the key head, and below them what rounding these queries to 16 bits left over.
+* ``S = Q K^T`` by ``mma.sync``. The operand B wants neighbouring channels of a key in a thread, so
+  16 bytes of a key are operands as they stand: integer codes as integers, bytes of a query's numbers
+  being rows of A; other codes after they are widened to float16, exactly, and below the up to eight
+  (query head, token) pairs that share the key head lies what rounding these to 16 bits left over.
 * ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two tokens
-  of a channel in a register, which is a byte permutation of two loaded words.
+  of a channel in a register, which is a byte permutation of two loaded words. Integer codes become
+  mantissas of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
 
-Nothing goes through shared memory until the four warps join their results; a second kernel joins
-the blocks' parts by their maxima and sums. K of the next step is loaded when the scores of this
-one are done, V when the products are, so that one of them is always on its way.
+Every thread copies what it will need into shared memory, some steps ahead, and waits for nobody
+else's copies: it is memory on its way that reaches the rate of the card, and registers would hold
+less of it. K of a step to come is copied when the scores of this one are done, V when the products
+are. Later the four warps join their results there; a second kernel joins the blocks' parts by their
+maxima and sums.
 
 With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
 float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
 
-References: Flash-Decoding (Dao et al., 2023); KIVI (arXiv 2402.02750), section 3; PTX ISA 8.4,
-section 9.7.14 (fragments of mma.m16n8k16).
+References: Flash-Decoding (Dao et al., 2023); KIVI (arXiv 2402.02750), section 3; FlashAttention-4
+(sums are multiplied only where a maximum moved far); PTX ISA 8.4, section 9.7.14 (fragments of mma).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as ptx
-from pallas_kernels._device import current_device
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ops.decode_attention.mosaic_sm90_codes import (
+    ADDED,
+    SMALLER,
+    barrier,
+    bytes_at,
+    bytes_of,
+    commit,
+    copy,
+    from_lane,
+    halves,
+    int_at,
+    key_pairs,
+    load,
+    mma,
+    mma_whole,
+    power_above,
+    read_shared,
+    value_pairs,
+    wait,
+    whole_keys,
+    whole_values,
+    word_of,
+)
+from pallas_kernels.ops.decode_attention.mosaic_sm90_join import JOIN_NUMBERS, join_parts
+from pallas_kernels.ops.decode_attention.mosaic_sm90_plan import (
+    LOG2E,
+    NO_MAX,
+    ROWS,
+    UNIT,
+    WARPS,
+    Config,
+    Plan,
+    Shares,
+)
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec
 
-HEAD_DIMS = (64, 128)
-ROWS = 8  # query rows of one block: the columns of the second product
-WARPS = 4
-UNIT = 16  # tokens of one mma
-NO_MAX = -1e30  # finite, so that a difference of two is never NaN
 # P is at most 2^8 when the maximum moves, which it does when P would be above 2^12: what float16
 # holds below 1 is used for small P, and sums are rarely multiplied.
 HEADROOM, SLACK = 8.0, 4.0
-LOG2E = math.log2(math.e)
-RING_BYTES = 65536  # of shared memory for a block's copies; three blocks share 227 KB
-JOIN_NUMBERS = 4 * 128 + 2 * 8  # four channels per thread; maximum and sum of up to eight teams
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-@dataclasses.dataclass(frozen=True)
-class Store:
-    """How codes lie in memory and what they are computed as.
-
-    Args:
-        bits: per code.
-        half: 16-bit type of the products.
-        order: channels of eight codes in the order in which widening yields them.
-        tile: channels that share an e4m3 scale; 0 for one float32 scale per slot, or none.
-        whole: keys are multiplied as integers, and values as float16 with something added.
-    """
-
-    bits: int
-    half: str = "float16"
-    order: tuple[int, ...] = tuple(range(8))
-    tile: int = 0
-    whole: bool = False
-
-
-_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
-STORES = {
-    "bfloat16": Store(16, "bfloat16"),
-    "float16": Store(16),
-    "int8": Store(8, whole=True),
-    "fp8_e4m3": Store(8),
-    "fp8_e5m2": Store(8),
-    "int4": Store(4, order=_NIBBLES, whole=True),
-    "nvfp4": Store(4, order=_NIBBLES, tile=16),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes that change speed only.
-
-    Args:
-        blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
-        units: units of 16 tokens in a warp's step; None chooses.
-        groups: blocks that are launched as one, which bounds their registers to a share each.
-        stages: steps of a warp whose copies are on their way; None chooses.
-        cache: how copies of the cache treat L2, a PTX qualifier.
-        at_once: parts of a head whose loads are in flight together where parts are joined.
-    """
-
-    blocks: int | None = None
-    units: int | None = None
-    groups: int = 1
-    stages: int | None = None
-    cache: str = ""
-    at_once: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Static facts of the kernels.
-
-    Args:
-        spec: the call.
-        config: sizes.
-        pool: slots of a batch entry's pool of tiles, or 0 where slots lie in order.
-        positions: every slot has a position; else it is the slot's number.
-        skips: turns before the window of the first query are left out.
-        zero_point: codes have zero points.
-        bias: keys have an offset.
-        sinks: heads have a sink logit.
-    """
-
-    spec: DecodeSpec
-    config: Config
-    pool: int = 0
-    positions: bool = False
-    skips: bool = False
-    zero_point: bool = False
-    bias: bool = False
-    sinks: bool = False
-
-    @property
-    def store(self) -> Store:
-        """Facts about the format."""
-        return STORES[self.spec.store]
-
-    @property
-    def scaled(self) -> bool:
-        """Slots have float32 scales."""
-        return self.store.bits < 16 and not self.store.tile
-
-    @property
-    def limbs(self) -> int:
-        """Bytes of a query's numbers where they are multiplied as integers."""
-        return 3 if self.spec.dtype == "float32" else 2
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share a key head."""
-        return self.spec.groups * self.spec.q_len
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks of `ROWS`; each reads the cache."""
-        return -(-self.rows // ROWS)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a slot's codes."""
-        return self.spec.head_dim * self.store.bits // 8
-
-    @property
-    def units(self) -> int:
-        """Units of a step, which lies in one tile; three blocks share the registers there are."""
-        units = self.config.units or 128 // self.spec.head_dim
-        return math.gcd(units, self.spec.tile // UNIT) if self.spec.tile else units
-
-    @property
-    def step(self) -> int:
-        """Tokens of a warp's step."""
-        return UNIT * self.units
-
-    @property
-    def turn(self) -> int:
-        """Tokens of a step of a block's warps: slots are dealt out in these."""
-        return WARPS * self.step
-
-    @property
-    def step_bytes(self) -> int:
-        """Bytes of K, or of V, in a warp's step."""
-        return self.step * self.row_bytes
-
-    @property
-    def stages(self) -> int:
-        """Steps in shared memory, so many that three blocks fill it."""
-        ring = RING_BYTES * 3 // max(self.config.groups, 3)
-        return self.config.stages or min(ring // (2 * WARPS * self.step_bytes), 8)
-
-    @property
-    def shared(self) -> int:
-        """float32 numbers of shared memory: copies on their way, later what warps join."""
-        ring = 2 * WARPS * self.stages * self.step_bytes // 4
-        return max(ring, WARPS * ROWS * (self.spec.head_dim + 3))
-
-    @property
-    def at_once(self) -> int:
-        """Parts that a thread loads together where parts are joined."""
-        heads = self.spec.batch * self.spec.num_kv_heads
-        teams = 512 // self.spec.head_dim
-        return self.config.at_once or min(max(-(-self.blocks // (heads * teams)), 2), 16)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks among which the slots are dealt out."""
-        spec = self.spec
-        heads = spec.batch * spec.num_kv_heads
-        # Twice what is resident: 7 % faster than once for INT8, as SMs differ in speed.
-        wanted = self.config.blocks or 6 * (current_device().num_sms or 132)
-        if spec.split is not None:
-            wanted = -(-heads * spec.capacity // spec.split)
-        return min(wanted, heads * -(-spec.capacity // self.turn))
-
-
-def unsupported_reason(spec: DecodeSpec) -> str | None:
-    """Why the kernel does not serve a call, or None.
-
-    >>> unsupported_reason(DecodeSpec(1, 1, 64, 2, 1, 16, "float32", "int8", 0.25))
-    'the sm90 decode kernel serves head_dim 64 and 128; got 16'
-    """
-    if spec.head_dim not in HEAD_DIMS:
-        return f"the sm90 decode kernel serves head_dim 64 and 128; got {spec.head_dim}"
-    if spec.store not in STORES:
-        names = ", ".join(STORES)
-        return f"the sm90 decode kernel reads caches stored as {names}; got {spec.store}"
-    if spec.dtype not in ("bfloat16", "float16", "float32"):
-        return f"the sm90 decode kernel takes 16- and 32-bit queries; got {spec.dtype}"
-    if not spec.plain:
-        return (
-            "the sm90 decode kernel takes key and value stored alike, with one float32 scale per "
-            "slot (nvfp4: one e4m3 scale per 16 channels) and packed 4-bit codes"
-        )
-    if not spec.capacity:
-        return "the sm90 decode kernel takes caches of at least one slot"
-    if spec.tile % UNIT:
-        return f"the sm90 decode kernel takes tiles of a multiple of 16 slots; got {spec.tile}"
-    if spec.batch * spec.num_kv_heads > 65535:
-        return (
-            "the sm90 decode kernel takes up to 65535 rows times key heads; got "
-            f"{spec.batch * spec.num_kv_heads}"
-        )
-    return None
-
-
 # -- what one thread does --------------------------------------------------------------------------
-
-
-def _word(value: int):
-    """A constant of 32 bits, given without sign."""
-    return ptx.i32(value - 2**32 if value >= 2**31 else value)
-
-
-def bytes_at(index, size: int):
-    """Offset in bytes, i64, of an item."""
-    return ptx.mul(ptx.widen(index), ptx.i64(size))
-
-
-def load(ref, offset, size: int, cache: str = "", outs: str | None = None):
-    """The 4, 8 or 16 bytes at an offset as words."""
-    n = size // 4
-    names = ", ".join(f"${i}" for i in range(n))
-    names = names if n == 1 else f"{{{names}}}"
-    width = "" if n == 1 else f".v{n}"
-    text = f"ld.global.nc{cache}{width}.b32 {names}, [${n}];"
-    return ptx.asm(text, outs or "r" * n, [ptx.address(ref, offset)], effects=True)
-
-
-def read_shared(ref, offset, n: int, kind: str = "f", shift: int = 0):
-    """Floats or words of shared memory."""
-    names = ", ".join(f"${i}" for i in range(n))
-    target, width = ("$0", "") if n == 1 else (f"{{{names}}}", f".v{n}")
-    text = f"ld.shared{width}.b32 {target}, [${n}+{shift}];"
-    return ptx.asm(text, kind * n, [ptx.address(ref, offset)], effects=True)
-
-
-def copy(ref, offset, shared, place, size: int, cache: str, shift: tuple[int, int]):
-    """Starts a copy of 4, 8 or 16 bytes to shared memory; ``shift`` is added to both offsets."""
-    kind = "cg" if size == 16 else "ca"
-    text = f"cp.async.{kind}.shared.global{cache} [$0+{shift[1]}], [$1+{shift[0]}], {size};"
-    ptx.asm(text, "", [ptx.address(shared, place), ptx.address(ref, offset)], effects=True)
-
-
-def commit():
-    """Makes a group of the copies that the thread started since the last one."""
-    ptx.asm("cp.async.commit_group;", "", [], effects=True)
-
-
-def wait(groups: int):
-    """Waits for the thread's copies but those of the last ``groups`` groups."""
-    ptx.asm(f"cp.async.wait_group {groups};", "", [], effects=True)
-
-
-def barrier(group=None):
-    """Waits for the block's four warps, or those of one warpgroup of it."""
-    if group is None:
-        ptx.asm("bar.sync 0;", "", [], effects=True)
-    else:
-        ptx.asm("bar.sync $0, 128;", "", [ptx.add(group, ptx.i32(1))], effects=True)
-
-
-def from_lane(x, lane):
-    """The value of another lane of the warp."""
-    return ptx.asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "f", [x, lane], effects=True)[0]
-
-
-def permute(a, b, selector: int):
-    """Four bytes out of eight."""
-    return ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", "r", [a, b])[0]
-
-
-def mma(acc, a, b, half: str):
-    """``acc + A B`` for A [16, 16] and B [16, 8]."""
-    name = {"bfloat16": "bf16", "float16": "f16"}[half]
-    text = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{$0, $1, $2, $3}}, "
-        "{$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
-    )
-    return ptx.asm(text, "", [*a, *b], tied=acc, effects=True)
-
-
-def mma_whole(acc, a, b):
-    """``acc + A B`` in integers for A [16, 32] and B [32, 8]."""
-    text = (
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, "
-        "{$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
-    )
-    return ptx.asm(text, "", [*a, *b], tied=acc, effects=True)
-
-
-def bytes_of(words, which: int):
-    """One byte of each of some words, four in a word."""
-    near, found = 0x11 * which + 0x40, []
-    for i in range(0, len(words), 4):
-        a, b, c, d = words[i : i + 4]
-        found.append(permute(permute(a, b, near), permute(c, d, near), 0x5410))
-    return found
-
-
-def _and_xor(word, mask: int, other: int):
-    """``(word & mask) ^ other``."""
-    text = "{ .reg .b32 t; and.b32 t, $1, $2; xor.b32 $0, t, $3; }"
-    return ptx.asm(text, "r", [word, _word(mask), _word(other)])[0]
-
-
-def whole_keys(store: str, words):
-    """Codes of a key as bytes, in the order of `Store.order`; those of int4 times 16."""
-    if store == "int8":
-        return words
-    text = "{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $0, t, $3; and.b32 $1, $2, $3; }"
-    return [part for word in words for part in ptx.asm(text, "rr", [word, _word(0xF0F0F0F0)])]
-
-
-# Of the even and the odd channels of `whole_values`: what was added, and the factor before.
-ADDED = {"int8": ((1152.0, 1.0), (1152.0, 1.0)), "int4": ((1032.0, 1.0), (1152.0, 16.0))}
-
-
-def whole_values(store: str, first, second):
-    """Codes of two tokens as words (first's, second's) of float16, one per channel, in order.
-
-    A code is the mantissa of 1024 and what makes it positive: see `ADDED`.
-    """
-    out = []
-    for a, b in zip(first, second, strict=True):
-        if store == "int8":
-            pairs = [permute(a, b, selector) for selector in (0x4400, 0x5511, 0x6622, 0x7733)]
-            out += [_and_xor(pair, 0x00FF00FF, 0x64806480) for pair in pairs]
-            continue
-        for selector in (0x5410, 0x7632):
-            low = permute(a, b, selector)
-            for word in (low, ptx.shr(low, ptx.i32(8))):
-                out += [_and_xor(word, 0x000F000F, 0x64086408)]
-                out += [_and_xor(word, 0x00F000F0, 0x64806480)]
-    return out
-
-
-def _code_bytes(store: str, word):
-    """A word of codes as words of one code per byte.
-
-    Integers are biased to be unsigned; e2m1 has its bits where those of a float16 are.
-    """
-    if store == "nvfp4":
-        text = (
-            "{ .reg .b32 s, v; shl.b32 s, $2, 4; and.b32 s, s, $3; shl.b32 v, $2, 1;\n"
-            "and.b32 v, v, $4; or.b32 $0, s, v;\n"
-            "and.b32 s, $2, $3; shr.u32 v, $2, 3; and.b32 v, v, $4; or.b32 $1, s, v; }"
-        )
-        return ptx.asm(text, "rr", [word, _word(0x80808080), _word(0x0E0E0E0E)])
-    if store == "int8":
-        return [ptx.asm("xor.b32 $0, $1, $2;", "r", [word, _word(0x80808080)])[0]]
-    if store == "int4":
-        text = (
-            "{ .reg .b32 t; xor.b32 t, $2, $3; and.b32 $0, t, $4;\n"
-            "shr.u32 t, t, 4; and.b32 $1, t, $4; }"
-        )
-        return ptx.asm(text, "rr", [word, _word(0x88888888), _word(0x0F0F0F0F)])
-    return [word]
-
-
-def _widened(store: str, word):
-    """Four codes, a byte each, as two words of two float16."""
-    if store == "nvfp4":  # the byte is the upper one of a float16 2^14 times too small
-        text = (
-            "{ .reg .b32 lo, hi; prmt.b32 lo, $2, $3, 5124; prmt.b32 hi, $2, $3, 13348;\n"
-            "mul.rn.f16x2 $0, lo, $4; mul.rn.f16x2 $1, hi, $4; }"
-        )
-        return ptx.asm(text, "rr", [word, ptx.i32(0), _word(0x74007400)])
-    if store.startswith("fp8"):
-        kind = store.removeprefix("fp8_")
-        text = (
-            f"{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $2;\n"
-            f"cvt.rn.f16x2.{kind}x2 $0, lo; cvt.rn.f16x2.{kind}x2 $1, hi; }}"
-        )
-        return ptx.asm(text, "rr", [word])
-    # The byte is the mantissa of 1024 + code + bias; no rounding anywhere.
-    text = (
-        "{ .reg .b32 lo, hi; prmt.b32 lo, $2, $3, 16704; prmt.b32 hi, $2, $3, 17218;\n"
-        "sub.rn.f16x2 $0, lo, $4; sub.rn.f16x2 $1, hi, $4; }"
-    )
-    offset = _word(0x64806480 if store == "int8" else 0x64086408)  # 1024 + 128, 1024 + 8
-    return ptx.asm(text, "rr", [word, _word(0x64646464), offset])
-
-
-def _tile_scales(a, b=None):
-    """Two e4m3 scales as float16: those in the lower bytes of a word, or of two words."""
-    pair = a if b is None else permute(a, b, 0x0040)
-    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }"
-    return ptx.asm(text, "r", [pair])[0]
-
-
-def _times(word, scales):
-    """Products of two pairs of float16; those of e2m1 and e4m3 are exact."""
-    return ptx.asm("mul.rn.f16x2 $0, $1, $2;", "r", [word, scales])[0]
-
-
-def key_pairs(store: str, words):
-    """Codes of one key as words of two 16-bit numbers, in the order of `Store.order`.
-
-    With scales per tile the last word holds those of the codes' tiles.
-    """
-    if STORES[store].bits == 16:
-        return words
-    *words, tiles = words if STORES[store].tile else (*words, None)
-    pairs = [[pair for part in _code_bytes(store, word) for pair in _widened(store, part)]
-             for word in words]  # fmt: skip
-    if tiles is not None:
-        scales = _tile_scales(tiles)
-        scales = [permute(scales, scales, selector) for selector in (0x1010, 0x3232)]
-        per = STORES[store].tile * STORES[store].bits // 32  # words of a tile
-        pairs = [[_times(pair, scales[i // per]) for pair in some] for i, some in enumerate(pairs)]
-    return [pair for some in pairs for pair in some]
-
-
-def value_pairs(store: str, first, second):
-    """Codes of two tokens as words (first's, second's), one per channel, in `Store.order`.
-
-    With scales per tile the last words hold that of the codes' tile.
-    """
-    scales = None
-    if STORES[store].tile:
-        *first, a = first
-        *second, b = second
-        scales = _tile_scales(a, b)
-    out = []
-    for a, b in zip(first, second, strict=True):
-        if STORES[store].bits == 16:
-            out += [permute(a, b, 0x5410), permute(a, b, 0x7632)]
-            continue
-        parts = zip(_code_bytes(store, a), _code_bytes(store, b), strict=True)
-        for x, y in parts:
-            for selector in (0x5140, 0x7362):
-                out += _widened(store, permute(x, y, selector))
-    return out if scales is None else [_times(pair, scales) for pair in out]
 
 
 class _Thread:
@@ -501,7 +112,7 @@ class _Thread:
         self.k_width = min(16, plan.row_bytes // 4)
         self.v_width = min(16, plan.row_bytes // 8)
         self.batch = ptx.div(self.head, i32(spec.num_kv_heads))
-        self.limit = _int_at(refs["limits"], head)
+        self.limit = int_at(refs["limits"], head)
         end = ptx.add(self.first, ptx.mul(count, i32(plan.turn)))
         self.last = ptx.sub(ptx.imin(self.limit, end), i32(1))  # what is beyond is not read
         if plan.pool:
@@ -667,8 +278,10 @@ class _Thread:
             offset = self._channels(self.refs["offset"], self.head, "float32")
             bias = self._over_row(ptx.fadd, [ptx.fmul(*p) for p in zip(x, offset, strict=True)])
         if plan.store.half == "float16":
-            factor, inverse = _power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+            factor, inverse = power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
             x = [ptx.fmul(value, inverse) for value in x]
+        if plan.store.tile:
+            factor = ptx.fmul(factor, ptx.f32(SMALLER))
         if plan.zero_point:
             total = self._over_row(ptx.fadd, x)
         order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
@@ -689,7 +302,7 @@ class _Thread:
         Those are 2^14 (or 2^22) at most: the bits of a bfloat16 down to 2^-7 of the largest one.
         """
         plan, f32 = self.plan, ptx.f32
-        factor, inverse = _power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+        factor, inverse = power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
         bias = total = None
         if plan.bias:
             offset = self._channels(self.refs["offset"], self.head, "float32")
@@ -887,7 +500,7 @@ class _Thread:
             pairs = whole_values if plan.store.whole else value_pairs
             first, second = (pairs(plan.spec.store, *values[u][t : t + 2]) for t in (0, 2))
             if plan.store.whole:
-                ones = [_word(0x3C003C00)] * 2
+                ones = [word_of(0x3C003C00)] * 2
                 first, second = [*first, *ones], [*second, *ones]
             for j in range(len(out)):
                 a = [*first[2 * j : 2 * j + 2], *second[2 * j : 2 * j + 2]]
@@ -895,7 +508,9 @@ class _Thread:
         return out
 
     def centred(self, out):
-        """Without what `whole_values` added: the last tile has the sum of P, of `tiles` of ones."""
+        """Without what `whole_values` added: the last tile has sums of P, as those of ones."""
+        if self.plan.store.tile:
+            return [[ptx.fmul(x, ptx.f32(SMALLER)) for x in tile] for tile in out]
         if not self.plan.store.whole:
             return out
         *tiles, sums = out
@@ -935,95 +550,6 @@ def _capped(x, cap: float):
     return ptx.fma(half, ptx.f32(-2 * cap), ptx.f32(cap))
 
 
-def halves(word, half: str):
-    """Two float32 from two 16-bit numbers."""
-    if half == "bfloat16":
-        text = (
-            "{ .reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, -65536;\n"
-            "mov.b32 $0, lo; mov.b32 $1, hi; }"
-        )
-    else:
-        text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
-    return ptx.asm(text, "ff", [word])
-
-
-def _power_above(x):
-    """The power of two above a number (within 2^±124), and its inverse."""
-    bits = ptx.asm("{ .reg .b32 t; mov.b32 t, $1; shr.u32 $0, t, 23; }", "r", [x])[0]
-    bits = ptx.imin(ptx.imax(bits, ptx.i32(2)), ptx.i32(250))
-    exponents = ptx.add(bits, ptx.i32(1)), ptx.sub(ptx.i32(253), bits)
-    text = "{ .reg .b32 t; shl.b32 t, $1, 23; mov.b32 $0, t; }"
-    return [ptx.asm(text, "f", [e])[0] for e in exponents]
-
-
-def _int_at(ref, index):
-    return load(ref, bytes_at(index, 4), 4)[0]
-
-
-# -- who computes what -----------------------------------------------------------------------------
-
-
-class _Shares:
-    """How the turns of all heads, numbered through, are dealt out.
-
-    The first ``rest`` blocks take ``size + 1`` turns, the others ``size``. With fewer turns than
-    blocks, some blocks take none. A block's part of a head is number ``block + head``: from one
-    part to the next exactly one of the two grows.
-    """
-
-    def __init__(self, plan: Plan, refs):
-        self.plan, self.ends = plan, refs["ends"]
-        self.heads = plan.spec.batch * plan.spec.num_kv_heads
-        turns = self.end_of(ptx.i32(self.heads - 1))
-        self.blocks = ptx.imin(turns, ptx.i32(plan.blocks))
-        divisor = ptx.imax(self.blocks, ptx.i32(1))
-        self.size, self.rest = ptx.div(turns, divisor), ptx.rem(turns, divisor)
-
-    def end_of(self, head):
-        """Turns of all heads up to this one."""
-        return _int_at(self.ends, head)
-
-    def start_of(self, head):
-        """Turns of all heads before this one."""
-        before = self.end_of(ptx.imax(ptx.sub(head, ptx.i32(1)), ptx.i32(0)))
-        return ptx.select(ptx.eq(head, ptx.i32(0)), ptx.i32(0), before)
-
-    def of(self, block):
-        """First turn of a block, and how many."""
-        start = ptx.add(ptx.mul(block, self.size), ptx.imin(block, self.rest))
-        more = ptx.flag(ptx.lt(block, self.rest))
-        return start, ptx.add(self.size, more)
-
-    def block_of(self, turn):
-        """The block that a turn belongs to."""
-        wide = ptx.add(self.size, ptx.i32(1))
-        edge = ptx.mul(self.rest, wide)
-        beyond = ptx.imax(ptx.sub(turn, edge), ptx.i32(0))
-        beyond = ptx.add(self.rest, ptx.div(beyond, ptx.imax(self.size, ptx.i32(1))))
-        return ptx.select(ptx.lt(turn, edge), ptx.div(turn, wide), beyond)
-
-    def heads_of(self, turns):
-        """The head that each of some turns belongs to: heads that end before it come first."""
-        lane = ptx.rem(ptx.thread(), ptx.i32(32))
-
-        def count(i, counts):
-            for j in range(4):
-                head = ptx.add(ptx.mul(i, ptx.i32(128)), ptx.i32(32 * j))
-                head = ptx.add(head, lane)
-                exists = ptx.lt(head, ptx.i32(self.heads))
-                end = self.end_of(ptx.imin(head, ptx.i32(self.heads - 1)))
-                counts = [
-                    ptx.add(n, ptx.flag(ptx.both(exists, ptx.ge(turn, end))))
-                    for n, turn in zip(counts, turns, strict=True)
-                ]
-            return counts
-
-        counts = ptx.loop(pl.cdiv(self.heads, 128), count, [ptx.i32(0)] * len(turns))
-        for distance in (1, 2, 4, 8, 16):
-            counts = [ptx.add(n, ptx.shuffle_xor(n, distance)) for n in counts]
-        return counts
-
-
 # -- the main kernel -------------------------------------------------------------------------------
 
 
@@ -1033,7 +559,7 @@ def _attend(plan: Plan, refs, axes):
     group = group[0] if group else None
     if group is not None:
         block = ptx.add(ptx.mul(block, ptx.i32(plan.config.groups)), group)
-    shares = _Shares(plan, refs)
+    shares = Shares(plan, refs)
 
     def work():
         start, left = shares.of(block)
@@ -1046,7 +572,7 @@ def _attend(plan: Plan, refs, axes):
             count = ptx.imin(ptx.sub(shares.end_of(head), start), left)
             first = ptx.sub(start, before)
             if plan.skips:
-                first = ptx.add(first, _int_at(refs["skips"], head))
+                first = ptx.add(first, int_at(refs["skips"], head))
 
             def walk():
                 _walk(plan, _Thread(plan, refs, block, row_block, head, first, count, group), count)
@@ -1183,106 +709,6 @@ def _in_order(plan: Plan, out, codes: int, d: int):
             yield 8 * codes * piece + first, [numbers[first + j] for j in range(4)]
 
 
-# -- the kernel that joins parts -------------------------------------------------------------------
-
-
-def _join_parts(plan: Plan, refs, axes):
-    """What a block does: a row of a head, four channels per thread; teams share its parts out."""
-    i32, quads, at_once = ptx.i32, plan.spec.head_dim // 4, plan.at_once
-    teams = 128 // quads
-    row, head, _ = axes
-    tid = ptx.thread()
-    team, quad = ptx.div(tid, i32(quads)), ptx.rem(tid, i32(quads))
-    shares = _Shares(plan, refs)
-    start, end = shares.start_of(head), shares.end_of(head)
-    first = shares.block_of(start)
-    count = ptx.sub(shares.block_of(ptx.sub(end, i32(1))), first)
-    count = ptx.select(ptx.lt(start, end), ptx.add(count, i32(1)), i32(0))
-
-    def step(i, s):
-        parts = []
-        for j in range(at_once):
-            number = ptx.add(ptx.mul(i, i32(at_once)), i32(j))
-            number = ptx.add(ptx.mul(number, i32(teams)), team)
-            here = ptx.add(first, ptx.imin(number, ptx.sub(count, i32(1))))
-            index = ptx.add(here, head)
-            index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
-            stats = load(refs["stats"], bytes_at(index, 8), 8, outs="ff")
-            index = ptx.add(ptx.mul(index, i32(quads)), quad)
-            values = load(refs["partial"], bytes_at(index, 16), 16, outs="ffff")
-            parts.append((ptx.lt(number, count), stats, values))
-        zero, low = ptx.f32(0.0), ptx.f32(NO_MAX)
-        tops = [ptx.select(ok, m, low) for ok, (m, _), _ in parts]
-        m = functools.reduce(ptx.fmax, tops, s["m"])
-        alpha = ptx.exp2(ptx.fsub(s["m"], m))
-        total, out = ptx.fmul(s["l"], alpha), [ptx.fmul(x, alpha) for x in s["out"]]
-        for (ok, (_, part), values), top in zip(parts, tops, strict=True):
-            part = ptx.select(ok, part, zero)
-            factor = ptx.exp2(ptx.fsub(top, m))
-            total = ptx.fma(part, factor, total)
-            out = [ptx.fma(ptx.select(ok, x, zero), factor, y)
-                   for x, y in zip(values, out, strict=True)]  # fmt: skip
-        return {"m": m, "l": total, "out": out}
-
-    state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 4}
-    rounds = ptx.div(ptx.add(count, i32(at_once * teams - 1)), i32(at_once * teams))
-    state = _join_teams(refs["shared"], ptx.loop(rounds, step, state), team, quad, teams)
-    _finish(plan, refs, (row, quad, head, ptx.eq(team, i32(0))), state)
-
-
-def _join_teams(shared, state, team, quad, teams: int):
-    """Adds the teams' results in shared memory: maxima and sums, then four channels a thread."""
-    i32, quads, sums = ptx.i32, 128 // teams, 16 * 128
-
-    def numbers(base):
-        return [read_shared(shared, ptx.i64(base + 4 * t), 1)[0] for t in range(teams)]
-
-    ptx.store(shared, ptx.add(bytes_at(team, 4), ptx.i64(sums)), [state["m"]], space="shared")
-    barrier()
-    m = functools.reduce(ptx.fmax, numbers(sums))
-    factor = ptx.exp2(ptx.fsub(state["m"], m))
-    place = ptx.add(bytes_at(team, 4), ptx.i64(sums + 4 * teams))
-    ptx.store(shared, place, [ptx.fmul(state["l"], factor)], space="shared")
-    index = ptx.add(ptx.mul(team, i32(quads)), quad)
-    ptx.store(shared, bytes_at(index, 16), [ptx.fmul(x, factor) for x in state["out"]],
-              space="shared")  # fmt: skip
-    barrier()
-    parts = [read_shared(shared, bytes_at(ptx.add(quad, i32(t * quads)), 16), 4)
-             for t in range(teams)]  # fmt: skip
-    out = [functools.reduce(ptx.fadd, x) for x in zip(*parts, strict=True)]
-    return {"m": m, "l": functools.reduce(ptx.fadd, numbers(sums + 4 * teams)), "out": out}
-
-
-def _finish(plan: Plan, refs, where, state):
-    """Adds the sink, divides by the sum, and writes output and log-sum-exp."""
-    spec, i32 = plan.spec, ptx.i32
-    row, quad, head, mine = where
-    m, total, out = state["m"], state["l"], state["out"]
-    group, token = ptx.div(row, i32(spec.q_len)), ptx.rem(row, i32(spec.q_len))
-    entry = ptx.div(head, i32(spec.num_kv_heads))
-    name = ptx.rem(head, i32(spec.num_kv_heads))
-    name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
-    if plan.sinks:
-        sink = load(refs["sinks"], bytes_at(name, 4), 4, outs="f")[0]
-        sink = ptx.fmul(sink, ptx.f32(LOG2E))
-        top = ptx.fmax(m, sink)
-        alpha = ptx.exp2(ptx.fsub(m, top))
-        total = ptx.fadd(ptx.fmul(total, alpha), ptx.exp2(ptx.fsub(sink, top)))
-        m, out = top, [ptx.fmul(x, alpha) for x in out]
-    empty = ptx.feq(total, ptx.f32(0.0))
-    total = ptx.select(empty, ptx.f32(1.0), total)
-    out = [ptx.fdiv(x, total) for x in out]
-    lse = ptx.fmul(ptx.fadd(m, ptx.log2(total)), ptx.f32(1 / LOG2E))
-    lse = ptx.select(empty, ptx.f32(-math.inf), lse)
-    index = ptx.add(ptx.mul(entry, i32(spec.q_len)), token)
-    index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
-    ptx.store(refs["lse"], bytes_at(index, 4), [lse], ptx.both(mine, ptx.eq(quad, i32(0))))
-    index = ptx.add(ptx.mul(index, i32(spec.head_dim // 4)), quad)
-    if spec.dtype != "float32":
-        out = [ptx.half_x2(pair, spec.dtype) for pair in (out[:2], out[2:])]
-    ptx.store(refs["out"], bytes_at(index, 4 * len(out)), out, mine)
-
-
 # -- launch ----------------------------------------------------------------------------------------
 
 
@@ -1404,7 +830,7 @@ def attention(
         args["sinks"] = sinks.astype(jnp.float32)
     shape = (spec.batch, spec.q_len, spec.num_heads)
     joined = call(
-        functools.partial(_join_parts, plan),
+        functools.partial(join_parts, plan),
         {
             "out": jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.dtype(spec.dtype)),
             "lse": jax.ShapeDtypeStruct(shape, jnp.float32),
