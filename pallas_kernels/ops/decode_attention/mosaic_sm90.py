@@ -6,12 +6,11 @@ four warps: heads of any lengths take the time of their bytes. A block's share m
 one head and the start of the next. For each, a warp walks over its part:
 
 * ``S = Q K^T`` by ``mma.sync``. The operand B wants neighbouring channels of a key in a thread, so
-  16 bytes of a key are operands as they stand: integer codes as integers, bytes of a query's numbers
-  being rows of A; other codes after they are widened to float16, exactly, and below the up to eight
-  (query head, token) pairs that share the key head lies what rounding these to 16 bits left over.
-* ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two tokens
-  of a channel in a register, which is a byte permutation of two loaded words. Integer codes become
-  mantissas of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
+  16 bytes of a key are operands as they stand: integer codes as integers, the bytes of a query's
+  numbers being rows of A; others after they are widened to float16, exactly, and below the up to
+  eight (query head, token) pairs that share the key head lies what rounding them to 16 bits left.
+* ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two
+  tokens of a channel in a register: a byte permutation of two words. Integer codes become mantissas of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
 
 Every thread copies what it will need into shared memory, some steps ahead, and waits for nobody
 else's copies: it is memory on its way that reaches the rate of the card, and registers would hold
@@ -23,7 +22,7 @@ With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j
 float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
 
 References: Flash-Decoding (Dao et al., 2023); KIVI (arXiv 2402.02750), section 3; FlashAttention-4
-(sums are multiplied only where a maximum moved far); PTX ISA 8.4, section 9.7.14 (fragments of mma).
+(sums are multiplied only where a maximum moved far); PTX ISA 8.4, section 9.7.14 (fragments).
 """
 
 from __future__ import annotations
