@@ -10,7 +10,8 @@ one head and the start of the next. For each, a warp walks over its part:
   numbers being rows of A; others after they are widened to float16, exactly, and below the up to
   eight (query head, token) pairs that share the key head lies what rounding them to 16 bits left.
 * ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two
-  tokens of a channel in a register: a byte permutation of two words. Integer codes become mantissas of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
+  tokens of a channel in a register: a byte permutation of two words. Integer codes become mantissas
+  of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
 
 Every thread copies what it will need into shared memory, some steps ahead, and waits for nobody
 else's copies: it is memory on its way that reaches the rate of the card, and registers would hold
