@@ -44,6 +44,10 @@ class Address:
         assert (where >= 0).all() and (where + size <= self.array.nbytes).all(), "out of bounds"
         return where
 
+    def further(self, offset):
+        """The address so many bytes on."""
+        return Address(self.array, self.offset + offset)
+
     def bytes(self):
         """All bytes of the array."""
         return self.array.reshape(-1).view(np.uint8)
@@ -72,7 +76,7 @@ ARITHMETIC = {
     "i32": full(np.int32),
     "i64": full(np.int64),
     "f32": full(np.float32),
-    "add": np.add,
+    "add": lambda a, b: a.further(b) if isinstance(a, Address) else np.add(a, b),
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.floor_divide,
@@ -297,7 +301,7 @@ class Machine:
             self.memory(opcode, operands, active)
         elif opcode.startswith("mma."):
             self.mma(opcode, operands)
-        elif opcode == "bar.sync":
+        elif opcode in ("bar.sync", "bar.warp.sync"):
             pass  # all threads run in step
         elif opcode == "mov.b32" and target.startswith("{"):
             word = self.read(sources[0])

@@ -13,10 +13,9 @@ one head and the start of the next. For each, a warp walks over its part:
   tokens of a channel in a register: a byte permutation of two words. Integer codes become mantissas
   of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
 
-Every thread copies what it will need into shared memory, some steps ahead, and waits for nobody
-else's copies: it is memory on its way that reaches the rate of the card, and registers would hold
-less of it. K of a step to come is copied when the scores of this one are done, V when the products
-are. Later the four warps join their results there; a second kernel joins the blocks' parts by their
+A warp copies its steps into shared memory as they lie, some steps ahead: it is memory on its way
+that reaches the rate of the card, and registers would hold less of it. K of a step to come is
+copied when the scores of this one are done, V when the products are. Later the four warps join their results there; a second kernel joins the blocks' parts by their
 maxima and sums.
 
 With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
@@ -151,35 +150,58 @@ class _Thread:
         return ptx.add(home, slot)
 
     def _pieces(self, name):
-        """What the thread holds of a step: tokens, its place in a row, bytes of a piece, lanes."""
-        units = range(0, self.plan.step, UNIT)
+        """The thread's first token of a unit, its place in a row, bytes of a piece, lanes."""
         if name == "k":
-            tokens = [ptx.add(self.k_token, ptx.i32(u + 2 * e)) for u in units for e in range(2)]
-            return tokens, self.c, self.k_width, 4
-        tokens = [ptx.add(self.v_token, ptx.i32(u + t)) for u in units for t in range(4)]
-        return tokens, self.g, self.v_width, 8
+            return self.k_token, self.c, self.k_width, 4
+        return self.v_token, self.g, self.v_width, 8
 
-    def _slot(self, name, i, width):
-        """Where in shared memory the thread's first piece of a step lies: pieces of lanes mix."""
+    def _apart(self, name):
+        """How far the thread's tokens of a step are from the first one."""
+        near = range(0, 4, 2) if name == "k" else range(4)
+        return [u + t for u in range(0, self.plan.step, UNIT) for t in near]
+
+    def _slot(self, name, i):
+        """Where in shared memory the warp's K or V of a step lies."""
         plan = self.plan
         stage = ptx.add(ptx.mul(self.warp, ptx.i32(plan.stages)), ptx.rem(i, ptx.i32(plan.stages)))
         place = ptx.mul(stage, ptx.i32(2 * plan.step_bytes))
-        place = ptx.add(place, ptx.mul(self.lane, ptx.i32(width)))
-        place = ptx.add(ptx.widen(place), ptx.i64(plan.step_bytes * (name == "v")))
-        return ptx.add(self.shared, place)
+        return ptx.add(place, ptx.i32(plan.step_bytes * (name == "v")))
+
+    def _place(self, token, piece):
+        """Where 16 bytes of a token of a step lie in it."""
+        quad, four = ptx.div(token, ptx.i32(4)), ptx.i32(4)
+        moved = ptx.add(ptx.mul(ptx.rem(quad, ptx.i32(2)), four), ptx.land(quad, ptx.i32(2)))
+        if self.plan.row_bytes >= 128:
+            moved = ptx.xor(moved, ptx.mul(ptx.rem(token, ptx.i32(2)), four))
+        number = ptx.add(ptx.mul(token, ptx.i32(self.plan.row_bytes // 16)), piece)
+        return ptx.mul(ptx.xor(number, moved), ptx.i32(16))
+
+    def _onward(self, tokens: int, pieces: int = 0) -> tuple[int, int]:
+        """What tokens and pieces further on change a place by: an exclusive or, and a sum.
+
+        Within 128 bytes pieces change places, so that those that threads read together lie in
+        different banks: of K tokens 0 and 1 of four, of V every fourth one.
+        """
+        quad = tokens // 4
+        moved = 4 * (quad % 2) + (quad & 2)
+        moved ^= 4 * (tokens % 2) * (self.plan.row_bytes >= 128)
+        number = tokens * (self.plan.row_bytes // 16) + pieces
+        return 16 * (number % 8 ^ moved), 16 * (number - number % 8)
 
     def fetch(self, name, i, page):
-        """Starts the copies of the thread's part of K or V of a step, as one group."""
-        plan, start = self.plan, self.start(i)
-        tokens, place, width, lanes = self._pieces(name)
-        slot, count = self._slot(name, i, width), plan.row_bytes // (lanes * width)
-        for n, token in enumerate(tokens):
-            offset = bytes_at(self.row(start, page, token), plan.row_bytes)
-            offset = ptx.add(offset, bytes_at(place, width))
-            for j in range(count):
-                shift = (j * lanes * width, (n * count + j) * 32 * width)
-                copy(self.refs[name], offset, self.refs["shared"], slot, width,
-                     plan.config.cache, shift)  # fmt: skip
+        """Starts copying the warp's K or V of a step, 512 bytes at once, as one group."""
+        plan, start, slot = self.plan, self.start(i), self._slot(name, i)
+        pieces = plan.row_bytes // 16
+        token, piece = (f(self.lane, ptx.i32(pieces)) for f in (ptx.div, ptx.rem))
+        base = ptx.address(self.refs[name], bytes_at(piece, 16))
+        place = self._place(token, piece)
+        for tokens in range(0, plan.step, 32 // pieces):
+            row = self.row(start, page, ptx.add(token, ptx.i32(tokens)))
+            changed, further = self._onward(tokens)
+            where = ptx.add(ptx.xor(place, ptx.i32(changed)), slot)
+            where = ptx.add(self.shared, ptx.widen(where))
+            source = ptx.add(base, bytes_at(row, plan.row_bytes))
+            copy(source, self.refs["shared"], where, plan.config.cache, further)
         commit()
 
     def words(self, name, i, facts):
@@ -187,19 +209,19 @@ class _Thread:
 
         With scales per tile the last word of each holds those of its codes.
         """
-        plan = self.plan
-        tokens, _, width, lanes = self._pieces(name)
-        slot, count = self._slot(name, i, width), plan.row_bytes // (lanes * width)
-        found = [
-            [
-                word
-                for j in range(count)
-                for word in read_shared(
-                    self.refs["shared"], slot, width // 4, "r", (n * count + j) * 32 * width
-                )
-            ]
-            for n in range(len(tokens))
-        ]
+        plan, slot, found = self.plan, self._slot(name, i), []
+        token, place, width, lanes = self._pieces(name)
+        byte = ptx.mul(place, ptx.i32(width))
+        piece, rest = (f(byte, ptx.i32(16)) for f in (ptx.div, ptx.rem))
+        place = ptx.add(self._place(token, piece), rest)
+        tokens = self._apart(name)
+        for token in tokens:
+            found.append([])
+            for first in range(0, plan.row_bytes, lanes * width):
+                changed, further = self._onward(token, first // 16)
+                where = ptx.add(ptx.xor(place, ptx.i32(changed)), slot)
+                where = ptx.add(self.shared, ptx.widen(where))
+                found[-1] += read_shared(self.refs["shared"], where, width // 4, "r", further)
         if plan.store.tile:
             found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
         each = len(tokens) // plan.units
@@ -208,15 +230,16 @@ class _Thread:
     def tile_scales(self, name, i, page):
         """Scales of the tiles that the thread's codes of every token of a step lie in."""
         plan, start = self.plan, self.start(i)
-        tokens, place, _, lanes = self._pieces(name)
+        token, place, _, lanes = self._pieces(name)
         # Lanes and tiles share the row: so many tiles per lane, or lanes per tile.
         tiles = plan.spec.head_dim // plan.store.tile
         size = max(tiles // lanes, 1)
         place = ptx.div(ptx.mul(place, ptx.i32(tiles)), ptx.i32(lanes))
         text, ref = f"ld.global.nc.u{8 * size} $0, [$1];", self.refs[f"{name}_scale"]
         found = []
-        for token in tokens:
-            where = bytes_at(self.row(start, page, token), tiles)
+        for further in self._apart(name):
+            row = self.row(start, page, ptx.add(token, ptx.i32(further)))
+            where = bytes_at(row, tiles)
             where = ptx.add(where, ptx.widen(place))
             found += ptx.asm(text, "r", [ptx.address(ref, where)], effects=True)
         return found

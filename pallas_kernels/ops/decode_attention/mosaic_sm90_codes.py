@@ -70,11 +70,10 @@ def read_shared(ref, offset, n: int, kind: str = "f", shift: int = 0):
     return ptx.asm(text, kind * n, [ptx.address(ref, offset)], effects=True)
 
 
-def copy(ref, offset, shared, place, size: int, cache: str, shift: tuple[int, int]):
-    """Starts a copy of 4, 8 or 16 bytes to shared memory; ``shift`` is added to both offsets."""
-    kind = "cg" if size == 16 else "ca"
-    text = f"cp.async.{kind}.shared.global{cache} [$0+{shift[1]}], [$1+{shift[0]}], {size};"
-    ptx.asm(text, "", [ptx.address(shared, place), ptx.address(ref, offset)], effects=True)
+def copy(source, shared, place, cache: str = "", shift: int = 0):
+    """Starts a copy of 16 bytes at an address to shared memory."""
+    text = f"cp.async.cg.shared.global{cache} [$0+{shift}], [$1], 16;"
+    ptx.asm(text, "", [ptx.address(shared, place), source], effects=True)
 
 
 def commit():
@@ -83,8 +82,9 @@ def commit():
 
 
 def wait(groups: int):
-    """Waits for the thread's copies but those of the last ``groups`` groups."""
-    ptx.asm(f"cp.async.wait_group {groups};", "", [], effects=True)
+    """Waits for the copies of the warp's threads, but those of the last ``groups`` groups."""
+    text = f"cp.async.wait_group {groups};\nbar.warp.sync -1;"
+    ptx.asm(text, "", [], effects=True)
 
 
 def barrier(group=None):
