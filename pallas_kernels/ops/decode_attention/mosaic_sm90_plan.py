@@ -31,15 +31,15 @@ class Config:
         units: units of 16 tokens in a warp's step; None chooses.
         groups: blocks that are launched as one, which bounds their registers to a share each.
         stages: steps of a warp whose copies are on their way; None chooses.
-        cache: how copies of the cache treat L2, a PTX qualifier.
+        bulk: a copy is one instruction of one thread.
         at_once: parts of a head whose loads are in flight together where parts are joined.
     """
 
     blocks: int | None = None
     units: int | None = None
-    groups: int = 1
+    groups: int = 3
     stages: int | None = None
-    cache: str = ""
+    bulk: bool = False
     at_once: int | None = None
 
 
@@ -128,7 +128,12 @@ class Plan:
     def shared(self) -> int:
         """float32 numbers of shared memory: copies on their way, later what warps join."""
         ring = 2 * WARPS * self.stages * self.step_bytes // 4
-        return max(ring, WARPS * ROWS * (self.spec.head_dim + 3))
+        return max(ring, WARPS * ROWS * (self.spec.head_dim + 3)) + self.bulk_barriers
+
+    @property
+    def bulk_barriers(self) -> int:
+        """float32 numbers that barriers of bulk copies take: two of 8 bytes per warp and stage."""
+        return -(-4 * WARPS * self.stages // 32) * 32 * self.config.bulk
 
     @property
     def at_once(self) -> int:
