@@ -93,28 +93,17 @@ def cases() -> list[Case]:
         right(capacity=30000, batch=1, ragged=True),
         right(capacity=1, heads=7, kv_heads=1),
     ]
-    several = ({"groups": 3}, {"groups": 4, "blocks": 1056}, {"groups": 3, "blocks": 396},
-               {"groups": 4, "blocks": 528}, {"blocks": 396})  # fmt: skip
     sizes = [
         fast(store=store, config=config)
-        for config in several
+        for config in ({"blocks": 396}, {"blocks": 792})
         for store in ("bfloat16", "int8", "fp8_e4m3", "int4", "nvfp4")
-        if config in several[:2] or store in ("bfloat16", "int8", "fp8_e4m3")
-    ]
-    sizes += [
-        fast(store="bfloat16", config={"stages": 3}),
-        fast(store="int8", config={"stages": 2}),
-        fast(store="int8", config={"stages": 6}),
-        fast(store="int4", config={"stages": 4}),
-        *(fast(store=s, config={"cache": ".L2::256B"}) for s in ("bfloat16", "int8")),
     ]
     # One row of 124K leaves little to read, so that what does not shrink with it shows.
     single = [
         fast(batch=1, capacity=124032, config=config, **layout)
-        for config in ({}, {"groups": 3, "blocks": 396}, {"groups": 4, "blocks": 528},
-                       {"blocks": 264})
+        for config in ({}, {"blocks": 396}, {"blocks": 792})
         for layout in ({}, {"layout": "kept", "tile": 16})
-    ]  # fmt: skip
+    ]
     scores = {"stage": "scores", "batch": 1, "steps": 2048, "heads": 32, "kv_heads": 8,
               "head_dim": 128}  # fmt: skip
     scored = [

@@ -15,8 +15,8 @@ one head and the start of the next. For each, a warp walks over its part:
 
 A warp copies its steps into shared memory as they lie, some steps ahead: it is memory on its way
 that reaches the rate of the card, and registers would hold less of it. K of a step to come is
-copied when the scores of this one are done, V when the products are. Later the four warps join their results there; a second kernel joins the blocks' parts by their
-maxima and sums.
+copied when the scores of this one are done, V when the products are. Later the four warps join
+their results there; a second kernel joins the blocks' parts by their maxima and sums.
 
 With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
 float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
@@ -230,6 +230,8 @@ class _Thread:
     def await_step(self, name, i):
         """Waits for K or V of a step."""
         stages = self.plan.stages
+        if not stages:
+            return None
         if not self.plan.config.bulk:
             return wait(2 * stages - 1)  # groups after this one
         parity = ptx.rem(ptx.div(i, ptx.i32(stages)), ptx.i32(2))
@@ -252,8 +254,24 @@ class _Thread:
         size = ptx.mul(rows, i32(plan.row_bytes))
         bulk_copy(source, target, size, self._barrier_of(name, i), ok)
 
+    def _held(self, name, i, page):
+        """The thread's words of a step, straight from memory."""
+        plan, start = self.plan, self.start(i)
+        token, place, width, lanes = self._pieces(name)
+        found = []
+        for further in self._apart(name):
+            row = self.row(start, page, ptx.add(token, ptx.i32(further)))
+            offset = ptx.add(bytes_at(row, plan.row_bytes), bytes_at(place, width))
+            found.append([])
+            for first in range(0, plan.row_bytes, lanes * width):
+                where = ptx.add(offset, ptx.i64(first))
+                found[-1] += load(self.refs[name], where, width, ".L1::no_allocate")
+        return found
+
     def fetch(self, name, i, page):
         """Starts copying the warp's K or V of a step, 512 bytes at once, as one group."""
+        if not self.plan.stages:
+            return self._held(name, i, page)
         if self.plan.config.bulk:
             return self._fetch_bulk(name, i, page)
         plan, start, slot = self.plan, self.start(i), self._slot(name, i)
@@ -270,28 +288,32 @@ class _Thread:
             copy(source, self.refs["shared"], where, further)
         return commit()
 
-    def words(self, name, i, facts):
+    def words(self, name, i, facts, held):
         """Words of K [unit][2] or of V [unit][4] of a step whose copies have arrived.
 
         With scales per tile the last word of each holds those of its codes.
         """
+        plan = self.plan
+        found = self._copied(name, i) if plan.stages else held[name]
+        if plan.store.tile:
+            found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
+        each = len(found) // plan.units
+        return [found[u : u + each] for u in range(0, len(found), each)]
+
+    def _copied(self, name, i):
         plan, slot, found = self.plan, self._slot(name, i), []
         token, place, width, lanes = self._pieces(name)
         byte = ptx.mul(place, ptx.i32(width))
         piece, rest = (f(byte, ptx.i32(16)) for f in (ptx.div, ptx.rem))
         place = ptx.add(self._place(token, piece), rest)
-        tokens = self._apart(name)
-        for token in tokens:
+        for token in self._apart(name):
             found.append([])
             for first in range(0, plan.row_bytes, lanes * width):
                 changed, further = self._onward(token, first // 16)
                 where = ptx.add(ptx.xor(place, ptx.i32(changed)), slot)
                 where = ptx.add(self.shared, ptx.widen(where))
                 found[-1] += read_shared(self.refs["shared"], where, width // 4, "r", further)
-        if plan.store.tile:
-            found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
-        each = len(tokens) // plan.units
-        return [found[u : u + each] for u in range(0, len(tokens), each)]
+        return found
 
     def tile_scales(self, name, i, page):
         """Scales of the tiles that the thread's codes of every token of a step lie in."""
@@ -677,15 +699,17 @@ def _attend(plan: Plan, refs, axes):
 
 def _walk(plan: Plan, thread: _Thread, count):
     """The part of a head: ``count`` steps of every warp."""
-    zero, one, stages = ptx.i32(0), ptx.i32(1), plan.stages
+    zero, one, stages = ptx.i32(0), ptx.i32(1), max(plan.stages, 1)
     # Of the steps on their way and of one more, where tiles are handed out in any order.
     pages = [thread.page(ptx.i32(s)) for s in range(stages + 1 if plan.pool else 0)]
     page_of = lambda pages, s: pages[s] if plan.pool else zero  # noqa: E731
     thread.begin()
+    held = {}
     for s in range(stages):
         for name in ("k", "v"):
-            thread.fetch(name, ptx.i32(s), page_of(pages, s))
+            held[name] = thread.fetch(name, ptx.i32(s), page_of(pages, s))
     state = {
+        "held": held,
         "facts": thread.facts(zero, page_of(pages, 0)),
         "pages": pages,
         "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16 + plan.store.whole)],
@@ -697,18 +721,18 @@ def _walk(plan: Plan, thread: _Thread, count):
     def step(i, s):
         pages, facts, far = s["pages"], s["facts"], ptx.add(i, ptx.i32(stages))
         thread.await_step("k", i)
-        x = thread.logits(thread.words("k", i, facts), query, facts, row)
-        thread.fetch("k", far, page_of(pages, stages))
+        x = thread.logits(thread.words("k", i, facts, s["held"]), query, facts, row)
+        held = {"k": thread.fetch("k", far, page_of(pages, stages))}
         seen = thread.seen(i, page_of(pages, 0), facts, row)
         operand, alpha, sums = thread.softmax(x, seen, facts, s["sums"])
         thread.await_step("v", i)
-        values = thread.clean(thread.words("v", i, facts), seen)
+        values = thread.clean(thread.words("v", i, facts, s["held"]), seen)
         out = thread.add_values(s["out"], values, operand, alpha)
-        thread.fetch("v", far, page_of(pages, stages))
+        held["v"] = thread.fetch("v", far, page_of(pages, stages))
         facts = thread.facts(ptx.add(i, one), page_of(pages, 1))
         if plan.pool:
             pages = [*pages[1:], thread.page(ptx.add(far, one))]
-        return {"facts": facts, "pages": pages, "out": out, "sums": sums}
+        return {"held": held, "facts": facts, "pages": pages, "out": out, "sums": sums}
 
     state = ptx.loop(count, step, state)
     thread.end()

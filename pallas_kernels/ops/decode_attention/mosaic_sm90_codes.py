@@ -92,7 +92,8 @@ def bulk_copy(source, target, size, arrived, ok):
     text = (
         "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
         "@p mbarrier.arrive.expect_tx.shared.b64 _, [$3], $2;\n"
-        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$0], $2, [$3]; }"
+        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes\n"
+        "[$1], [$0], $2, [$3]; }"
     )
     ptx.asm(text, "", [source, target, size, arrived, ptx.flag(ok)], effects=True)
 

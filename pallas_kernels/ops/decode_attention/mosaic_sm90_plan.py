@@ -30,7 +30,8 @@ class Config:
         blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
         units: units of 16 tokens in a warp's step; None chooses.
         groups: blocks that are launched as one, which bounds their registers to a share each.
-        stages: steps of a warp whose copies are on their way; None chooses.
+        stages: steps of a warp whose copies are on their way; 0: registers hold the next one; None
+            chooses.
         bulk: a copy is one instruction of one thread.
         at_once: parts of a head whose loads are in flight together where parts are joined.
     """
@@ -122,7 +123,9 @@ class Plan:
     def stages(self) -> int:
         """Steps in shared memory, so many that three blocks fill it."""
         ring = RING_BYTES * 3 // max(self.config.groups, 3)
-        return self.config.stages or min(ring // (2 * WARPS * self.step_bytes), 8)
+        if self.config.stages is not None:
+            return self.config.stages
+        return min(ring // (2 * WARPS * self.step_bytes), 8)
 
     @property
     def shared(self) -> int:
