@@ -409,7 +409,7 @@ class Machine:
             self.registers[operands[0]] = np.ones(128, bool)
             return
         lanes = np.flatnonzero(self.registers[predicate])
-        bar = self.address(operands[-1]).offset
+        bar = self.address(operands[3 if "cp." in opcode else 0]).offset
         for lane in lanes:
             if opcode.startswith("mbarrier.init."):
                 BULK[int(bar[lane])] = [0, []]

@@ -62,6 +62,7 @@ from pallas_kernels.ops.decode_attention.mosaic_sm90_codes import (
     read_shared,
     value_pairs,
     wait,
+    warp_barrier,
     whole_keys,
     whole_values,
     word_of,
@@ -272,6 +273,7 @@ class _Thread:
         """Starts copying the warp's K or V of a step, 512 bytes at once, as one group."""
         if not self.plan.stages:
             return self._held(name, i, page)
+        warp_barrier()  # all have read what was there
         if self.plan.config.bulk:
             return self._fetch_bulk(name, i, page)
         plan, start, slot = self.plan, self.start(i), self._slot(name, i)

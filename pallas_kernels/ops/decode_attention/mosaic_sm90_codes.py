@@ -150,6 +150,11 @@ def barrier(group=None):
         ptx.asm("bar.sync $0, 128;", "", [ptx.add(group, ptx.i32(1))], effects=True)
 
 
+def warp_barrier():
+    """Waits for the warp's threads."""
+    ptx.asm("bar.warp.sync -1;", "", [], effects=True)
+
+
 def from_lane(x, lane):
     """The value of another lane of the warp."""
     return ptx.asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "f", [x, lane], effects=True)[0]

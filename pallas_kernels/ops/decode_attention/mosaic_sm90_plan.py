@@ -40,7 +40,7 @@ class Config:
     units: int | None = None
     groups: int = 3
     stages: int | None = None
-    bulk: bool = False
+    bulk: bool = True
     at_once: int | None = None
 
 
