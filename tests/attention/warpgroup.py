@@ -25,7 +25,6 @@ from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
 
 LANES = np.arange(128)
 E4M3 = ml_dtypes.float8_e4m3fn
-BULK: dict[int, list] = {}  # by the barrier's place
 COPIES: list[list] = [[]]  # groups on their way, and the one that copies are put in
 
 
@@ -239,7 +238,6 @@ PAIRS = {
 
 COMPARISONS = {
     "eq": np.equal,
-    "ge": np.greater_equal,
     "ne": np.not_equal,
     "gtu": lambda a, b: ~(a <= b),
     "nan": lambda a, b: np.isnan(a) | np.isnan(b),
@@ -257,7 +255,6 @@ def parse(text):
         statement = statement.strip()
         while statement.startswith("{"):
             statement = statement[1:].strip()
-        statement = re.sub(r"^\w+:\s+", "", statement)
         if not statement or statement.startswith((".reg", "}")) or statement.endswith(":"):
             continue
         # What is jumped over must be without effect then: a test of that as well.
@@ -292,8 +289,6 @@ class Machine:
         return [x.strip() for x in name.strip("{}").split(",")]
 
     def run(self, predicate, opcode, operands):
-        if opcode.startswith(("mbarrier.", "cp.async.bulk.", "fence.", "bra")):
-            return self.bulk(opcode, operands, predicate)
         if opcode.startswith("cp.async."):
             return self.copy(opcode, operands)
         target, *sources = operands
@@ -392,35 +387,6 @@ class Machine:
         for i, name in enumerate(names):
             pair = np.stack([rows[warp, i, 2 * c + h, g] for h in range(2)], 1)
             self.registers[name] = np.ascontiguousarray(pair).view(np.int32)[:, 0]
-
-    def bulk(self, opcode, operands, predicate):
-        """Barriers of bulk copies: [phases that are over, copies on their way]; copies are late."""
-        if opcode.startswith(("fence.", "bra", "mbarrier.arrive.expect_tx.")):
-            return  # the copy says its bytes, and that it was expected
-        if opcode.startswith("mbarrier.try_wait."):
-            where, parity = self.address(operands[1]).offset, self.read(operands[2])
-            for place in np.unique(where):
-                state, mine = BULK[int(place)], where == place
-                if state[0] % 2 == parity[mine][0]:  # this phase is not over
-                    target, source, size = state[1].pop(0)
-                    target[:size] = source[:size]
-                    state[0] += 1
-                assert (parity[mine] == (state[0] - 1) % 2).all(), "the phase after the next one"
-            self.registers[operands[0]] = np.ones(128, bool)
-            return
-        lanes = np.flatnonzero(self.registers[predicate])
-        bar = self.address(operands[3 if "cp." in opcode else 0]).offset
-        for lane in lanes:
-            if opcode.startswith("mbarrier.init."):
-                BULK[int(bar[lane])] = [0, []]
-            elif opcode.startswith("mbarrier.inval."):
-                assert not BULK.pop(int(bar[lane]))[1], "a copy is on its way"
-            else:
-                target, source = (self.address(x) for x in operands[:2])
-                size = int(self.read(operands[2])[lane])
-                raw = [x.bytes()[x.offset[lane] :] for x in (target, source)]
-                assert size % 16 == 0 and len(raw[0]) >= size and len(raw[1]) >= size
-                BULK[int(bar[lane])][1].append((*raw, size))
 
     def copy(self, opcode, operands):
         """A copy arrives as late as it may: when its group is waited for."""

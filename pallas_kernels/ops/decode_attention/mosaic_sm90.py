@@ -41,13 +41,8 @@ from pallas_kernels.ops.decode_attention.mosaic_sm90_codes import (
     ADDED,
     SMALLER,
     barrier,
-    bulk_begin,
-    bulk_copy,
-    bulk_end,
-    bulk_wait,
     bytes_at,
     bytes_of,
-    clear_rows,
     commit,
     copy,
     from_lane,
@@ -58,7 +53,6 @@ from pallas_kernels.ops.decode_attention.mosaic_sm90_codes import (
     mma,
     mma_whole,
     power_above,
-    proxy_fence,
     read_shared,
     value_pairs,
     wait,
@@ -108,7 +102,7 @@ class _Thread:
         self.group, self.shared = group, ptx.i64(0)
         if group is not None:
             self.shared = bytes_at(group, 4 * plan.shared)
-        self.first, self.count = ptx.mul(first, i32(plan.turn)), count
+        self.first = ptx.mul(first, i32(plan.turn))
         tid = ptx.thread()
         self.tid, self.warp = tid, ptx.div(tid, i32(32))
         self.lane = ptx.rem(tid, i32(32))
@@ -176,9 +170,6 @@ class _Thread:
 
     def _place(self, token, piece):
         """Where 16 bytes of a token of a step lie in it."""
-        if self.plan.config.bulk:
-            number = ptx.mul(token, ptx.i32(self.plan.row_bytes // 16))
-            return ptx.mul(ptx.add(number, piece), ptx.i32(16))
         quad, four = ptx.div(token, ptx.i32(4)), ptx.i32(4)
         moved = ptx.add(ptx.mul(ptx.rem(quad, ptx.i32(2)), four), ptx.land(quad, ptx.i32(2)))
         if self.plan.row_bytes >= 128:
@@ -192,90 +183,15 @@ class _Thread:
         Within 128 bytes pieces change places, so that those that threads read together lie in
         different banks: of K tokens 0 and 1 of four, of V every fourth one.
         """
-        if self.plan.config.bulk:
-            return 0, tokens * self.plan.row_bytes + 16 * pieces
         quad = tokens // 4
         moved = 4 * (quad % 2) + (quad & 2)
         moved ^= 4 * (tokens % 2) * (self.plan.row_bytes >= 128)
         number = tokens * (self.plan.row_bytes // 16) + pieces
         return 16 * (number % 8 ^ moved), 16 * (number - number % 8)
 
-    def _arrived(self, number):
-        """Address of a barrier of the warp's bulk copies."""
-        plan = self.plan
-        number = ptx.add(ptx.mul(self.warp, ptx.i32(2 * plan.stages)), number)
-        first = ptx.i64(4 * (plan.shared - plan.bulk_barriers))
-        place = ptx.add(self.shared, ptx.add(bytes_at(number, 8), first))
-        return ptx.address(self.refs["shared"], place)
-
-    def _barrier_of(self, name, i):
-        stages = ptx.i32(self.plan.stages)
-        number = ptx.add(ptx.mul(ptx.rem(i, stages), ptx.i32(2)), ptx.i32(int(name == "v")))
-        return self._arrived(number)
-
-    def begin(self):
-        """Before the first copy of a part."""
-        if self.plan.config.bulk:
-            bulk_begin(self._arrived(self.lane), self._has_barrier())
-
-    def end(self):
-        """After the last step of a part."""
-        if self.plan.config.bulk:
-            bulk_end(self._arrived(self.lane), self._has_barrier())
-        else:
-            wait(0)
-
-    def _has_barrier(self):
-        return ptx.lt(self.lane, ptx.i32(2 * self.plan.stages))
-
-    def await_step(self, name, i):
-        """Waits for K or V of a step."""
-        stages = self.plan.stages
-        if not stages:
-            return None
-        if not self.plan.config.bulk:
-            return wait(2 * stages - 1)  # groups after this one
-        parity = ptx.rem(ptx.div(i, ptx.i32(stages)), ptx.i32(2))
-        return bulk_wait(self._barrier_of(name, i), parity)
-
-    def _fetch_bulk(self, name, i, page):
-        plan, i32 = self.plan, ptx.i32
-        start = ptx.imin(self.start(i), self.last)
-        rows = ptx.imin(ptx.add(ptx.sub(self.last, start), i32(1)), i32(plan.step))
-        row = self.row(start, page, i32(0))
-        source = ptx.address(self.refs[name], bytes_at(row, plan.row_bytes))
-        slot = ptx.add(self.shared, ptx.widen(self._slot(name, i)))
-        if name == "v" and not plan.store.whole:  # a float that no copy overwrites may be NaN
-            pieces = i32(plan.row_bytes // 16)
-            mine = ptx.add(slot, bytes_at(self.lane, 16))
-            mine = ptx.address(self.refs["shared"], mine)
-            clear_rows(mine, ptx.div(self.lane, pieces), rows, plan.step, plan.row_bytes)
-        ok = ptx.both(ptx.eq(self.lane, i32(0)), ptx.lt(i, self.count))
-        target = ptx.address(self.refs["shared"], slot)
-        size = ptx.mul(rows, i32(plan.row_bytes))
-        bulk_copy(source, target, size, self._barrier_of(name, i), ok)
-
-    def _held(self, name, i, page):
-        """The thread's words of a step, straight from memory."""
-        plan, start = self.plan, self.start(i)
-        token, place, width, lanes = self._pieces(name)
-        found = []
-        for further in self._apart(name):
-            row = self.row(start, page, ptx.add(token, ptx.i32(further)))
-            offset = ptx.add(bytes_at(row, plan.row_bytes), bytes_at(place, width))
-            found.append([])
-            for first in range(0, plan.row_bytes, lanes * width):
-                where = ptx.add(offset, ptx.i64(first))
-                found[-1] += load(self.refs[name], where, width, ".L1::no_allocate")
-        return found
-
     def fetch(self, name, i, page):
         """Starts copying the warp's K or V of a step, 512 bytes at once, as one group."""
-        if not self.plan.stages:
-            return self._held(name, i, page)
         warp_barrier()  # all have read what was there
-        if self.plan.config.bulk:
-            return self._fetch_bulk(name, i, page)
         plan, start, slot = self.plan, self.start(i), self._slot(name, i)
         pieces = plan.row_bytes // 16
         token, piece = (f(self.lane, ptx.i32(pieces)) for f in (ptx.div, ptx.rem))
@@ -288,15 +204,14 @@ class _Thread:
             where = ptx.add(self.shared, ptx.widen(where))
             source = ptx.add(base, bytes_at(row, plan.row_bytes))
             copy(source, self.refs["shared"], where, further)
-        return commit()
+        commit()
 
-    def words(self, name, i, facts, held):
+    def words(self, name, i, facts):
         """Words of K [unit][2] or of V [unit][4] of a step whose copies have arrived.
 
         With scales per tile the last word of each holds those of its codes.
         """
-        plan = self.plan
-        found = self._copied(name, i) if plan.stages else held[name]
+        plan, found = self.plan, self._copied(name, i)
         if plan.store.tile:
             found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
         each = len(found) // plan.units
@@ -701,17 +616,14 @@ def _attend(plan: Plan, refs, axes):
 
 def _walk(plan: Plan, thread: _Thread, count):
     """The part of a head: ``count`` steps of every warp."""
-    zero, one, stages = ptx.i32(0), ptx.i32(1), max(plan.stages, 1)
+    zero, one, stages = ptx.i32(0), ptx.i32(1), plan.stages
     # Of the steps on their way and of one more, where tiles are handed out in any order.
     pages = [thread.page(ptx.i32(s)) for s in range(stages + 1 if plan.pool else 0)]
     page_of = lambda pages, s: pages[s] if plan.pool else zero  # noqa: E731
-    thread.begin()
-    held = {}
     for s in range(stages):
         for name in ("k", "v"):
-            held[name] = thread.fetch(name, ptx.i32(s), page_of(pages, s))
+            thread.fetch(name, ptx.i32(s), page_of(pages, s))
     state = {
-        "held": held,
         "facts": thread.facts(zero, page_of(pages, 0)),
         "pages": pages,
         "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16 + plan.store.whole)],
@@ -722,22 +634,22 @@ def _walk(plan: Plan, thread: _Thread, count):
 
     def step(i, s):
         pages, facts, far = s["pages"], s["facts"], ptx.add(i, ptx.i32(stages))
-        thread.await_step("k", i)
-        x = thread.logits(thread.words("k", i, facts, s["held"]), query, facts, row)
-        held = {"k": thread.fetch("k", far, page_of(pages, stages))}
+        wait(2 * stages - 1)  # groups after this step's K, and later after its V
+        x = thread.logits(thread.words("k", i, facts), query, facts, row)
+        thread.fetch("k", far, page_of(pages, stages))
         seen = thread.seen(i, page_of(pages, 0), facts, row)
         operand, alpha, sums = thread.softmax(x, seen, facts, s["sums"])
-        thread.await_step("v", i)
-        values = thread.clean(thread.words("v", i, facts, s["held"]), seen)
+        wait(2 * stages - 1)
+        values = thread.clean(thread.words("v", i, facts), seen)
         out = thread.add_values(s["out"], values, operand, alpha)
-        held["v"] = thread.fetch("v", far, page_of(pages, stages))
+        thread.fetch("v", far, page_of(pages, stages))
         facts = thread.facts(ptx.add(i, one), page_of(pages, 1))
         if plan.pool:
             pages = [*pages[1:], thread.page(ptx.add(far, one))]
-        return {"held": held, "facts": facts, "pages": pages, "out": out, "sums": sums}
+        return {"facts": facts, "pages": pages, "out": out, "sums": sums}
 
     state = ptx.loop(count, step, state)
-    thread.end()
+    wait(0)
     barrier(thread.group)  # the warps' results lie where their copies did
     _join_warps(plan, thread, thread.centred(state["out"]), state["sums"])
 
@@ -804,8 +716,6 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
     where = bytes_at(_partial_row(plan, thread, row), 8)
     ptx.store(thread.refs["stats"], where, stats, ptx.lt(thread.tid, i32(ROWS)))
-    if plan.config.bulk:
-        proxy_fence()
     barrier(thread.group)  # before the next head's numbers
 
 

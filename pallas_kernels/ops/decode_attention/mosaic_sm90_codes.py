@@ -87,61 +87,6 @@ def wait(groups: int):
     ptx.asm(text, "", [], effects=True)
 
 
-def bulk_copy(source, target, size, arrived, ok):
-    """Starts a copy of so many bytes to shared memory where a condition holds."""
-    text = (
-        "{ .reg .pred p; setp.ne.b32 p, $4, 0;\n"
-        "@p mbarrier.arrive.expect_tx.shared.b64 _, [$3], $2;\n"
-        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes\n"
-        "[$1], [$0], $2, [$3]; }"
-    )
-    ptx.asm(text, "", [source, target, size, arrived, ptx.flag(ok)], effects=True)
-
-
-def bulk_begin(arrived, ok):
-    """Makes a barrier of bulk copies where a condition holds."""
-    text = (
-        "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1;\n"
-        "fence.mbarrier_init.release.cluster; fence.proxy.async; bar.warp.sync -1; }"
-    )
-    ptx.asm(text, "", [arrived, ptx.flag(ok)], effects=True)
-
-
-def bulk_end(arrived, ok):
-    """Takes it away."""
-    text = (
-        "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.warp.sync -1;\n"
-        "@p mbarrier.inval.shared.b64 [$0]; }"
-    )
-    ptx.asm(text, "", [arrived, ptx.flag(ok)], effects=True)
-
-
-def bulk_wait(arrived, parity):
-    """Waits for the copy of a barrier's phase."""
-    text = (
-        "{ .reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared.b64 p, [$0], $1;\n@p bra DONE;\n"
-        "bra WAIT;\nDONE:\nbar.warp.sync -1; }"
-    )
-    ptx.asm(text, "", [arrived, parity], effects=True)
-
-
-def clear_rows(place, token, rows, step: int, bytes_of_row: int):
-    """Zeros instead of the rows of a step from ``rows`` on; a thread has every 32nd 16 bytes."""
-    apart = 32 * 16 // bytes_of_row
-    lines = [".reg .pred p; .reg .b32 r, z; mov.b32 z, 0;", f"setp.ge.s32 p, $2, {step};"]
-    lines += ["@p bra DONE;"]
-    for n in range(step // apart):
-        lines += [f"sub.s32 r, $2, {n * apart};", "setp.ge.s32 p, $1, r;"]
-        lines += [f"@p st.shared.v4.b32 [$0+{512 * n}], {{z, z, z, z}};"]
-    text = "{ " + "\n".join(lines) + "\nDONE:\n}"
-    ptx.asm(text, "", [place, token, rows], effects=True)
-
-
-def proxy_fence():
-    """What the thread did to shared memory comes before bulk copies to it."""
-    ptx.asm("fence.proxy.async;", "", [], effects=True)
-
-
 def barrier(group=None):
     """Waits for the block's four warps, or those of one warpgroup of it."""
     if group is None:

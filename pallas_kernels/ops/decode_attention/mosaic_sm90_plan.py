@@ -27,12 +27,11 @@ class Config:
     """Sizes that change speed only.
 
     Args:
-        blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
+        blocks: blocks among which the slots are dealt out; None: three for every multiprocessor.
         units: units of 16 tokens in a warp's step; None chooses.
-        groups: blocks that are launched as one, which bounds their registers to a share each.
-        stages: steps of a warp whose copies are on their way; 0: registers hold the next one; None
-            chooses.
-        bulk: a copy is one instruction of one thread.
+        groups: blocks that are launched as one: three have a third of the registers each, where the
+            compiler would take more and leave room for two.
+        stages: steps of a warp whose copies are on their way; None chooses.
         at_once: parts of a head whose loads are in flight together where parts are joined.
     """
 
@@ -40,7 +39,6 @@ class Config:
     units: int | None = None
     groups: int = 3
     stages: int | None = None
-    bulk: bool = True
     at_once: int | None = None
 
 
@@ -123,20 +121,13 @@ class Plan:
     def stages(self) -> int:
         """Steps in shared memory, so many that three blocks fill it."""
         ring = RING_BYTES * 3 // max(self.config.groups, 3)
-        if self.config.stages is not None:
-            return self.config.stages
-        return min(ring // (2 * WARPS * self.step_bytes), 8)
+        return self.config.stages or min(ring // (2 * WARPS * self.step_bytes), 8)
 
     @property
     def shared(self) -> int:
         """float32 numbers of shared memory: copies on their way, later what warps join."""
         ring = 2 * WARPS * self.stages * self.step_bytes // 4
-        return max(ring, WARPS * ROWS * (self.spec.head_dim + 3)) + self.bulk_barriers
-
-    @property
-    def bulk_barriers(self) -> int:
-        """float32 numbers that barriers of bulk copies take: two of 8 bytes per warp and stage."""
-        return -(-4 * WARPS * self.stages // 32) * 32 * self.config.bulk
+        return max(ring, WARPS * ROWS * (self.spec.head_dim + 3))
 
     @property
     def at_once(self) -> int:
@@ -150,8 +141,8 @@ class Plan:
         """Blocks among which the slots are dealt out."""
         spec = self.spec
         heads = spec.batch * spec.num_kv_heads
-        # Twice what is resident: 7 % faster than once for INT8, as SMs differ in speed.
-        wanted = self.config.blocks or 6 * (current_device().num_sms or 132)
+        # What is resident: twice as many took 2 to 7 % longer on an H200.
+        wanted = self.config.blocks or 3 * (current_device().num_sms or 132)
         if spec.split is not None:
             wanted = -(-heads * spec.capacity // spec.split)
         return min(wanted, heads * -(-spec.capacity // self.turn))
