@@ -146,6 +146,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         "trace_methods": (
             "rkv",
+            "rkv_history",
             "snapkv",
             "streaming_llm",
             "random",
