@@ -95,13 +95,13 @@ def cases() -> list[Case]:
     ]
     sizes = [
         fast(store=store, config=config)
-        for config in ({"blocks": 396}, {"blocks": 792})
+        for config in ({"blocks": 264}, {"blocks": 792})
         for store in ("bfloat16", "int8", "fp8_e4m3", "int4", "nvfp4")
     ]
     # One row of 124K leaves little to read, so that what does not shrink with it shows.
     single = [
         fast(batch=1, capacity=124032, config=config, **layout)
-        for config in ({}, {"blocks": 396}, {"blocks": 792})
+        for config in ({}, {"blocks": 264}, {"blocks": 792})
         for layout in ({}, {"layout": "kept", "tile": 16})
     ]
     scores = {"stage": "scores", "batch": 1, "steps": 2048, "heads": 32, "kv_heads": 8,

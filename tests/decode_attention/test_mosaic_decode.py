@@ -3,6 +3,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,22 @@ def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=150, length=None, 
 )  # fmt: skip
 def test_equals_the_oracle_on_the_same_codes(store, h):
     compare(store, h=h, length=jnp.array([[141]]), at=jnp.array([[140]]), dtype="float32")
+
+
+@pytest.mark.parametrize("row_bytes", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_threads_read_different_banks(name, row_bytes):
+    """128 bytes of shared memory are read at once, by lanes one after the other."""
+    lanes = 4 if name == "k" else 8
+    width, (g, c) = min(16, row_bytes // lanes), np.divmod(np.arange(128) % 32, 4)
+    token, place = (4 * (g // 2) + g % 2, c) if name == "k" else (4 * c, g)
+    thread = types.SimpleNamespace(plan=types.SimpleNamespace(row_bytes=row_bytes))
+    with warpgroup.installed():
+        for first in range(0, row_bytes, lanes * width):
+            byte = place * width + first
+            where = mosaic_sm90._Thread._place(thread, token, byte // 16) + byte % 16
+            for group in where.reshape(-1, 128 // width):
+                assert len(set(group % 128)) == len(group)
 
 
 def test_chunks_join_and_empty_heads_give_zeros():

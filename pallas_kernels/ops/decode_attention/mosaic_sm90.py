@@ -131,10 +131,8 @@ class _Thread:
         return ptx.add(self.first, ptx.mul(turn, ptx.i32(self.plan.step)))
 
     def page(self, i):
-        """The tile that a step lies in; -1 for none; 0 where there are no tiles."""
+        """The tile that a step lies in; -1 for none."""
         spec = self.plan.spec
-        if not self.plan.pool:
-            return ptx.i32(0)
         tile = ptx.div(ptx.imin(self.start(i), self.last), ptx.i32(spec.tile))
         row = ptx.mul(self.head, ptx.i32(spec.capacity // spec.tile))
         return load(self.refs["table"], bytes_at(ptx.add(row, tile), 4), 4)[0]
@@ -211,13 +209,6 @@ class _Thread:
 
         With scales per tile the last word of each holds those of its codes.
         """
-        plan, found = self.plan, self._copied(name, i)
-        if plan.store.tile:
-            found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
-        each = len(found) // plan.units
-        return [found[u : u + each] for u in range(0, len(found), each)]
-
-    def _copied(self, name, i):
         plan, slot, found = self.plan, self._slot(name, i), []
         token, place, width, lanes = self._pieces(name)
         byte = ptx.mul(place, ptx.i32(width))
@@ -230,7 +221,10 @@ class _Thread:
                 where = ptx.add(ptx.xor(place, ptx.i32(changed)), slot)
                 where = ptx.add(self.shared, ptx.widen(where))
                 found[-1] += read_shared(self.refs["shared"], where, width // 4, "r", further)
-        return found
+        if plan.store.tile:
+            found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
+        each = len(found) // plan.units
+        return [found[u : u + each] for u in range(0, len(found), each)]
 
     def tile_scales(self, name, i, page):
         """Scales of the tiles that the thread's codes of every token of a step lie in."""
@@ -327,7 +321,8 @@ class _Thread:
     def _whole_query(self, x):
         """Operands and factor, bias and sum of a row whose numbers are integers of some bytes.
 
-        Those are 2^14 (or 2^22) at most: the bits of a bfloat16 down to 2^-7 of the largest one.
+        The power of two above the largest number becomes 2^14 (or 2^22): a bfloat16 of at least
+        2^-7 of it is exact.
         """
         plan, f32 = self.plan, ptx.f32
         factor, inverse = power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
