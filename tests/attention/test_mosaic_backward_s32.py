@@ -31,11 +31,11 @@ MASK = Mask.causal(30) & Mask.window(90, None)
 
 
 def in_order(codes):
-    """Turned operand [B, heads, H, Lp] as [B, Lp, heads, H]."""
-    b, heads, head_dim, length = codes.shape
-    x = np.asarray(codes, np.float64).reshape(b, heads, head_dim, -1, 16)
-    x = x[..., np.argsort(quantize.V_ORDER)].reshape(b, heads, head_dim, length)
-    return x.transpose(0, 3, 1, 2)
+    """Turned operand [B, heads, tiles, H, block] as [B, Lp, heads, H]."""
+    b, heads, tiles, head_dim, block = codes.shape
+    x = np.asarray(codes, np.float64).reshape(b, heads, tiles, head_dim, block // 16, 16)
+    x = x[..., np.argsort(quantize.V_ORDER)].reshape(b, heads, tiles, head_dim, block)
+    return x.transpose(0, 2, 4, 1, 3).reshape(b, tiles * block, heads, head_dim)
 
 
 def query_numbers(found):
@@ -114,8 +114,9 @@ def registers():
         return warpgroup.accumulator(tile.astype(np.int32 if acc == "r" else np.float32))
 
     def accumulate(n, a, b, sums, kind):
-        a = warpgroup.from_operand([word for step in a for word in step], np.dtype(np.int8))
-        assert np.abs(a).max() <= 127
+        if isinstance(a, list):
+            dtype = {"s32.s8.s8": np.int8, "s32.u8.s8": np.uint8}[kind]
+            a = warpgroup.from_operand([word for step in a for word in step], np.dtype(dtype))
         tile = warpgroup.accumulator((a @ b[:n].astype(np.float64).T).astype(np.int32))
         return [x + y for x, y in zip(sums, tile, strict=True)]
 
@@ -123,7 +124,7 @@ def registers():
         for module in (s32, int8):
             patch.setattr(module, "_inline", inline)
             patch.setattr(module, "_k_major", lambda ref, swizzle, first=0: ref[first:])
-        patch.setattr(int8, "_wgmma", wgmma)
+            patch.setattr(module, "_wgmma", wgmma)
         patch.setattr(s32, "accumulate", accumulate)
         patch.setattr(s32, "_wait", lambda left, values, keep=(): values)
         patch.setattr(s32, "settled", plainly_settled)
@@ -191,24 +192,34 @@ def test_near_float32(case):
 
 
 @pytest.mark.parametrize("tops", [(1.0, 1.0), (3.0, 0.1), (0.01, 300.0), (0.0, 0.0), (1.0, np.nan)])
-def test_scales_grow(tops):
+@pytest.mark.parametrize(
+    "made",
+    [s32.Codes(127.0, True, 1.0), s32.Codes(127.0, True, 2.0), s32.Codes(255.0, False, 4.0)],
+    ids=["signed", "with room", "unsigned"],
+)
+def test_scales_grow(tops, made):
     """Scales are the next power of two of what was largest so far; sums follow."""
-    rng, largest = np.random.default_rng(0), 0.0
+    rng, largest, want = np.random.default_rng(0), 0.0, s32.SMALLEST
+    dtype = np.int8 if made.signed else np.uint8
     with warpgroup.installed():
         sums = [rng.integers(-(2**20), 2**20, 128).astype(np.int32) for _ in range(8)]
         scales = [np.full(128, s32.SMALLEST, np.float32)] * 2
         for top in tops:
-            tile = rng.uniform(-1, 1, (64, 32)).astype(np.float32) * top
+            tile = rng.uniform(-made.signed, 1, (64, 32)).astype(np.float32) * top
             tile[:, 3] = top
             before = [x.astype(float) * scales[i // 2 % 2] for i, x in enumerate(sums)]
             started, largest = largest > 0, max(largest, top)
-            sums, scales = s32.grow(sums, scales, warpgroup.accumulator(tile), 127.0)
+            values = warpgroup.accumulator(tile)
+            sums, scales = s32.grow(sums, scales, values, made)
             if np.isnan(top):
                 assert np.isnan(scales).all()
                 return
-            words = s32.encode(warpgroup.accumulator(tile), scales)
-            assert np.abs(warpgroup.from_operand(words, np.dtype(np.int8))).max() <= 127
-            want = 2.0 ** np.ceil(np.log2(largest / 127)) if largest else s32.SMALLEST
+            codes = warpgroup.from_operand(s32.encode(values, scales), np.dtype(dtype))
+            assert np.abs(codes).max() <= made.top
+            if not started and largest:
+                want = made.room * 2.0 ** np.ceil(np.log2(largest / made.top))
+            elif largest:
+                want = max(want, 2.0 ** np.ceil(np.log2(largest / made.top)))
             assert (np.stack(scales) == np.float32(want)).all()
             for x, y in zip(sums, before, strict=True):
                 assert not started or np.abs(x * float(want) - y).max() <= want
@@ -221,8 +232,9 @@ def test_long_walks_have_smaller_codes():
         shapes = (1, length, heads, 128), (1, 256, 1, 128)
         plan = plan_of("kv", Variant("int8", "half"), *shapes, None, None, config)
         steps = s32.Running("kv", plan, SCALE, heads)
-        assert heads * length * steps.top_code * 127 <= 2**31
-        assert steps.top_code == 127 or heads * length >= 2**17
+        for made, top in zip(steps.codes, (127, 255), strict=True):
+            assert heads * length * made.top * 127 <= 2**31
+            assert made.top == top or heads * length >= 2**24 // (top + 1)
 
 
 # -- control flow ----------------------------------------------------------------------------------

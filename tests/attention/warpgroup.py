@@ -133,6 +133,8 @@ FLOATS = {
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "max.NaN.f32": np.maximum,
+    "mul.f32": lambda a, b: quiet(np.multiply, a, b),
+    "abs.f32": np.abs,
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
 
@@ -664,6 +666,8 @@ def walk(steps, found, groups):
         x[name] = np.pad(array, pad)[0]
 
     def piece(name, head, start, size):
+        if name.endswith("_t") and x[name].ndim == 4:  # tile by tile
+            return x[name][head][start // size]
         if name.endswith("_t"):
             return x[name][head][:, start : start + size]
         if name in steps.copied:

@@ -23,6 +23,8 @@ appendix B.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -52,7 +54,7 @@ PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
 # By the side that is owned; "block_kv" rows are streamed at a time.
 CONFIGS = {
     "q": Config(block_kv=128, num_stages=2, qk_split=1, schedule="none"),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1, schedule="none"),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1, schedule="ahead"),
 }
 _ACC = plgpu.Layout.WGMMA
 _ROW = _ACC.reduce(1)
@@ -98,7 +100,9 @@ def gradient(
     arrays |= {"minus_lse": -arrays["lse"], "minus_delta": -arrays["delta"]}
     variant = Variant("half", "half", str(query.dtype))
     sizes = query.shape, key.shape, min_diff, max_diff
-    make = lambda side, plan: STEPS[side](side, plan, scale)  # noqa: E731
+    # Over lists, where no walk is one tile ahead, `Registers` gain nothing.
+    kinds = STEPS if blocks is None else dict.fromkeys(STEPS, Half)
+    make = lambda side, plan: kinds[side](side, plan, scale)  # noqa: E731
     return both_sides(make, CONFIGS, variant, sizes, arrays, blocks)
 
 
@@ -118,6 +122,8 @@ def both_sides(make, configs, variant: Variant, sizes, arrays, blocks) -> tuple[
     """
     results = []
     for side, config in configs.items():
+        if blocks is not None:  # a warpgroup with few tiles would wait for its turn at each
+            config = dataclasses.replace(config, schedule="none")
         steps = make(side, plan_of(side, variant, *sizes, config))
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
@@ -475,7 +481,7 @@ class Registers(Half):
         return [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
 
 
-STEPS = {"q": Half, "kv": Half}
+STEPS = {"q": Half, "kv": Registers}
 
 
 def _numbers_of_rows(values):
@@ -535,7 +541,7 @@ def accumulate(n: int, a, b, sums, kind: str):
 
     Args:
         n: columns.
-        a: four registers for each step.
+        a: four registers for each step, or a descriptor.
         b: a descriptor for each step, of a [k, n] array where 16-bit.
         sums: registers.
         kind: types, as in the instruction's name.
@@ -545,13 +551,14 @@ def accumulate(n: int, a, b, sums, kind: str):
     tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     operands, lines = [], []
     for a_step, b_step in zip(a, b, strict=True):
-        names = ",".join(f"${number + i}" for i in range(4))
+        a_step = a_step if isinstance(a_step, list) else [a_step]
+        *names, last = (f"${number + i}" for i in range(len(a_step) + 1))
+        left = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kind} "
-            f"{tile}, {{{names}}}, ${number + 4}, {flags};"
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kind} {tile}, {left}, {last}, {flags};"
         )
         operands += [*a_step, b_step]
-        number += 5
+        number += len(a_step) + 1
     text = "\n".join(["wgmma.fence.sync.aligned;", *lines, "wgmma.commit_group.sync.aligned;"])
     return ptx.asm(text, "", operands, tied=sums, effects=True)
 

@@ -34,6 +34,8 @@ and 6: rows of dS sum to zero, so that the mean key drops out of dQ.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -53,10 +55,10 @@ from pallas_kernels.ops.attention.mosaic_sm90_backward import (
 from pallas_kernels.ops.attention.mosaic_sm90_backward_int8 import (
     K_BLOCK,
     LINE,
+    MAGIC,
     Int8,
     _codes,
     _lines,
-    probabilities,
 )
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _ACC,
@@ -70,8 +72,9 @@ from pallas_kernels.ops.attention.mosaic_sm90_kernel import (
     _swizzle,
     _transforms,
     _wait,
+    _wgmma,
 )
-from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan
+from pallas_kernels.ops.attention.mosaic_sm90_plan import Config, Plan, div
 from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position, Variant
 from pallas_kernels.ops.quantize.mosaic_sm90 import (
     kv_statistics,
@@ -82,14 +85,15 @@ from pallas_kernels.ops.quantize.mosaic_sm90 import (
 
 CONFIGS = {
     "q": Config(
-        block_kv=128, num_stages=2, qk_split=1, schedule="none", registers=240, memory_registers=24
+        block_kv=128, num_stages=2, qk_split=1, schedule="ahead", registers=240, memory_registers=24
     ),
     "kv": Config(
-        block_kv=64, num_stages=4, qk_split=1, schedule="none", registers=240, memory_registers=24
+        block_kv=64, num_stages=4, qk_split=1, schedule="eager", registers=240, memory_registers=24
     ),
 }
 NUMBERS = 4  # per query: shift and scale of its logits, factor and summand of its dP
 SMALLEST = 2.0**-126  # the scale of sums of nothing
+START = 0x4B400000  # the bits of `MAGIC`: what products of Q and K are added to
 
 
 def gradient(
@@ -154,8 +158,9 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
     # As the forward has them, so that a program with both may compute them once.
     mean = kv_statistics(key, value, limit)[0] if smooth_k else None
     k8, k_scale = quantize_k(key, limit, mean, scale_block=scale_block)
-    q8, q_t, q_scale, const = quantize_turned(query, mean)
-    _, d_out_t, d_scale, _ = quantize_turned(d_out, keep=False)
+    block = CONFIGS["kv"].block_kv
+    q8, q_t, q_scale, const = quantize_turned(query, mean, block=block)
+    _, d_out_t, d_scale, _ = quantize_turned(d_out, block=block, keep=False)
     pad = ((0, 0), (0, 0), (0, -q_len % PAD))
     minus_lse = -lse * LOG2E
     if const is not None:
@@ -168,13 +173,13 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
     numbers = minus_lse + jnp.log2(d_scale), logit_scale, ratio, minus_delta * ratio
     arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out)}
     arrays |= {"minus_lse": minus_lse, "q_scale": logit_scale, "minus_delta": minus_delta}
-    tiles = (*ratio.shape[:2], -1, CONFIGS["kv"].block_kv, 2, 2)
+    tiles = (*ratio.shape[:2], -1, block, 2, 2)
     arrays["of_queries"] = (
         jnp.stack(numbers, -1).reshape(tiles).swapaxes(3, 4).reshape(*ratio.shape[:2], -1)
     )
     arrays["k_rows"] = jnp.tile(k_scale, scale_block // 8).reshape(*k_scale.shape[:2], -1)
     of_tiles = jnp.repeat(k_scale, scale_block // CONFIGS["q"].block_kv, axis=2)
-    arrays |= {"k_scale": _lines(of_tiles), "k_t": turn_codes(k8)}
+    arrays |= {"k_scale": _lines(of_tiles), "k_t": turn_codes(k8, block=CONFIGS["q"].block_kv)}
     arrays |= {"q_t": q_t, "d_out_t": d_out_t}
     if smooth_k:
         arrays |= {"rest": jnp.pad(rest, pad) * scale, "k_mean": mean}
@@ -184,23 +189,65 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
 # -- registers of one tile -------------------------------------------------------------------------
 
 
-def grow(sums, scales, values, top_code: float):
+class Codes(NamedTuple):
+    """8-bit codes of the numbers of a tile.
+
+    Args:
+        top: the largest.
+        signed: s8, else u8 for numbers that are not negative.
+        room: a scale is so many times larger than the first tile needs.
+    """
+
+    top: float
+    signed: bool
+    room: float
+
+    @property
+    def kind(self) -> str:
+        """Types of a product with s8."""
+        return "s32.s8.s8" if self.signed else "s32.u8.s8"
+
+
+def probabilities(scores, scale, shift, masked: bool):
+    """As in ``mosaic_sm90_backward_int8``, of scores that were added to `START`.
+
+    Their bits are those of the number 12582912 + score: nothing is converted. ``shift`` has to take
+    the constant away, see `shift_of`.
+    """
+    out = []
+    for i, score in enumerate(scores):
+        p = ptx.exp2(ptx.fma(ptx.from_bits(score), scale(i), shift(i)))
+        if masked:
+            p = ptx.select(ptx.eq(score, ptx.i32(tile_math.INT_MIN)), ptx.f32(0.0), p)
+        out.append(p)
+    return out
+
+
+def shift_of(shift, scale):
+    """The shift of scores that were added to `START`."""
+    return ptx.fma(ptx.f32(-MAGIC), scale, shift)
+
+
+def grow(sums, scales, values, codes: Codes):
     """Scales of rows that hold for one more tile, and the sums in their units.
 
     Args:
         sums: s32 registers, in units of the scales.
         scales: a power of two for each row half.
         values: float32 registers of the tile.
-        top_code: the largest code.
+        codes: what is made of them.
 
     Returns:
         New sums and scales.
     """
     tops = []
     for h in range(2):
-        sizes = [ptx.fabs(x) for i, x in enumerate(values) if (i // 2) % 2 == h]
-        top = tile_math.maximum(sizes, is_int=False)
-        tops.append(ptx.fmul(top, ptx.f32(1 / top_code)))
+        own = [x for i, x in enumerate(values) if (i // 2) % 2 == h]
+        if codes.signed:
+            top = tile_math.maximum([ptx.fabs(x) for x in own], is_int=False)
+        else:  # bits of such numbers are ordered as the numbers are
+            top = ptx.from_bits(tile_math.maximum([ptx.bits(x) for x in own], is_int=True))
+        tops.append(ptx.fmul(top, ptx.f32(1 / codes.top)))
     count = len(sums)
     first = 2 * (count + 2)
     lines = [".reg .pred more, some; .reg .f32 x<2>, y<2>; .reg .b32 w<2>, old<2>, by<2>;"]
@@ -216,6 +263,9 @@ def grow(sums, scales, values, top_code: float):
         lines += [f"mov.b32 w{h}, x{h};", f"setp.nan.f32 more, x{h}, x{h};"]
         lines += [f"add.s32 w{h}, w{h}, 8388607;", f"and.b32 w{h}, w{h}, -8388608;"]
         lines += [f"mov.b32 y{h}, w{h};", f"selp.f32 y{h}, x{h}, y{h}, more;"]
+        if codes.room > 1:  # in the first tile
+            lines += [f"mul.f32 x{h}, y{h}, {tile_math._hex(codes.room)};"]
+            lines += [f"setp.eq.s32 more, old{h}, {1 << 23};", f"selp.f32 y{h}, x{h}, y{h}, more;"]
         lines += [f"max.NaN.f32 y{h}, y{h}, ${count + h};", f"mov.b32 ${count + h}, y{h};"]
         lines += [f"mov.b32 w{h}, y{h};", f"sub.s32 by{h}, w{h}, old{h};"]
         lines += [f"shr.u32 by{h}, by{h}, 23;"]
@@ -226,7 +276,7 @@ def grow(sums, scales, values, top_code: float):
 
 
 def encode(values, scales):
-    """INT8 codes of rows with given scales, as an operand."""
+    """8-bit codes of rows with given scales, as an operand."""
     packed = [[], []]
     for h, scale in enumerate(scales):
         factor = ptx.from_bits(ptx.sub(ptx.i32(254 << 23), ptx.bits(scale)))  # 1 / scale
@@ -273,7 +323,15 @@ class Running(Int8):
         self.sum_type = _shape((ROWS, head_dim), jnp.int32, _ACC)
         # However long the walk, s32 holds it.
         steps = heads * -(-plan.kv_len // block) * block
-        self.top_code = min(127.0, 2.0**31 / (128 * steps))
+        top = 2.0**31 / (128 * steps)
+        # Of dS, and of P.
+        self.codes = Codes(min(127.0, top), True, 1.0), Codes(min(255.0, top), False, 4.0)
+
+    def source(self, ref, name: str, b, head, rows):
+        """As `Half.source`; turned operands lie tile by tile."""
+        if name.endswith("_t"):
+            return ref.at[b, head, div(rows.start, rows.size)]
+        return super().source(ref, name, b, head, rows)
 
     def start(self):
         """As `Half.start`: sums and the scales of their rows, one after the other."""
@@ -319,6 +377,24 @@ class Running(Int8):
         pending = self.begin(own, next_slots)
         give()
         return self.settle(sums, operands, pending)
+
+    def issue(self, own, streamed):
+        """As `Int8.issue`; products of Q and K are added to `START`."""
+        half = {"bfloat16": "f32.bf16.bf16", "float16": "f32.f16.f16"}[self.plan.variant.half]
+        block = self.plan.config.block_kv
+
+        def body(a8, a16, b8, b16):
+            s8, s16 = self.rows8[1].swizzle, self.rows16[1].swizzle
+            start = [ptx.i32(START)] * (block // 2)
+            return [
+                accumulate(block, _k_major(a8, s8), _k_major(b8, s8), start, "s32.s8.s8"),
+                _wgmma(block, _k_major(a16, s16), _k_major(b16, s16), "f", half),
+            ]
+
+        inputs = [
+            (x, t) for x, t in zip((*own, *streamed), (self.rows8, self.rows16) * 2, strict=True)
+        ]
+        return _inline(body, inputs, [self.tile_type, self.float_type])
 
     def settle(self, sums, operands, pending):
         """As `Registers.settle`."""
@@ -366,8 +442,10 @@ class Running(Int8):
             waited = enumerate(zip(p, _wait(0, d_p), strict=True))
             d_s = [ptx.fmul(x, ptx.fma(y, factor(i), summand(i))) for i, (x, y) in waited]
             found, codes = [], []
-            for values, total, scales in zip((d_s, p), sums[::2], sums[1::2], strict=False):
-                total, scales = grow(total, scales, values, self.top_code)
+            for values, total, scales, kind in zip(
+                (d_s, p), sums[::2], sums[1::2], self.codes, strict=False
+            ):
+                total, scales = grow(total, scales, values, kind)
                 found += [total, scales]
                 codes.append(_opaque(encode(values, scales)))
             return [*found, *codes]
@@ -391,10 +469,10 @@ class Running(Int8):
         def body(*given):
             totals, codes, turned = given[:count], given[count : 2 * count], given[2 * count :]
             out = []
-            for total, words, ref in zip(totals, codes, turned, strict=True):
+            for total, words, ref, made in zip(totals, codes, turned, self.codes, strict=False):
                 a = [words[i : i + 4] for i in range(0, len(words), 4)]
                 b = _k_major(ref, self.columns8[1].swizzle)
-                out.append(accumulate(head_dim, a, b, total, "s32.s8.s8"))
+                out.append(accumulate(head_dim, a, b, total, made.kind))
             return out
 
         totals = _inline(body, inputs, [self.sum_type] * count)
@@ -432,11 +510,12 @@ def _rows_are_queries(fixed, lines):
     row_scale, minus_lse, minus_delta = fixed
     k_scale = shared(lines, thread_columns(0, 1), 2)
     scale = [[ptx.fmul(r, c) for c in k_scale] for r in row_scale]
+    shift = [[shift_of(x, c) for c in own] for x, own in zip(minus_lse, scale, strict=True)]
     summand = [[ptx.fmul(x, c) for c in k_scale] for x in minus_delta]
     half = lambda i: (i // 2) % 2  # noqa: E731
     return (
         lambda i: scale[half(i)][i % 2],
-        lambda i: minus_lse[half(i)],
+        lambda i: shift[half(i)][i % 2],
         lambda i: k_scale[i % 2],
         lambda i: summand[half(i)][i % 2],
     )
@@ -455,9 +534,10 @@ def _rows_are_keys(fixed, lines, block):
             values = shared(lines, ptx.widen(ptx.mul(column, ptx.i32(8))), 4)
             for k in range(2):
                 first, second = values[2 * k : 2 * k + 2]
-                found[part, j, k] = (
-                    (first, ptx.fmul(row_scale, second)) if part == 0 else (first, second)
-                )
+                if part == 0:
+                    second = ptx.fmul(row_scale, second)
+                    first = shift_of(first, second)
+                found[part, j, k] = first, second
         return found[part, j, c]
 
     return (

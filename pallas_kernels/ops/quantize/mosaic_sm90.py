@@ -571,28 +571,29 @@ def quantize_columns(x, mean=None, *, block=64):
     return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
 
 
-def quantize_turned(x, mean=None, *, keep=True):
+def quantize_turned(x, mean=None, *, block=64, keep=True):
     """INT8 codes of rows, also with tokens contiguous, for products that sum over tokens.
 
-    One pass: a warp has 128 tokens of a head, a thread 16 of them and a quarter of the channels.
+    One pass: a thread has 16 tokens and 16 channels, a row is shared by neighbouring lanes.
 
     Args:
         x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
         mean: float32 [B, K, H], whose product with the rows is asked for, or None. With it the
             smallest scale is that of `quantize_q`, without it that of gradients.
+        block: tokens of a tile of the second result: 64 or 128.
         keep: return the codes of rows too.
 
     Returns:
         Codes int8 [B, Lp, heads, H] with Lp = L rounded up to 128, or None; the same as
-        [B, heads, H, Lp], tokens permuted within 16 as `V_ORDER` says; scales float32
-        [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
+        [B, heads, Lp / block, H, block], tokens permuted within 16 as `V_ORDER` says; scales
+        float32 [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
     """
     batch, length, heads, head_dim = x.shape
-    is_bf16, tiles = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD)
-    padded = tiles * SEQ_PAD
+    is_bf16, padded = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD) * SEQ_PAD
     codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8)
-    turned = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
     rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
+    turned, place_of, grid = _turning(codes.shape, block)
+    distances = [d for d in (1, 2, 4) if d < head_dim // 16]  # lanes of a row
     groups = 1 if mean is None else heads // mean.shape[1]
     tiny = TINY_TURNED if mean is None else TINY
 
@@ -601,7 +602,7 @@ def quantize_turned(x, mean=None, *, keep=True):
         x_ref, mean_ref = refs.pop(0), refs.pop(0) if mean is not None else None
         codes_ref = refs.pop(0) if keep else None
         turned_ref, scale_ref, *dot_ref = refs
-        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
+        there, b, head, channels, token = place_of(axes)
         shift = []
         if mean is not None:
             at = lambda c: _element(mean.shape, (b, ptx.div(head, ptx.i32(groups)), c), 4)  # noqa: E731
@@ -616,20 +617,20 @@ def quantize_turned(x, mean=None, *, keep=True):
                 words.append([_load8(x_ref, at(c), ok) for c in channels])
             for row, word in zip(rows, words, strict=True):
                 values = [v for part in word for v in _floats(part, is_bf16)]
-                found, scale = _encode_quarters(values, tiny)
+                found, scale = _encode_part(values, tiny, distances)
                 pairs.append(found)
                 scales.append(scale)
                 if shift:
                     dot = ptx.f32(0.0)
                     for v, m in zip(values, shift, strict=True):
                         dot = ptx.fma(v, m, dot)
-                    dots.append(_over_lanes(ptx.fadd, dot, (1, 2)))
+                    dots.append(_over_lanes(ptx.fadd, dot, distances))
                 for pair, c in zip(found, channels, strict=True):
                     if keep:
                         place = _element(codes.shape, (b, row, head, c), 1)
                         ptx.store(codes_ref, place, pair, there)
         _store_turned(turned_ref, turned.shape, pairs, b, head, channels, token, there)
-        first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(0))
+        first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(head_dim // 16)), ptx.i32(0))
         for i in range(0, 16, 4):
             place = _element(rows_type.shape, (b, head, ptx.add(token, ptx.i32(i))), 4)
             ptx.store(scale_ref, place, scales[i : i + 4], ptx.both(there, first))
@@ -638,14 +639,14 @@ def quantize_turned(x, mean=None, *, keep=True):
 
     outs = [codes] * keep + [turned, rows_type] + [rows_type] * (mean is not None)
     args = (x,) if mean is None else (x, mean)
-    found = _call(body, outs, (pl.cdiv(heads, 4), tiles, batch), args)
+    found = _call(body, outs, grid, args)
     found = found if keep else [None, *found]
     return found if mean is not None else [*found, None]
 
 
-def _encode_quarters(values, tiny: float):
-    """Pairs of words of INT8 codes of a row that four lanes share, and its scale."""
-    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(values), (1, 2)), ptx.f32(tiny))
+def _encode_part(values, tiny: float, distances):
+    """Pairs of words of INT8 codes of a row that neighbouring lanes share, and its scale."""
+    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(values), distances), ptx.f32(tiny))
     factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
     scaled = [ptx.fmul(x, factor) for x in values]
     words = [_int8x4(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
@@ -653,47 +654,61 @@ def _encode_quarters(values, tiny: float):
     return pairs, ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))
 
 
-def turn_codes(codes):
-    """INT8 codes with tokens contiguous, in the order of `quantize_turned`.
+def turn_codes(codes, *, block=128):
+    """INT8 codes with tokens contiguous, as `quantize_turned` has them.
 
     Args:
         codes: int8 [B, Lp, heads, H], H 64 or 128, Lp a multiple of 128.
+        block: tokens of a tile: 64 or 128.
 
     Returns:
-        int8 [B, heads, H, Lp].
+        int8 [B, heads, Lp / block, H, block].
     """
-    batch, padded, heads, head_dim = codes.shape
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
+    out, place_of, grid = _turning(codes.shape, block)
 
     def body(refs, axes):
-        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
+        there, b, head, channels, token = place_of(axes)
         pairs = []
         for i in range(16):
             at = lambda c, i=i: _element(codes.shape, (b, ptx.add(token, ptx.i32(i)), head, c), 1)  # noqa: E731
             pairs.append([ptx.load_words(refs[0], at(c), 2, there) for c in channels])
         _store_turned(refs[1], out.shape, pairs, b, head, channels, token, there)
 
-    grid = (pl.cdiv(heads, 4), padded // SEQ_PAD, batch)
     return _call(body, [out], grid, (codes,))[0]
 
 
-def _place_quarters(axes, heads: int, head_dim: int):
-    """(exists, batch, head, first channels of its eights, first of 16 tokens) of a thread."""
-    group, tile, b = axes
-    tid = ptx.thread()
-    warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
-    head = ptx.add(ptx.mul(group, ptx.i32(4)), warp)
-    there = ptx.lt(head, ptx.i32(heads))
-    head = ptx.select(there, head, ptx.i32(0))
-    channel = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
-    channels = [ptx.add(channel, ptx.i32(first)) for first in range(0, head_dim, 32)]
-    token = ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16))
-    return there, b, head, channels, ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), token)
+def _turning(shape, block: int):
+    """How codes are turned round: the result's type, the place of a thread, and the grid.
+
+    The place is (exists, batch, head, first channels of two eights, first of 16 tokens), a function
+    of the grid's axes. The two lie half a head apart, so that lanes side by side read a line.
+    """
+    batch, padded, heads, head_dim = shape
+    lanes = head_dim // 16
+    tokens = 32 // lanes * 16  # of a warp
+    out = jax.ShapeDtypeStruct((batch, heads, padded // block, head_dim, block), jnp.int8)
+
+    def place(axes):
+        group, tile, b = axes
+        tid = ptx.thread()
+        warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+        head = ptx.add(ptx.mul(group, ptx.i32(4)), warp)
+        there = ptx.lt(head, ptx.i32(heads))
+        head = ptx.select(there, head, ptx.i32(0))
+        channel = ptx.mul(ptx.rem(lane, ptx.i32(lanes)), ptx.i32(8))
+        channels = [channel, ptx.add(channel, ptx.i32(head_dim // 2))]
+        token = ptx.mul(ptx.div(lane, ptx.i32(lanes)), ptx.i32(16))
+        return there, b, head, channels, ptx.add(ptx.mul(tile, ptx.i32(tokens)), token)
+
+    return out, place, (pl.cdiv(heads, 4), padded // tokens, batch)
 
 
 def _store_turned(ref, shape, pairs, b, head, channels, token, there):
     """Stores 16 tokens with tokens contiguous; ``pairs[t]`` are two words for each 8 channels."""
+    block = ptx.i32(shape[-1])
+    tile, within = ptx.div(token, block), ptx.rem(token, block)
     for part, channel in enumerate(channels):
+        first = _element(shape, (b, head, tile, channel, within), 1)
         for half in range(2):
             columns = [[], [], [], []]  # words of four tokens, by channel
             for i in range(0, 16, 4):
@@ -701,8 +716,7 @@ def _store_turned(ref, shape, pairs, b, head, channels, token, there):
                 for words, word in zip(columns, quads, strict=True):
                     words.append(word)
             for c, words in enumerate(columns):
-                place = (b, head, ptx.add(channel, ptx.i32(4 * half + c)), token)
-                ptx.store(ref, _element(shape, place, 1), words, there)
+                ptx.store(ref, first, words, there, shift=(4 * half + c) * shape[-1])
 
 
 def _turned_words(words):
