@@ -18,12 +18,7 @@ from experiments.benchmarks import attention as bench
 from pallas_kernels import QUANTS, BlockMask, Mask, dot_product_attention, testing
 from pallas_kernels._interpret import abstract_gpu
 from pallas_kernels.benchmarking import attention_flops, benchmark, teraflops
-from pallas_kernels.ops.attention import (
-    mosaic_sm90,
-    mosaic_sm90_backward,
-    mosaic_sm90_backward_s32,
-    reference,
-)
+from pallas_kernels.ops.attention import mosaic_sm90, reference
 from pallas_kernels.ops.attention.spec import AttentionSpec
 
 Case = dict[str, Any]
@@ -34,10 +29,9 @@ BOUNDS = {None: (0.01, 0.9999), "sage_bwd": (0.06, 0.998), "sage_bwd_fp8": (0.08
 def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
     found = _correct_cases()
-    new = [{**x, "sums": "int32"} for x in found if "sage_bwd" in (x["gradient"] or "")]
-    half = [{**x, "steps": "Registers"} for x in found if x["gradient"] is None]
-    new = [*new[:1], half[0], *new[1:4], *half[1:3], *new[4:], *half[3:]]
-    return [*found, *({**x, "turns": "ahead"} for x in new), *new]
+    int8 = [x for x in found if x["gradient"]]
+    shipped = [{**x, "sums": "int32"} if x["gradient"] else x for x in found]
+    return [*shipped, *({**x, "sums": "float32"} for x in int8)]
 
 
 def _correct_cases() -> list[Case]:
@@ -70,32 +64,23 @@ def fast_cases() -> list[Case]:
     found = []
     for causal in (False, True):
         each = {**base, "causal": causal}
-        found += [{**each, "gradient": "sage_bwd"}, {**each, "peer": "sdpa"}]
-        found += [{**each, "peer": "cudnn"}]
-        found += [{**each, "gradient": "sage_bwd_fp8"}, {**each, "gradient": None}]
-    sizes = (
-        ["kv", "Int8", {}], ["q", "Int8", {}], ["q", "Half", {}], ["kv", "Half", {}],
-        ["operands", "Int8", {}],
-    )  # fmt: skip
-    found += [{**base, "causal": False, "pieces": each} for each in sizes]
-    new = {**base, "sums": "int32"}
-    found += [
-        {**new, "causal": causal, "gradient": quant}
-        for causal in (False, True)
-        for quant in ("sage_bwd", "sage_bwd_fp8")
-    ]
-    for causal in (False, True):
-        case = {**base, "causal": causal, "turns": "ahead"}
-        found += [{**case, "sums": "int32", "gradient": "sage_bwd_fp8"}]
-        found += [{**case, "steps": "Registers", "gradient": None}]
+        int8 = {**each, "sums": "int32"}
+        found += [{**int8, "gradient": "sage_bwd"}, {**each, "gradient": None}]
+        found += [{**each, "peer": "cudnn"}, {**int8, "gradient": "sage_bwd_fp8"}]
     pieces = [
-        [side, kind, {"schedule": schedule} | (REGISTERS if (side, kind) == HALF_QUERIES else {})]
-        for side, kind in (("kv", "Running"), ("q", "Running"), ("kv", "Registers"), HALF_QUERIES)
-        for schedule in ("ahead", "eager")
-    ]
-    pieces += [["kv", "Registers", {"schedule": "none"}], ["operands", "Running", {}]]
-    found += [{**base, "causal": False, "turns": "ahead", "pieces": each} for each in pieces]
-    found += [{**base, "causal": False, "sums": "int32", "gradient": "sage_bwd", "turns": "ahead"}]
+        ["kv", "Running", {}], ["q", "Running", {}], ["operands", "Running", {}],
+        ["kv", "Registers", {}], ["q", "Half", {}],
+        *(["kv", "Running", {"schedule": x}] for x in ("none", "ahead")),
+        *(["q", "Running", {"schedule": x}] for x in ("none", "eager")),
+        ["kv", "Half", {"schedule": "none"}], ["kv", "Registers", {"schedule": "none"}],
+    ]  # fmt: skip
+    found += [{**base, "causal": False, "pieces": each} for each in pieces]
+    found += [{**base, "causal": causal, "peer": "sdpa"} for causal in (False, True)]
+    long = {**base, "shape": [1, 16384, 32, 128]}
+    for quant in ("sage_bwd", None):
+        kind = {"sums": "int32"} if quant else {}
+        found += [{**long, **kind, "causal": False, "gradient": quant}]
+        found += [{**long, **kind, "lists": quant, "block": [128, 128]}]
     return found
 
 
@@ -106,33 +91,13 @@ def quant_of(name: str | None):
     return name
 
 
-HALF, S32 = mosaic_sm90_backward, mosaic_sm90_backward_s32
-SHIPPED = mosaic_sm90.int8_gradient, dict(HALF.STEPS), dict(HALF.CONFIGS), dict(S32.CONFIGS)
-HALF_QUERIES = ("q", "Registers")
-REGISTERS = {"block_kv": 64, "num_stages": 4}  # of the queries, where they are `Registers`
+SHIPPED = mosaic_sm90.int8_gradient
 
 
 def choose_kernels(case: Case) -> None:
-    """Takes the kernels that a case names from now on.
-
-    "sums" is the type in which INT8 kernels add, "steps" a class of 16-bit kernels, "turns" the
-    schedule of both.
-    """
-    state = lambda: [mosaic_sm90.int8_gradient, *map(dict, (HALF.STEPS, HALF.CONFIGS, S32.CONFIGS))]  # noqa: E731
-    before, (sums, steps, half, int8) = state(), SHIPPED
-    if "steps" in case:
-        steps = dict.fromkeys(("q", "kv"), getattr(HALF, case["steps"]))
-        half = {**half, "q": dataclasses.replace(half["q"], **REGISTERS)}
-    if "turns" in case:
-        half, int8 = (
-            {side: dataclasses.replace(x, schedule=case["turns"]) for side, x in configs.items()}
-            for configs in (half, int8)
-        )
-    mosaic_sm90.int8_gradient = case.get("sums", sums)
-    HALF.STEPS |= steps
-    HALF.CONFIGS |= half
-    S32.CONFIGS |= int8
-    if before != state():
+    """Takes INT8 kernels that add in the type that a case names as "sums" from now on."""
+    before, mosaic_sm90.int8_gradient = mosaic_sm90.int8_gradient, case.get("sums", SHIPPED)
+    if before != mosaic_sm90.int8_gradient:
         jax.clear_caches()
 
 

@@ -26,8 +26,9 @@ def cases() -> list[dict[str, Any]]:
     variants = ("sage2", None, "sage_bwd", "sage1", "fp8")
     found = [{**base, "leaks": quant} for quant in variants]
     found += [{**base, "leaks": quant, "block": [64, 128]} for quant in variants[:3]]
-    new = [{**x, "sums": "int32"} for x in found if x["leaks"] == "sage_bwd"]
-    return [*found, *new, {**found[1], "steps": "Registers"}]
+    int8 = [x for x in found if x["leaks"] == "sage_bwd"]
+    shipped = [{**x, "sums": "int32"} if x in int8 else x for x in found]
+    return [*shipped, *({**x, "sums": "float32"} for x in int8)]
 
 
 def builders(query, key, block_q: int, block_kv: int) -> dict[str, BlockMask]:
