@@ -133,8 +133,9 @@ FLOATS = {
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "max.NaN.f32": np.maximum,
+    "min.NaN.f32": np.minimum,
+    "cvt.rzi.s32.f32": lambda a: np.clip(np.nan_to_num(a), -(2.0**31), 2**31 - 1).astype(np.int32),
     "mul.f32": lambda a, b: quiet(np.multiply, a, b),
-    "abs.f32": np.abs,
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
 
@@ -192,6 +193,7 @@ INTS = {
     "sub.s32": np.subtract,
     # What is shifted by more than there are bits keeps its sign only.
     "shr.s32": lambda a, b: a >> np.minimum(b.view(np.uint32), 31).astype(np.int32),
+    "mul.hi.s32": lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32),
     "shr.u32": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
@@ -318,7 +320,10 @@ class Machine:
             (high, width), (low, _) = (PAIRS[opcode](self.read(x, np.float32)) for x in sources)
             self.registers[target] = high.astype(np.int32) << width | low.astype(np.int32)
         else:
-            self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
+            found = INTS[opcode](*(self.read(x) for x in sources))
+            self.registers[target] = (
+                found if predicate is None else np.where(active, found, self.read(target))
+            )
 
     def mma(self, opcode, operands):
         """m16n8k16, warp by warp."""
