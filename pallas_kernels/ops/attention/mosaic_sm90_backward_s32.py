@@ -79,6 +79,7 @@ from pallas_kernels.ops.attention.mosaic_sm90_tile import LOG2E, ROWS, Position,
 from pallas_kernels.ops.quantize.mosaic_sm90 import (
     kv_statistics,
     quantize_k,
+    quantize_q,
     quantize_turned,
     turn_codes,
 )
@@ -108,6 +109,8 @@ def gradient(
     scale: float,
     smooth_k: bool = True,
     scale_block: int = 128,
+    q_codes: bool = False,
+    v_codes: bool = False,
     min_diff: int | None = None,
     max_diff: int | None = None,
     blocks: BlockMask | None = None,
@@ -126,6 +129,8 @@ def gradient(
         smooth_k: the mean key is subtracted before quantising.
         scale_block: keys that share eight scales in the forward: 64, 128 or 256. For 64 the scales
             are those of 128 all the same.
+        q_codes: the forward has a kernel that quantises Q, whose work is used again.
+        v_codes: the forward quantises V, and has statistics of K and V.
         min_diff: lower bound of ``key - query``, or None.
         max_diff: upper bound, or None.
         blocks: tiles to visit, or None for all.
@@ -135,7 +140,7 @@ def gradient(
     """
     arrays = operands(
         query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k,
-        scale_block=max(K_BLOCK, scale_block),
+        scale_block=max(K_BLOCK, scale_block), q_codes=q_codes, v_codes=v_codes,
     )  # fmt: skip
     variant = Variant("int8", "half", str(query.dtype))
     sizes = query.shape, key.shape, min_diff, max_diff
@@ -144,7 +149,10 @@ def gradient(
     return both_sides(make, CONFIGS, variant, sizes, arrays, blocks)
 
 
-def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block) -> dict:
+def operands(
+    query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block,
+    q_codes=False, v_codes=False,
+) -> dict:  # fmt: skip
     """What both kernels read, by name.
 
     Args as `gradient`.
@@ -154,12 +162,18 @@ def operands(query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, sca
         "of_queries" has for each tile shift and scale of its queries, then factor and summand.
     """
     (batch, q_len, _, _), kv_len = query.shape, key.shape[1]
-    limit = jnp.full((batch,), kv_len, jnp.int32)
-    # As the forward has them, so that a program with both may compute them once.
-    mean = kv_statistics(key, value, limit)[0] if smooth_k else None
-    k8, k_scale = quantize_k(key, limit, mean, scale_block=scale_block)
+    limit = lambda length: jnp.full((batch,), length, jnp.int32)  # noqa: E731
+    # Called as in the forward, so that a program with both computes them once.
+    mean = None
+    if smooth_k:
+        mean, _ = kv_statistics(key, value if v_codes else None, limit(kv_len))
+    k8, k_scale = quantize_k(key, limit(kv_len), mean, scale_block=scale_block, qk="int8")
     block = CONFIGS["kv"].block_kv
-    q8, q_t, q_scale, const = quantize_turned(query, mean, block=block)
+    if q_codes:
+        q8, q_scale, const = quantize_q(query, limit(q_len), mean, qk="int8")
+        q_t, q_scale = turn_codes(q8, block=block), q_scale[:, :, : q8.shape[1]]
+    else:
+        q8, q_t, q_scale, const = quantize_turned(query, mean, block=block)
     _, d_out_t, d_scale, _ = quantize_turned(d_out, block=block, keep=False)
     pad = ((0, 0), (0, 0), (0, -q_len % PAD))
     minus_lse = -lse * LOG2E

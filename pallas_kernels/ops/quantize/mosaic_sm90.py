@@ -219,17 +219,19 @@ def _call(body, outs, grid, args):
 # -- kernels ---------------------------------------------------------------------------------------
 
 
+# Under `jit` of their own, calls that a forward and its backward have in common are one to XLA.
+@functools.partial(jax.jit, static_argnames=("chunk",))
 def kv_statistics(k, v, lengths, *, chunk=256):
     """Mean of K over tokens and largest magnitude of V per channel, in one pass over both.
 
     Args:
         k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        v: like ``k``.
+        v: like ``k``, or None.
         lengths: int32 [B], valid tokens.
         chunk: tokens per block of threads.
 
     Returns:
-        mean float32 [B, K, H], amax float32 [B, K, H].
+        mean float32 [B, K, H], amax float32 [B, K, H] or None without V.
     """
     batch, s_len, heads, head_dim = k.shape
     lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
@@ -238,9 +240,16 @@ def kv_statistics(k, v, lengths, *, chunk=256):
     same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
     row_bytes = 2 * heads * head_dim
     unroll = 4  # rows of lanes; all loads at once would take the registers of another block
+    arrays = [k] if v is None else [k, v]
+    add = lambda x, total: ptx.fadd(total, x)  # noqa: E731
+    rules = (add, lambda x, top: _abs_max([x], top))[: len(arrays)]  # what numbers do to a result
 
     def body(refs, axes):
-        k_ref, v_ref, length_ref, sum_ref, max_ref = refs
+        array_refs, length_ref, out_refs = (
+            refs[: len(arrays)],
+            refs[len(arrays)],
+            refs[-len(arrays) :],
+        )
         piece, head, b = axes
         limit = _load_limit(length_ref, b)
         local, channel, exists = lanes.place()
@@ -251,38 +260,42 @@ def kv_statistics(k, v, lengths, *, chunk=256):
             offset = _element(k.shape, (b, first, head, channel), 2)
             steps = [j * lanes.rows for j in range(unroll)]
             valid = [ptx.both(exists, ptx.lt(ptx.add(first, ptx.i32(j)), limit)) for j in steps]
-            k_words, v_words = (
+            loaded = [
                 [
                     _load8(ref, offset, ok, shift=j * row_bytes)
                     for j, ok in zip(steps, valid, strict=True)
                 ]
-                for ref in (k_ref, v_ref)
-            )
-            sums, tops = found
-            for word in k_words:
-                pairs = zip(sums, _floats(word, is_bf16), strict=True)
-                sums = [ptx.fadd(total, x) for total, x in pairs]
-            for word in v_words:
-                pairs = zip(tops, _floats(word, is_bf16), strict=True)
-                tops = [_abs_max([x], top) for top, x in pairs]
-            return sums, tops
+                for ref in array_refs
+            ]
+            results = []
+            for words, rule, values in zip(loaded, rules, found, strict=True):
+                for word in words:
+                    pairs = zip(_floats(word, is_bf16), values, strict=True)
+                    values = [rule(x, value) for x, value in pairs]
+                results.append(values)
+            return results
 
-        zeros = [ptx.f32(0.0)] * 8
-        sums, tops = ptx.loop(chunk // lanes.rows // unroll, take, (zeros, zeros))
-        sums = [_over_lanes(ptx.fadd, x, same_warp) for x in sums]
-        tops = [_over_lanes(ptx.fmax, x, same_warp) for x in tops]
+        zeros = [[ptx.f32(0.0)] * 8 for _ in arrays]
+        found = ptx.loop(chunk // lanes.rows // unroll, take, zeros)
+        found = [
+            [_over_lanes(combine, x, same_warp) for x in values]
+            for combine, values in zip((ptx.fadd, ptx.fmax), found, strict=False)
+        ]
         warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
         slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
         offset = _element(partial.shape, (b, head, slot, channel), 4)
         first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
-        for ref, values in ((sum_ref, sums), (max_ref, tops)):
+        for ref, values in zip(out_refs, found, strict=True):
             ptx.store(ref, offset, values[:4], first)
             ptx.store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
-    sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
-    return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
+    grid = (chunks, heads, batch)
+    sums, *tops = _call(body, [partial] * len(arrays), grid, (*arrays, lengths))
+    mean = sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None]
+    return mean, tops[0].max(2) if tops else None
 
 
+@functools.partial(jax.jit, static_argnames=("qk", "block"))
 def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
     """Codes and a scale per row of Q, and its product with the mean key.
 
@@ -407,6 +420,7 @@ def _swizzled(row, column, width: int, swizzle: int):
     return ptx.xor(offset, ptx.mul(turn, ptx.i32(16)))
 
 
+@functools.partial(jax.jit, static_argnames=("scale_block", "qk"))
 def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
     """Codes of ``K - mean`` and eight scales per block of keys, by token index modulo 8.
 
@@ -774,7 +788,7 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    mean, top = kv_statistics(k, v, kv_limit)
+    mean, top = kv_statistics(k, v if pv == "e4m3" else None, kv_limit)
     mean = mean if smooth_k else None
     k8, k_scale = quantize_k(k, kv_limit, mean, scale_block=scale_block, qk=qk)
     q_scale = row_const = v_scale = None
