@@ -30,8 +30,8 @@ def correct_cases() -> list[Case]:
     """Variants, rules, lists and head sizes through `jax.vjp` of the public function."""
     found = _correct_cases()
     int8 = [x for x in found if x["gradient"]]
-    shipped = [{**x, "sums": "int32"} if x["gradient"] else x for x in found]
-    return [*shipped, *({**x, "sums": "float32"} for x in int8)]
+    shipped = [{**x, "sums": "mixed"} if x["gradient"] else x for x in found]
+    return [*shipped, *({**x, "sums": kind} for kind in ("int32", "float32") for x in int8)]
 
 
 def _correct_cases() -> list[Case]:
@@ -64,12 +64,14 @@ def fast_cases() -> list[Case]:
     found = []
     for causal in (False, True):
         each = {**base, "causal": causal}
-        int8 = {**each, "sums": "int32"}
+        int8 = {**each, "sums": "mixed"}
         found += [{**int8, "gradient": "sage_bwd"}, {**each, "gradient": None}]
         found += [{**each, "peer": "cudnn"}, {**int8, "gradient": "sage_bwd_fp8"}]
     pieces = [
-        ["kv", "Running", {}], ["q", "Running", {}], ["operands", "Running", {}],
+        ["kv", "Keys", {}], ["q", "Running", {}], ["operands", "Keys", {}],
         ["kv", "Registers", {}], ["q", "Half", {}],
+        *(["kv", "Keys", {"schedule": x}] for x in ("none", "eager")),
+        ["kv", "Running", {}], ["operands", "Running", {}],
         *(["kv", "Running", {"schedule": x}] for x in ("none", "ahead")),
         *(["q", "Running", {"schedule": x}] for x in ("none", "eager")),
         ["kv", "Half", {"schedule": "none"}], ["kv", "Registers", {"schedule": "none"}],
@@ -78,7 +80,7 @@ def fast_cases() -> list[Case]:
     found += [{**base, "causal": causal, "peer": "sdpa"} for causal in (False, True)]
     long = {**base, "shape": [1, 16384, 32, 128]}
     for quant in ("sage_bwd", None):
-        kind = {"sums": "int32"} if quant else {}
+        kind = {"sums": "mixed"} if quant else {}
         found += [{**long, **kind, "causal": False, "gradient": quant}]
         found += [{**long, **kind, "lists": quant, "block": [128, 128]}]
     return found
@@ -95,7 +97,7 @@ SHIPPED = mosaic_sm90.int8_gradient
 
 
 def choose_kernels(case: Case) -> None:
-    """Takes INT8 kernels that add in the type that a case names as "sums" from now on."""
+    """Takes the INT8 kernels that a case names as "sums" from now on, by the type they add in."""
     before, mosaic_sm90.int8_gradient = mosaic_sm90.int8_gradient, case.get("sums", SHIPPED)
     if before != mosaic_sm90.int8_gradient:
         jax.clear_caches()
@@ -172,7 +174,7 @@ def run_correct(case: Case) -> dict[str, Any]:
     run = partial(exact, sinks=rules.get("sinks"), lengths=rules.get("key_value_seq_lengths"))
     want = jax.jit(run)(q, key, v, d_out, mask)
     found, (limit, least) = {}, BOUNDS[case["gradient"]]
-    if case.get("sums") == "int32":  # one scale for each row of P and dS: that of SageBwd's tiles
+    if case.get("sums") != "float32" and case["gradient"]:  # one scale for a row of dS
         limit, least = 0.1, 0.997
     if sigma > 1:  # the aim of SageBwd's paper, whose table has .9970
         limit, least = 1.0, 0.997
@@ -222,6 +224,7 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     """One kernel of a backward on random operands, or making these."""
     from pallas_kernels.ops.attention import mosaic_sm90_backward as half
     from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as int8
+    from pallas_kernels.ops.attention import mosaic_sm90_backward_mixed as mixed
     from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as s32
     from pallas_kernels.ops.attention.mosaic_sm90_tile import Variant
 
@@ -230,14 +233,15 @@ def run_pieces(case: Case, repeats: int) -> list[dict[str, Any]]:
     q, k, v, d_out = inputs(case)
     zeros = jnp.zeros((batch, heads, length))
     sums = zeros + jnp.log(float(length)), zeros, zeros
-    of_kind = {"Int8": int8, "Running": s32}.get(kind, half)
+    of_kind = {"Int8": int8, "Running": s32, "Keys": mixed}.get(kind, half)
     if of_kind is not half:
         make = partial(of_kind.operands, scale=head_dim**-0.5, smooth_k=True, scale_block=128)
     if side == "operands":
         timing = benchmark(make, q, k, v, d_out, *sums, repeats=repeats)
         return [{"name": f"operands of {kind}", "milliseconds": timing.median * 1e3}]
     config = dataclasses.replace(of_kind.CONFIGS[side], **changed)
-    plan = half.plan_of(side, Variant("int8", "half"), shape, shape, None, None, config)
+    variant = Variant("half" if of_kind is half else "int8", "half")
+    plan = half.plan_of(side, variant, shape, shape, None, None, config)
     one = [1] * (of_kind is s32)  # query head of each key head
     steps = getattr(of_kind, kind)(side, plan, head_dim**-0.5, *one)
     if of_kind is half:

@@ -27,8 +27,8 @@ def cases() -> list[dict[str, Any]]:
     found = [{**base, "leaks": quant} for quant in variants]
     found += [{**base, "leaks": quant, "block": [64, 128]} for quant in variants[:3]]
     int8 = [x for x in found if x["leaks"] == "sage_bwd"]
-    shipped = [{**x, "sums": "int32"} if x in int8 else x for x in found]
-    return [*shipped, *({**x, "sums": "float32"} for x in int8)]
+    shipped = [{**x, "sums": "mixed"} if x in int8 else x for x in found]
+    return [*shipped, *({**x, "sums": kind} for kind in ("int32", "float32") for x in int8)]
 
 
 def builders(query, key, block_q: int, block_kv: int) -> dict[str, BlockMask]:

@@ -666,7 +666,7 @@ def walk(steps, found, groups):
     block = plan.config.block_kv
     x = {}
     for name, array in found.items():  # what lies beyond the end is copied as zeros
-        token = {"q8": 1, "k8": 1, "v": 1, "d_out": 1}.get(name)
+        token = {"q8": 1, "k8": 1, "q": 1, "v": 1, "d_out": 1}.get(name)
         pad = [(0, 384 * (i == token)) for i in range(array.ndim)]
         x[name] = np.pad(array, pad)[0]
 

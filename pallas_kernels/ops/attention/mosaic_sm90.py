@@ -19,6 +19,7 @@ from pallas_kernels._device import current_device, xla_is_deterministic
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as backward_int8
+from pallas_kernels.ops.attention import mosaic_sm90_backward_mixed as backward_mixed
 from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as backward_s32
 from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import sparse, xla
@@ -41,7 +42,7 @@ from pallas_kernels.ops.attention.spec import ANY_ORDER, AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS, AttentionOperands, quantize_qkv
 
 # Kernels of SageBwd's gradient, and the ones that are used.
-INT8_GRADIENTS = {"float32": backward_int8, "int32": backward_s32}
+INT8_GRADIENTS = {"float32": backward_int8, "int32": backward_s32, "mixed": backward_mixed}
 int8_gradient = "int32"
 
 

@@ -363,6 +363,7 @@ class Registers(Half):
         self.swizzle = _swizzle(2 * head_dim)
         self.rows = _transforms(self.swizzle, 2)
         self.tile_type = _shape((ROWS, block), jnp.float32, _ACC)
+        self.pending_types = (self.tile_type,) * 2
         self.operand_type = _shape((ROWS, block), jnp.dtype(half), _ACC)
         self.sum_type = _shape((ROWS, head_dim), jnp.float32, _ACC)
 
@@ -383,8 +384,8 @@ class Registers(Half):
     def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
         del load
-        wait(0)
-        wait(1)
+        for part in range(len(ring)):
+            wait(part)
         pending = self.begin(own, ring)
         if self.plan.config.schedule == "hold":
             pending = self.settle((), (), pending)[1]
@@ -392,15 +393,15 @@ class Registers(Half):
         sums, operands = self.prepare(pending, ring, fixed, where, sums)
         take()
         sums, _ = self.settle(self.multiply(sums, operands, ring), operands, ())
-        release(1)
-        release(0)
+        for part in reversed(range(len(ring))):
+            release(part)
         return sums
 
     # What `tile` does, in pieces, for a walk that is one tile ahead.
 
     def begin(self, own, slots):
         """Starts the first two products."""
-        return tuple(self.issue(a, part[0]) for a, part in zip(own, slots, strict=True))
+        return self.issue_scores(own[0], slots[0][0]), self.issue(own[1], slots[1][0])
 
     def advance(self, sums, operands, slots, own, next_slots, give):
         """Sums with the last products of a tile, and the first ones of the next, all of them done.
@@ -409,7 +410,7 @@ class Registers(Half):
         runs, when the operands of the last ones have left their registers.
         """
         sums = self.multiply(sums, operands, slots)
-        scores = self.issue(own[0], next_slots[0][0])
+        scores = self.issue_scores(own[0], next_slots[0][0])
         sums, _ = self.settle(sums, operands, (), left=1)
         d_p = self.issue(own[1], next_slots[1][0])
         give()
@@ -418,7 +419,7 @@ class Registers(Half):
     def settle(self, sums, operands, pending, left: int = 0):
         """Sums and products when they are done; so many later groups are still in flight."""
         given = [*sums, *pending, *operands]
-        types = [self.sum_type] * len(sums) + [self.tile_type] * len(pending)
+        types = [self.sum_type] * len(sums) + list(self.pending_types[: len(pending)])
         layouts = [_ACC] * len(types) + [self.operand_type.layout] * len(operands)
         done = settled(given, layouts, types, left)
         return done[: len(sums)], done[len(sums) :]
@@ -431,6 +432,8 @@ class Registers(Half):
             return [_wgmma(self.plan.config.block_kv, *operands, "f", self.kind)]
 
         return _inline(body, [(own, self.rows), (streamed, self.rows)], [self.tile_type])[0]
+
+    issue_scores = issue
 
     def prepare(self, pending, slots, fixed, where, sums):
         """Sums, and operands of the last products: dS, for keys also P."""
@@ -462,7 +465,7 @@ class Registers(Half):
         """Starts adding the products of dS, and of P, with streamed rows."""
         count = len(sums)
         inputs = [(x, _ACC) for x in sums] + [(x, self.operand_type.layout) for x in operands]
-        inputs += [(part[0], self.rows) for part in slots[:count]]
+        inputs += [(ref, self.rows) for ref in self.last(slots)]
 
         def body(*given):
             found = []
@@ -474,6 +477,10 @@ class Registers(Half):
             return found
 
         return tuple(_inline(body, inputs, [self.sum_type] * count))
+
+    def last(self, slots):
+        """What dS, and P, are multiplied with."""
+        return [part[0] for part in slots[: 1 if self.side == "q" else 2]]
 
     def operand(self, values):
         """Registers of a tile, rounded to 16 bits, as a left operand."""

@@ -158,23 +158,65 @@ def operands(
     Args as `gradient`.
 
     Returns:
-        Arrays. "minus_lse" is in units of log2 and without what smoothing took from the logits;
-        "of_queries" has for each tile shift and scale of its queries, then factor and summand.
+        Arrays: those of `of_the_queries`, and "of_queries", which has for each tile shift and
+        scale of its queries, then factor and summand.
     """
-    (batch, q_len, _, _), kv_len = query.shape, key.shape[1]
-    limit = lambda length: jnp.full((batch,), length, jnp.int32)  # noqa: E731
-    # Called as in the forward, so that a program with both computes them once.
-    mean = None
-    if smooth_k:
-        mean, _ = kv_statistics(key, value if v_codes else None, limit(kv_len))
-    k8, k_scale = quantize_k(key, limit(kv_len), mean, scale_block=scale_block, qk="int8")
     block = CONFIGS["kv"].block_kv
+    keys = codes_of_keys(key, value, smooth_k, scale_block, v_codes)
     if q_codes:
-        q8, q_scale, const = quantize_q(query, limit(q_len), mean, qk="int8")
-        q_t, q_scale = turn_codes(q8, block=block), q_scale[:, :, : q8.shape[1]]
+        q8, q_scale, const = codes_of_queries(query, keys[2])
+        q_t = turn_codes(q8, block=block)
     else:
-        q8, q_t, q_scale, const = quantize_turned(query, mean, block=block)
+        q8, q_t, q_scale, const = quantize_turned(query, keys[2], block=block)
     _, d_out_t, d_scale, _ = quantize_turned(d_out, block=block, keep=False)
+    arrays = of_the_queries(
+        (q8, q_scale, const), keys, value, d_out, lse, delta, rest, scale=scale,
+        block=CONFIGS["q"].block_kv,
+    )  # fmt: skip
+    ratio = q_scale / d_scale
+    numbers = (
+        arrays["minus_lse"] + jnp.log2(d_scale), arrays["q_scale"],
+        ratio, arrays["minus_delta"] * ratio,
+    )  # fmt: skip
+    tiles = (*ratio.shape[:2], -1, block, 2, 2)
+    arrays["of_queries"] = (
+        jnp.stack(numbers, -1).reshape(tiles).swapaxes(3, 4).reshape(*ratio.shape[:2], -1)
+    )
+    return arrays | {"q_t": q_t, "d_out_t": d_out_t}
+
+
+# Called as in the forward, so that a program with both computes them once.
+
+
+def codes_of_keys(key, value, smooth_k: bool, scale_block: int, v_codes: bool):
+    """Codes of K, scales, and the mean that was taken away, or None; arguments as `gradient`."""
+    limit, mean = jnp.full(key.shape[:1], key.shape[1], jnp.int32), None
+    if smooth_k:
+        mean, _ = kv_statistics(key, value if v_codes else None, limit)
+    return *quantize_k(key, limit, mean, scale_block=scale_block, qk="int8"), mean
+
+
+def codes_of_queries(query, mean):
+    """Codes of Q, a scale for each row, and rows times the mean key, or None."""
+    limit = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
+    codes, *numbers = quantize_q(query, limit, mean, qk="int8")
+    return codes, *(None if x is None else x[:, :, : codes.shape[1]] for x in numbers)
+
+
+def of_the_queries(queries, keys, value, d_out, lse, delta, rest, *, scale, block) -> dict:
+    """What the kernel of queries reads, by name, and "k_rows".
+
+    Args:
+        queries: codes, scales, and rows times the mean key or None.
+        keys: from `codes_of_keys`.
+        value: as in `gradient`; so are d_out, lse, delta, rest and scale.
+        block: keys of a tile.
+
+    Returns:
+        Arrays. "minus_lse" is in units of log2 and without what smoothing took from the logits.
+    """
+    (q8, q_scale, const), (k8, k_scale, mean) = queries, keys
+    q_len, scale_block = lse.shape[2], k8.shape[1] // k_scale.shape[2]
     pad = ((0, 0), (0, 0), (0, -q_len % PAD))
     minus_lse = -lse * LOG2E
     if const is not None:
@@ -182,20 +224,13 @@ def operands(
     # Rows without keys, and those beyond the end, get P = exp(-inf) = 0.
     minus_lse = jnp.where(jnp.isneginf(lse), -jnp.inf, minus_lse)
     minus_lse = jnp.pad(minus_lse, pad, constant_values=-jnp.inf)
-    minus_delta, ratio = jnp.pad(-delta, pad), q_scale / d_scale
-    logit_scale = q_scale * (scale * LOG2E)
-    numbers = minus_lse + jnp.log2(d_scale), logit_scale, ratio, minus_delta * ratio
     arrays = {"q8": q8, "k8": k8, "v": whole(value), "d_out": whole(d_out)}
-    arrays |= {"minus_lse": minus_lse, "q_scale": logit_scale, "minus_delta": minus_delta}
-    tiles = (*ratio.shape[:2], -1, block, 2, 2)
-    arrays["of_queries"] = (
-        jnp.stack(numbers, -1).reshape(tiles).swapaxes(3, 4).reshape(*ratio.shape[:2], -1)
-    )
+    arrays |= {"minus_lse": minus_lse, "minus_delta": jnp.pad(-delta, pad)}
+    arrays["q_scale"] = q_scale * (scale * LOG2E)
     arrays["k_rows"] = jnp.tile(k_scale, scale_block // 8).reshape(*k_scale.shape[:2], -1)
-    of_tiles = jnp.repeat(k_scale, scale_block // CONFIGS["q"].block_kv, axis=2)
-    arrays |= {"k_scale": _lines(of_tiles), "k_t": turn_codes(k8, block=CONFIGS["q"].block_kv)}
-    arrays |= {"q_t": q_t, "d_out_t": d_out_t}
-    if smooth_k:
+    arrays["k_scale"] = _lines(jnp.repeat(k_scale, scale_block // block, axis=2))
+    arrays["k_t"] = turn_codes(k8, block=block)
+    if mean is not None:
         arrays |= {"rest": jnp.pad(rest, pad) * scale, "k_mean": mean}
     return arrays
 
