@@ -381,8 +381,10 @@ class Trace:
             pad = ((0, 0), (0, longest - trace.shape[1]))
             texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))
             weight = np.ones(trace.shape)
-            # Few tokens look a value up; everything else copies or counts.
-            weight[:, 2 : -4 : self.step_length(checks)] = LOOKUP_WEIGHT
+            # Few tokens look a value up, read the program or add; everything else copies or counts,
+            # and a model that cannot add still says 99 % of a trace right.
+            for place in range(2, 6):  # v, c, x, d of a line said for the first time
+                weight[:, place : -4 : self.step_length(checks)] = LOOKUP_WEIGHT
             weight[:, -2] = LOOKUP_WEIGHT
             weight = np.pad(weight, pad)
             weights.append(np.concatenate([np.zeros(prompt.shape), weight], axis=1))
