@@ -73,7 +73,7 @@ def kernels() -> dict[str, tuple[Callable, list]]:
             f"quantize k {h}": (quantisers.quantize_k, [x, lengths, mean]),
             f"quantize v {h}": (quantisers.quantize_v, [x, mean, lengths]),
             f"quantize q {h}": (quantisers.quantize_q, [x, lengths, mean]),
-            f"quantize turned {h}": (quantisers.quantize_turned, [x, mean]),
+            f"quantize turned {h}": (quantisers.quantize_turned, [x]),
             f"turn codes {h}": (quantisers.turn_codes, [array(2, 4096, 4, h, dtype=jnp.int8)]),
         }
         for quant in ("sage2", "sage1", "fp8", None):

@@ -114,11 +114,9 @@ def plain_gradient(q, k, v, d_out, lse, delta, *, scale, min_diff, max_diff, blo
 def test_gradient_around_the_kernels(monkeypatch, listed):
     """Against XLA's gradient, with sinks and a padded head size; split over devices; under vmap."""
 
-    def plain_int8(
-        q, k, v, d_out, lse, delta, rest, *, smooth_k, scale_block, q_codes, v_codes, **rules
-    ):
+    def plain_int8(q, k, v, d_out, lse, delta, rest, *, smooth_k, scale_block, v_codes, **rules):
         assert smooth_k and scale_block == 8 and rest.shape == delta.shape
-        assert q_codes and not v_codes
+        assert not v_codes
         return plain_gradient(q, k, v, d_out, lse, delta, **rules)
 
     monkeypatch.setattr(mosaic_sm90.backward_s32, "gradient", plain_int8)

@@ -370,9 +370,8 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
     run, sums = backward.gradient, (lse, rows.delta)
     if _is_int8(spec):
         options["smooth_k"] = spec.quant.smooth_k
-        forward_config = _config_of(spec, mask, config)
+        forward_config = _config_of(spec, mask, config) if blocks is None else None
         options["scale_block"] = _scale_block(blocks, forward_config)
-        options["q_codes"] = not forward_config.fuse_q
         options["v_codes"] = variant_of(spec).pv == "e4m3"
         run, sums = INT8_GRADIENTS[int8_gradient].gradient, (lse, rows.delta, rows.sums)
     sums = [x.swapaxes(1, 2) for x in sums]

@@ -100,9 +100,7 @@ def gradient(
     arrays |= {"minus_lse": -arrays["lse"], "minus_delta": -arrays["delta"]}
     variant = Variant("half", "half", str(query.dtype))
     sizes = query.shape, key.shape, min_diff, max_diff
-    # Over lists, where no walk is one tile ahead, `Registers` gain nothing.
-    kinds = STEPS if blocks is None else dict.fromkeys(STEPS, Half)
-    make = lambda side, plan: kinds[side](side, plan, scale)  # noqa: E731
+    make = lambda side, plan: STEPS[side](side, plan, scale)  # noqa: E731
     return both_sides(make, CONFIGS, variant, sizes, arrays, blocks)
 
 

@@ -94,7 +94,6 @@ def gradient(
     scale: float,
     smooth_k: bool = True,
     scale_block: int = 128,
-    q_codes: bool = False,
     v_codes: bool = False,
     min_diff: int | None = None,
     max_diff: int | None = None,
@@ -114,8 +113,7 @@ def gradient(
         smooth_k: the mean key is subtracted before quantising.
         scale_block: keys that share eight scales in the forward: 64, 128 or 256. For 64 the scales
             are those of 128 all the same.
-        q_codes: makes no difference here.
-        v_codes: likewise.
+        v_codes: makes no difference here.
         min_diff: lower bound of ``key - query``, or None.
         max_diff: upper bound, or None.
         blocks: tiles to visit, or None for all.
@@ -123,7 +121,7 @@ def gradient(
     Returns:
         Arrays like query, key and value.
     """
-    del q_codes, v_codes
+    del v_codes
     arrays = operands(
         query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k,
         scale_block=max(K_BLOCK, scale_block),

@@ -67,14 +67,12 @@ def gradient(
     scale: float,
     smooth_k: bool = True,
     scale_block: int = 128,
-    q_codes: bool = False,
     v_codes: bool = False,
     min_diff: int | None = None,
     max_diff: int | None = None,
     blocks: BlockMask | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `mosaic_sm90_backward_s32.gradient`, with dV and dK in 16 bits."""
-    del q_codes
     arrays = operands(
         query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k,
         scale_block=max(s32.K_BLOCK, scale_block), v_codes=v_codes,

@@ -109,7 +109,6 @@ def gradient(
     scale: float,
     smooth_k: bool = True,
     scale_block: int = 128,
-    q_codes: bool = False,
     v_codes: bool = False,
     min_diff: int | None = None,
     max_diff: int | None = None,
@@ -129,7 +128,6 @@ def gradient(
         smooth_k: the mean key is subtracted before quantising.
         scale_block: keys that share eight scales in the forward: 64, 128 or 256. For 64 the scales
             are those of 128 all the same.
-        q_codes: the forward has a kernel that quantises Q, whose work is used again.
         v_codes: the forward quantises V, and has statistics of K and V.
         min_diff: lower bound of ``key - query``, or None.
         max_diff: upper bound, or None.
@@ -140,7 +138,7 @@ def gradient(
     """
     arrays = operands(
         query, key, value, d_out, lse, delta, rest, scale=scale, smooth_k=smooth_k,
-        scale_block=max(K_BLOCK, scale_block), q_codes=q_codes, v_codes=v_codes,
+        scale_block=max(K_BLOCK, scale_block), v_codes=v_codes,
     )  # fmt: skip
     variant = Variant("int8", "half", str(query.dtype))
     sizes = query.shape, key.shape, min_diff, max_diff
@@ -150,9 +148,8 @@ def gradient(
 
 
 def operands(
-    query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block,
-    q_codes=False, v_codes=False,
-) -> dict:  # fmt: skip
+    query, key, value, d_out, lse, delta, rest, *, scale, smooth_k, scale_block, v_codes=False
+) -> dict:
     """What both kernels read, by name.
 
     Args as `gradient`.
@@ -163,17 +160,12 @@ def operands(
     """
     block = CONFIGS["kv"].block_kv
     keys = codes_of_keys(key, value, smooth_k, scale_block, v_codes)
-    if q_codes:
-        q8, q_scale, const = codes_of_queries(query, keys[2])
-        q_t = turn_codes(q8, block=block)
-    else:
-        q8, q_t, q_scale, const = quantize_turned(query, keys[2], block=block)
-    _, d_out_t, d_scale, _ = quantize_turned(d_out, block=block, keep=False)
+    queries = codes_of_queries(query, keys[2])
+    d_out_t, d_scale = quantize_turned(d_out, block=block)
     arrays = of_the_queries(
-        (q8, q_scale, const), keys, value, d_out, lse, delta, rest, scale=scale,
-        block=CONFIGS["q"].block_kv,
-    )  # fmt: skip
-    ratio = q_scale / d_scale
+        queries, keys, value, d_out, lse, delta, rest, scale=scale, block=CONFIGS["q"].block_kv
+    )
+    ratio = queries[1] / d_scale
     numbers = (
         arrays["minus_lse"] + jnp.log2(d_scale), arrays["q_scale"],
         ratio, arrays["minus_delta"] * ratio,
@@ -182,7 +174,7 @@ def operands(
     arrays["of_queries"] = (
         jnp.stack(numbers, -1).reshape(tiles).swapaxes(3, 4).reshape(*ratio.shape[:2], -1)
     )
-    return arrays | {"q_t": q_t, "d_out_t": d_out_t}
+    return arrays | {"q_t": turn_codes(queries[0], block=block), "d_out_t": d_out_t}
 
 
 # Called as in the forward, so that a program with both computes them once.

@@ -585,86 +585,58 @@ def quantize_columns(x, mean=None, *, block=64):
     return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
 
 
-def quantize_turned(x, mean=None, *, block=64, keep=True):
-    """INT8 codes of rows, also with tokens contiguous, for products that sum over tokens.
+def quantize_turned(x, *, block=64):
+    """INT8 codes with tokens contiguous and a scale for each row, of gradients.
 
     One pass: a thread has 16 tokens and 16 channels, a row is shared by neighbouring lanes.
 
     Args:
         x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
-        mean: float32 [B, K, H], whose product with the rows is asked for, or None. With it the
-            smallest scale is that of `quantize_q`, without it that of gradients.
-        block: tokens of a tile of the second result: 64 or 128.
-        keep: return the codes of rows too.
+        block: tokens of a tile: 64 or 128.
 
     Returns:
-        Codes int8 [B, Lp, heads, H] with Lp = L rounded up to 128, or None; the same as
-        [B, heads, Lp / block, H, block], tokens permuted within 16 as `V_ORDER` says; scales
-        float32 [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
+        Codes int8 [B, heads, Lp / block, H, block] with Lp = L rounded up to 128, tokens permuted
+        within 16 as `V_ORDER` says; scales float32 [B, heads, Lp]. Zeros beyond L.
     """
     batch, length, heads, head_dim = x.shape
     is_bf16, padded = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD) * SEQ_PAD
-    codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8)
     rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
-    turned, place_of, grid = _turning(codes.shape, block)
+    turned, place_of, grid = _turning((batch, padded, heads, head_dim), block)
     distances = [d for d in (1, 2, 4) if d < head_dim // 16]  # lanes of a row
-    groups = 1 if mean is None else heads // mean.shape[1]
-    tiny = TINY_TURNED if mean is None else TINY
 
     def body(refs, axes):
-        refs = list(refs)
-        x_ref, mean_ref = refs.pop(0), refs.pop(0) if mean is not None else None
-        codes_ref = refs.pop(0) if keep else None
-        turned_ref, scale_ref, *dot_ref = refs
+        x_ref, turned_ref, scale_ref = refs
         there, b, head, channels, token = place_of(axes)
-        shift = []
-        if mean is not None:
-            at = lambda c: _element(mean.shape, (b, ptx.div(head, ptx.i32(groups)), c), 4)  # noqa: E731
-            shift = [m for c in channels for m in _load_f32x8(mean_ref, at(c))]
-        pairs, scales, dots = [], [], []
+        pairs, scales = [], []
         for i in range(0, 16, 4):  # so many rows are asked for at a time
-            rows = [ptx.add(token, ptx.i32(i + j)) for j in range(4)]
             words = []
-            for row in rows:
+            for j in range(4):
+                row = ptx.add(token, ptx.i32(i + j))
                 ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
                 at = lambda c, row=row: _element(x.shape, (b, row, head, c), 2)  # noqa: E731
                 words.append([_load8(x_ref, at(c), ok) for c in channels])
-            for row, word in zip(rows, words, strict=True):
-                values = [v for part in word for v in _floats(part, is_bf16)]
-                found, scale = _encode_part(values, tiny, distances)
+            for word in words:
+                found, scale = _encode_part([_floats(part, is_bf16) for part in word], distances)
                 pairs.append(found)
                 scales.append(scale)
-                if shift:
-                    dot = ptx.f32(0.0)
-                    for v, m in zip(values, shift, strict=True):
-                        dot = ptx.fma(v, m, dot)
-                    dots.append(_over_lanes(ptx.fadd, dot, distances))
-                for pair, c in zip(found, channels, strict=True):
-                    if keep:
-                        place = _element(codes.shape, (b, row, head, c), 1)
-                        ptx.store(codes_ref, place, pair, there)
         _store_turned(turned_ref, turned.shape, pairs, b, head, channels, token, there)
         first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(head_dim // 16)), ptx.i32(0))
         for i in range(0, 16, 4):
             place = _element(rows_type.shape, (b, head, ptx.add(token, ptx.i32(i))), 4)
             ptx.store(scale_ref, place, scales[i : i + 4], ptx.both(there, first))
-            if dots:
-                ptx.store(dot_ref[0], place, dots[i : i + 4], ptx.both(there, first))
 
-    outs = [codes] * keep + [turned, rows_type] + [rows_type] * (mean is not None)
-    args = (x,) if mean is None else (x, mean)
-    found = _call(body, outs, grid, args)
-    found = found if keep else [None, *found]
-    return found if mean is not None else [*found, None]
+    return _call(body, [turned, rows_type], grid, (x,))
 
 
-def _encode_part(values, tiny: float, distances):
+def _encode_part(eights, distances):
     """Pairs of words of INT8 codes of a row that neighbouring lanes share, and its scale."""
-    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(values), distances), ptx.f32(tiny))
+    top = _over_lanes(ptx.fmax, _abs_max([x for eight in eights for x in eight]), distances)
+    top = ptx.fmax(top, ptx.f32(TINY_TURNED))
     factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
-    scaled = [ptx.fmul(x, factor) for x in values]
-    words = [_int8x4(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
-    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+    pairs = []
+    for eight in eights:
+        scaled = [ptx.fmul(x, factor) for x in eight]
+        pairs.append([_int8x4(scaled[:4]), _int8x4(scaled[4:])])
     return pairs, ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))
 
 
