@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SageBwd's gradient on Hopper, with sums in float32: ``mosaic_sm90_backward`` with INT8 products.
 
-``mosaic_sm90_backward_s32`` is faster, less exact, and what is used; this is there to compare.
+``mosaic_sm90_backward_mixed`` is faster and what is used; this is there to compare.
 
 ``dO V^T``, made in both kernels, stays in 16 bits. 8-bit ``wgmma`` reads both operands with the
 contraction contiguous, which decides what comes from where::

@@ -14,19 +14,20 @@ added in float32: two or three instructions for each number of a sum, of which t
 scores. Here the sums are s32 from the first tile to the last. So what is summed over must not have
 a scale. Those of tokens move to the other factor, where they cost nothing: what is rounded is
 ``P sO`` and ``dS sQ`` (``dS sK`` for dQ), with sO in the shift of the exponential and ``sQ / sO``
-in the subtraction of delta, a fused multiply-add anyway. What is left is a scale for each row of
-the owner: a power of two that holds for all tiles so far. Where a tile has something larger it
-grows, and the sums, which are in its units, are shifted. That is rare, and a warp in which no row
-grows skips it. Keys look at their queries from the last to the first: under a causal mask
-probabilities grow in that order.
+in the subtraction of delta, a fused multiply-add anyway. What is left is a factor for each row of
+the owner that holds for all tiles so far. Where a tile has something larger it shrinks, and the
+sums, which are of codes, shrink with it. Keys look at their queries from the last to the first:
+under a causal mask probabilities grow in that order.
 
-At B 4, T = S = 4096, N 32, H 128 an H200 takes 2.00 ms for the queries and 3.46 for the keys,
-against 1.99 and 4.01 with sums in float32. Turns at the tensor core change little (1.88 and 3.51
-with "ahead"), so the warpgroups do not wait for each other; docs/sparse.md counts instructions,
-products and bytes of shared memory.
+A warp in which no row shrinks skips that. A warpgroup waits for the slowest of its four, and of 64
+rows of keys one shrinks in three tiles out of five, for P and again for dS (T = S = 4096, normal
+numbers): what a row has largest among 4096 numbers is some three times what it has among 64.
+Finding the maxima and shrinking is a seventh of the kernel's time; docs/sparse.md has the
+measurement, and ``mosaic_sm90_backward_mixed`` keeps this kernel for the queries only.
 
-K^T, Q^T and dO^T are the same codes turned round, once, before the kernels. Tokens are permuted
-within 16 as in the forward kernel, so that registers of P and dS are operands as they stand.
+K^T, Q^T and dO^T are the same codes turned round, once, before the kernels, and lie tile by tile.
+Tokens are permuted within 16 as in the forward kernel, so that registers of P and dS are operands
+as they stand.
 
 References: SageAttention3 (arXiv 2505.11594), algorithm 3; SageBwd (arXiv 2603.02170), sections 4
 and 6: rows of dS sum to zero, so that the mean key drops out of dQ.
