@@ -197,30 +197,32 @@ def test_near_float32(case):
     [s32.Codes(127.0, True, 1.0), s32.Codes(127.0, True, 2.0), s32.Codes(255.0, False, 4.0)],
     ids=["signed", "with room", "unsigned"],
 )
-def test_factors_shrink(tops, made):
-    """Factors hold for what was largest so far; sums follow."""
-    rng, want = np.random.default_rng(0), s32.MOST
+def test_scales_grow(tops, made):
+    """Scales are the next power of two of what was largest so far; sums follow."""
+    rng, largest, want = np.random.default_rng(0), 0.0, s32.SMALLEST
+    dtype = np.int8 if made.signed else np.uint8
     with warpgroup.installed():
         sums = [rng.integers(-(2**20), 2**20, 128).astype(np.int32) for _ in range(8)]
-        factors = [np.full(128, s32.MOST, np.float32)] * 2
+        scales = [np.full(128, s32.SMALLEST, np.float32)] * 2
         for top in tops:
             tile = rng.uniform(-made.signed, 1, (64, 32)).astype(np.float32) * top
             tile[:, 3] = top
-            values, before = warpgroup.accumulator(tile), (sums, want)
-            sums, factors = s32.grow(sums, factors, values, made)
+            before = [x.astype(float) * scales[i // 2 % 2] for i, x in enumerate(sums)]
+            started, largest = largest > 0, max(largest, top)
+            values = warpgroup.accumulator(tile)
+            sums, scales = s32.grow(sums, scales, values, made)
             if np.isnan(top):
-                assert np.isnan(factors).all()
+                assert np.isnan(scales).all()
                 return
-            dtype = np.dtype(np.int8 if made.signed else np.uint8)
-            codes = warpgroup.from_operand(s32.encode(values, factors), dtype)
+            codes = warpgroup.from_operand(s32.encode(values, scales), np.dtype(dtype))
             assert np.abs(codes).max() <= made.top
-            if top * want > made.top:
-                room = made.room if want == s32.MOST else 1.0
-                want = min(want / 2, made.top / (top * room))
-            np.testing.assert_allclose(np.stack(factors), want, rtol=1e-6)
-            ratio = want / before[1]
-            for x, y in zip(sums, before[0], strict=True):
-                assert np.abs(x - y * ratio).max() <= 2
+            if not started and largest:
+                want = made.room * 2.0 ** np.ceil(np.log2(largest / made.top))
+            elif largest:
+                want = max(want, 2.0 ** np.ceil(np.log2(largest / made.top)))
+            assert (np.stack(scales) == np.float32(want)).all()
+            for x, y in zip(sums, before, strict=True):
+                assert not started or np.abs(x * float(want) - y).max() <= want
 
 
 def test_long_walks_have_smaller_codes():

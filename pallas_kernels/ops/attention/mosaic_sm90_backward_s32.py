@@ -94,7 +94,7 @@ CONFIGS = {
     ),
 }
 NUMBERS = 4  # per query: shift and scale of its logits, factor and summand of its dP
-MOST = 2.0**126  # the factor of sums of nothing
+SMALLEST = 2.0**-126  # the scale of sums of nothing
 START = 0x4B400000  # the bits of `MAGIC`: what products of Q and K are added to
 
 
@@ -237,7 +237,7 @@ class Codes(NamedTuple):
     Args:
         top: the largest.
         signed: s8, else u8 for numbers that are not negative.
-        room: after the first tile so much may come that is so many times larger.
+        room: a scale is so many times larger than the first tile needs.
     """
 
     top: float
@@ -270,59 +270,58 @@ def shift_of(shift, scale):
     return ptx.fma(ptx.f32(-MAGIC), scale, shift)
 
 
-def grow(sums, factors, values, codes: Codes):
-    """Factors of rows that hold for one more tile, and the sums in their units.
+def grow(sums, scales, values, codes: Codes):
+    """Scales of rows that hold for one more tile, and the sums in their units.
 
     Args:
-        sums: s32 registers, of codes.
-        factors: of each row half: codes are numbers times it.
+        sums: s32 registers, in units of the scales.
+        scales: a power of two for each row half.
         values: float32 registers of the tile.
         codes: what is made of them.
 
     Returns:
-        New sums and factors.
+        New sums and scales.
     """
     tops = []
     for h in range(2):
         own = [x for i, x in enumerate(values) if (i // 2) % 2 == h]
         if codes.signed:
-            tops.append(tile_math.maximum([ptx.fabs(x) for x in own], is_int=False))
+            top = tile_math.maximum([ptx.fabs(x) for x in own], is_int=False)
         else:  # bits of such numbers are ordered as the numbers are
-            tops.append(ptx.from_bits(tile_math.maximum([ptx.bits(x) for x in own], is_int=True)))
-    number = tile_math._hex
+            top = ptx.from_bits(tile_math.maximum([ptx.bits(x) for x in own], is_int=True))
+        tops.append(ptx.fmul(top, ptx.f32(1 / codes.top)))
     count = len(sums)
-    top, first = number(codes.top), 2 * (count + 2)
-    lines = [".reg .pred p<2>, any; .reg .f32 x<2>, y, old, new; .reg .b32 by<2>;"]
+    first = 2 * (count + 2)
+    lines = [".reg .pred more, some; .reg .f32 x<2>, y<2>; .reg .b32 w<2>, old<2>, by<2>;"]
+    lines += [f"mov.b32 x{h}, ${first + h};" for h in range(2)]
+    lines += [f"mov.b32 old{h}, ${count + h};" for h in range(2)]
+    lines += [f"setp.gtu.f32 some, x0, ${count};", f"setp.gtu.f32 more, x1, ${count + 1};"]
+    lines += ["or.pred some, some, more;", "vote.sync.any.pred more, some, -1;", "@!more bra DONE;"]
     for h in range(2):
-        lines += [f"mul.f32 x{h}, ${first + h}, ${count + h};", f"setp.gtu.f32 p{h}, x{h}, {top};"]
-    lines += ["or.pred any, p0, p1;", "vote.sync.any.pred any, any, -1;", "@!any bra DONE;"]
-    for h in range(2):
-        lines += [f"mov.b32 x{h}, ${first + h};", f"mov.b32 old, ${count + h};"]
         for distance in (1, 2):  # the four threads that share a row
-            lines += [f"shfl.sync.bfly.b32 y, x{h}, {distance}, 31, -1;"]
-            lines += [f"max.NaN.f32 x{h}, x{h}, y;"]
-        lines += [f"mul.f32 y, x{h}, old;", f"setp.gtu.f32 p{h}, y, {top};"]
-        lines += [
-            f"mul.f32 y, x{h}, {number(codes.room)};",
-            f"setp.eq.f32 any, old, {number(MOST)};",
-        ]
-        lines += [f"selp.f32 y, y, x{h}, any;", "rcp.approx.ftz.f32 new, y;"]
-        # At most half of what it was, so that the ratio below has 31 bits behind the point.
-        lines += [f"mul.f32 new, new, {top};", f"mul.f32 y, old, {number(0.5)};"]
-        lines += ["min.NaN.f32 new, new, y;", f"selp.f32 new, new, old, p{h};"]
-        lines += ["rcp.approx.ftz.f32 y, old;", "mul.f32 y, y, new;"]
-        lines += [f"mul.f32 y, y, {number(2**32 - 2**11)};", f"cvt.rzi.s32.f32 by{h}, y;"]
-        lines += [f"mov.b32 ${count + h}, new;"]
-    lines += [f"@p{i // 2 % 2} mul.hi.s32 ${i}, ${i}, by{i // 2 % 2};" for i in range(count)]
+            lines += [f"shfl.sync.bfly.b32 y{h}, x{h}, {distance}, 31, -1;"]
+            lines += [f"max.NaN.f32 x{h}, x{h}, y{h};"]
+        # The next power of two; what is not a number stays so.
+        lines += [f"mov.b32 w{h}, x{h};", f"setp.nan.f32 more, x{h}, x{h};"]
+        lines += [f"add.s32 w{h}, w{h}, 8388607;", f"and.b32 w{h}, w{h}, -8388608;"]
+        lines += [f"mov.b32 y{h}, w{h};", f"selp.f32 y{h}, x{h}, y{h}, more;"]
+        if codes.room > 1:  # in the first tile
+            lines += [f"mul.f32 x{h}, y{h}, {tile_math._hex(codes.room)};"]
+            lines += [f"setp.eq.s32 more, old{h}, {1 << 23};", f"selp.f32 y{h}, x{h}, y{h}, more;"]
+        lines += [f"max.NaN.f32 y{h}, y{h}, ${count + h};", f"mov.b32 ${count + h}, y{h};"]
+        lines += [f"mov.b32 w{h}, y{h};", f"sub.s32 by{h}, w{h}, old{h};"]
+        lines += [f"shr.u32 by{h}, by{h}, 23;"]
+    lines += [f"shr.s32 ${i}, ${i}, by{i // 2 % 2};" for i in range(count)]
     text = "{ " + "\n".join([*lines, "DONE:"]) + " }"
-    found = ptx.asm(text, "", tops, tied=[*sums, *factors], effects=True)
+    found = ptx.asm(text, "", tops, tied=[*sums, *scales], effects=True)
     return found[:count], found[count:]
 
 
-def encode(values, factors):
-    """8-bit codes of rows with given factors, as an operand."""
+def encode(values, scales):
+    """8-bit codes of rows with given scales, as an operand."""
     packed = [[], []]
-    for h, factor in enumerate(factors):
+    for h, scale in enumerate(scales):
+        factor = ptx.from_bits(ptx.sub(ptx.i32(254 << 23), ptx.bits(scale)))  # 1 / scale
         columns = [values[i] for i in range(len(values)) if (i // 2) % 2 == h]
         packed[h] = [_codes(columns[i : i + 4], factor) for i in range(0, len(columns), 4)]
     return [word for pair in zip(*packed, strict=True) for word in pair]
@@ -381,7 +380,7 @@ class Running(Int8):
         width = self.plan.head_dim // 2
 
         def body():
-            return [[ptx.i32(0)] * width, [ptx.f32(MOST)] * 2] * self.count
+            return [[ptx.i32(0)] * width, [ptx.f32(SMALLEST)] * 2] * self.count
 
         return tuple(_inline(body, [], [self.sum_type, self.row_type] * self.count))
 
@@ -532,7 +531,7 @@ class Running(Int8):
             given, extra = given[: 2 * self.count], given[2 * self.count :]
             out = []
             for total, scales, factor in zip(given[::2], given[1::2], factors, strict=True):
-                scales = [ptx.fdiv(ptx.f32(factor), x) for x in scales]
+                scales = [ptx.fmul(x, ptx.f32(factor)) for x in scales]
                 total = [ptx.fmul(ptx.to_float(x), scales[i // 2 % 2]) for i, x in enumerate(total)]
                 if extra:
                     rest, mean = extra
