@@ -119,7 +119,7 @@ def test_gradient_around_the_kernels(monkeypatch, listed):
         assert not v_codes
         return plain_gradient(q, k, v, d_out, lse, delta, **rules)
 
-    monkeypatch.setattr(mosaic_sm90.backward_s32, "gradient", plain_int8)
+    monkeypatch.setattr(mosaic_sm90.backward_int8, "gradient", plain_int8)
     monkeypatch.setattr(backward, "gradient", plain_gradient)
     monkeypatch.setattr(backward, "HEAD_DIMS", (16, 128))
     (b, t, s, n, k, h), rule = (4, 20, 24, 4, 2, 8), Mask.causal(-3)

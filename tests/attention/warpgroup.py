@@ -655,7 +655,7 @@ def walk(steps, found, groups):
     """A gradient kernel's loops over one sequence, with every tile masked.
 
     Args:
-        steps: `Int8` or what derives from it.
+        steps: `Queries` or `Keys`.
         found: arrays by name, as `operands` makes them.
         groups: query heads of a key head.
 
@@ -671,10 +671,8 @@ def walk(steps, found, groups):
         x[name] = np.pad(array, pad)[0]
 
     def piece(name, head, start, size):
-        if name.endswith("_t") and x[name].ndim == 4:  # tile by tile
+        if name == "k_t":
             return x[name][head][start // size]
-        if name.endswith("_t"):
-            return x[name][head][:, start : start + size]
         if name in steps.copied:
             width = steps.copied[name]
             return np.ascontiguousarray(x[name][head][start // size * width :][:width])
@@ -682,7 +680,7 @@ def walk(steps, found, groups):
 
     results = [
         np.zeros((plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim))
-        for _ in range(steps.count)
+        for _ in range(1 if side == "q" else 2)
     ]
     for head, first in np.ndindex(plan.num_heads, len(results[0]) // 64):
         row = first * 64

@@ -44,8 +44,6 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQ_PAD = 128  # tokens: outputs are padded to this, with zeros
 ROW_TAIL = 192  # numbers after the rows' scales, which keep the loads of the last tile in bounds
 TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale and zero codes
-TINY_TURNED = 1e-20  # the same for rows of gradients, whose scale may be divided by
-TINY_COLUMN = 1e-30  # the same where gradients, which may be small, are quantised
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -528,127 +526,15 @@ def quantize_v(v, scale, lengths):
     return _call(body, [out], (blocks, tiles, batch), (v, scale, lengths))[0]
 
 
-def quantize_columns(x, mean=None, *, block=64):
-    """INT8 codes of ``x - mean`` with tokens contiguous, for products that sum over tokens.
-
-    Args:
-        x: bfloat16 or float16 [B, L, heads, H], H one of `HEAD_DIMS`.
-        mean: float32 [B, heads, H], or None to subtract nothing.
-        block: tokens that share a scale with each other, and with 32 channels: 64 or 128.
-
-    Returns:
-        int8 [B, heads, H, Lp], Lp = L rounded up to 128, tokens permuted within 16 as `V_ORDER`
-        says, zeros beyond L; and scales float32 [B, heads, Lp / block, H / 32].
-    """
-    batch, length, heads, head_dim = x.shape
-    is_bf16 = x.dtype == jnp.bfloat16
-    tiles = pl.cdiv(length, SEQ_PAD)
-    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.int8)
-    scales = jax.ShapeDtypeStruct((batch, heads, tiles * SEQ_PAD // block, columns), jnp.float32)
-    distances = [1, 2, *(d for d in (4, 8, 16) if d < block // 4)]  # lanes of a scale
-
-    def body(refs, axes):
-        x_ref, *mean_ref, codes_ref, scale_ref = refs
-        tile, b = axes[1:]
-        there, head, part, lane = _place_columns(axes[0], heads, columns)
-        local = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
-        channel = ptx.add(ptx.mul(part, ptx.i32(32)), local)
-        group = ptx.div(lane, ptx.i32(4))
-        token = ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), ptx.mul(group, ptx.i32(16)))
-        shift = None
-        if mean is not None:
-            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, head, channel), 4))
-        tokens, top = [], ptx.f32(TINY_COLUMN)  # [16][8]
-        for i in range(16):
-            row = ptx.add(token, ptx.i32(i))
-            ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
-            word = _load8(x_ref, _element(x.shape, (b, row, head, channel), 2), ok)
-            values = _floats(word, is_bf16)
-            if shift is not None:
-                values = [ptx.fsub(v, m) for v, m in zip(values, shift, strict=True)]
-                values = [ptx.select(ok, v, ptx.f32(0.0)) for v in values]
-            top = _abs_max(values, top)
-            tokens.append(values)
-        top = _over_lanes(ptx.fmax, top, distances)
-        factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
-        for c in range(8):
-            ordered = [ptx.fmul(tokens[t][c], factor) for t in V_ORDER]
-            packed = [_int8x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
-            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-            ptx.store(codes_ref, place, packed, there)
-        first = ptx.both(there, ptx.eq(ptx.rem(lane, ptx.i32(block // 4)), ptx.i32(0)))
-        place = _element(scales.shape, (b, head, ptx.div(token, ptx.i32(block)), part), 4)
-        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))], first)
-
-    args = (x,) if mean is None else (x, mean)
-    return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
-
-
-def quantize_turned(x, *, block=64):
-    """INT8 codes with tokens contiguous and a scale for each row, of gradients.
-
-    One pass: a thread has 16 tokens and 16 channels, a row is shared by neighbouring lanes.
-
-    Args:
-        x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
-        block: tokens of a tile: 64 or 128.
-
-    Returns:
-        Codes int8 [B, heads, Lp / block, H, block] with Lp = L rounded up to 128, tokens permuted
-        within 16 as `V_ORDER` says; scales float32 [B, heads, Lp]. Zeros beyond L.
-    """
-    batch, length, heads, head_dim = x.shape
-    is_bf16, padded = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD) * SEQ_PAD
-    rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
-    turned, place_of, grid = _turning((batch, padded, heads, head_dim), block)
-    distances = [d for d in (1, 2, 4) if d < head_dim // 16]  # lanes of a row
-
-    def body(refs, axes):
-        x_ref, turned_ref, scale_ref = refs
-        there, b, head, channels, token = place_of(axes)
-        pairs, scales = [], []
-        for i in range(0, 16, 4):  # so many rows are asked for at a time
-            words = []
-            for j in range(4):
-                row = ptx.add(token, ptx.i32(i + j))
-                ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
-                at = lambda c, row=row: _element(x.shape, (b, row, head, c), 2)  # noqa: E731
-                words.append([_load8(x_ref, at(c), ok) for c in channels])
-            for word in words:
-                found, scale = _encode_part([_floats(part, is_bf16) for part in word], distances)
-                pairs.append(found)
-                scales.append(scale)
-        _store_turned(turned_ref, turned.shape, pairs, b, head, channels, token, there)
-        first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(head_dim // 16)), ptx.i32(0))
-        for i in range(0, 16, 4):
-            place = _element(rows_type.shape, (b, head, ptx.add(token, ptx.i32(i))), 4)
-            ptx.store(scale_ref, place, scales[i : i + 4], ptx.both(there, first))
-
-    return _call(body, [turned, rows_type], grid, (x,))
-
-
-def _encode_part(eights, distances):
-    """Pairs of words of INT8 codes of a row that neighbouring lanes share, and its scale."""
-    top = _over_lanes(ptx.fmax, _abs_max([x for eight in eights for x in eight]), distances)
-    top = ptx.fmax(top, ptx.f32(TINY_TURNED))
-    factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
-    pairs = []
-    for eight in eights:
-        scaled = [ptx.fmul(x, factor) for x in eight]
-        pairs.append([_int8x4(scaled[:4]), _int8x4(scaled[4:])])
-    return pairs, ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))
-
-
 def turn_codes(codes, *, block=128):
-    """INT8 codes with tokens contiguous, as `quantize_turned` has them.
+    """INT8 codes with tokens contiguous, for products that sum over tokens.
 
     Args:
         codes: int8 [B, Lp, heads, H], H 64 or 128, Lp a multiple of 128.
         block: tokens of a tile: 64 or 128.
 
     Returns:
-        int8 [B, heads, Lp / block, H, block].
+        int8 [B, heads, Lp / block, H, block], tokens permuted within 16 as `V_ORDER` says.
     """
     out, place_of, grid = _turning(codes.shape, block)
 
