@@ -147,6 +147,9 @@ FLOATS = {
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "max.NaN.f32": np.maximum,
+    "min.NaN.f32": np.minimum,
+    "cvt.rzi.s32.f32": lambda a: np.clip(np.nan_to_num(a), -(2.0**31), 2**31 - 1).astype(np.int32),
+    "mul.f32": lambda a, b: quiet(np.multiply, a, b),
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
 
@@ -204,6 +207,7 @@ INTS = {
     "sub.s32": np.subtract,
     # What is shifted by more than there are bits keeps its sign only.
     "shr.s32": lambda a, b: a >> np.minimum(b.view(np.uint32), 31).astype(np.int32),
+    "mul.hi.s32": lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32),
     "shr.u32": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
@@ -332,7 +336,10 @@ class Machine:
             (high, width), (low, _) = (PAIRS[opcode](self.read(x, np.float32)) for x in sources)
             self.registers[target] = high.astype(np.int32) << width | low.astype(np.int32)
         else:
-            self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
+            found = INTS[opcode](*(self.read(x) for x in sources))
+            self.registers[target] = (
+                found if predicate is None else np.where(active, found, self.read(target))
+            )
 
     def mma(self, opcode, operands):
         """m16n8k16, or k32 of integers, warp by warp."""
@@ -697,7 +704,7 @@ def walk(steps, found, groups):
     """A gradient kernel's loops over one sequence, with every tile masked.
 
     Args:
-        steps: `Int8` or what derives from it.
+        steps: `Queries` or `Keys`.
         found: arrays by name, as `operands` makes them.
         groups: query heads of a key head.
 
@@ -708,13 +715,13 @@ def walk(steps, found, groups):
     block = plan.config.block_kv
     x = {}
     for name, array in found.items():  # what lies beyond the end is copied as zeros
-        token = {"q8": 1, "k8": 1, "v": 1, "d_out": 1}.get(name)
+        token = {"q8": 1, "k8": 1, "q": 1, "v": 1, "d_out": 1}.get(name)
         pad = [(0, 384 * (i == token)) for i in range(array.ndim)]
         x[name] = np.pad(array, pad)[0]
 
     def piece(name, head, start, size):
-        if name.endswith("_t"):
-            return x[name][head][:, start : start + size]
+        if name == "k_t":
+            return x[name][head][start // size]
         if name in steps.copied:
             width = steps.copied[name]
             return np.ascontiguousarray(x[name][head][start // size * width :][:width])
@@ -722,7 +729,7 @@ def walk(steps, found, groups):
 
     results = [
         np.zeros((plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim))
-        for _ in range(steps.count)
+        for _ in range(1 if side == "q" else 2)
     ]
     for head, first in np.ndindex(plan.num_heads, len(results[0]) // 64):
         row = first * 64
