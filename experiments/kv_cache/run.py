@@ -146,6 +146,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         "trace_methods": (
             "rkv",
+            "rkv_history",
             "snapkv",
             "streaming_llm",
             "random",
@@ -450,11 +451,13 @@ def run_trace(session: Session, names: tuple[str, ...]) -> Any:
     for name in names:
         grid = itertools.product(preset["fractions"], preset["trace_methods"])
         cells = [(method, fraction, task.checks, "") for fraction, method in grid]
-        cells += [("rkv", 0.16, task.checks, evaluate.lambda_options(x)) for x in preset["lambdas"]]
+        asides = [("rkv", 0.16, task.checks, evaluate.lambda_options(x)) for x in preset["lambdas"]]
         if name == "e3":  # without redundancy R-KV has nothing to find
-            cells += [(m, 0.34, 0, "") for m in ("rkv", "snapkv")] + [("full", 1.0, 0, "")]
+            asides += [("full", 1.0, 0, "")] + [(m, 0.34, 0, "") for m in ("rkv", "snapkv")]
         else:
             cells = [("full", 1.0, task.checks, ""), *cells]
+        first = 2 * len(preset["trace_methods"])  # two budgets are worth most
+        cells[first:first] = asides
         for rank, settings in enumerate(cells):
             arguments, facts = cell(name, *settings)
             session.submit(rank + (0 if name == "e3" else 25), *arguments, **facts)

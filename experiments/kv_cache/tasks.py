@@ -26,7 +26,7 @@ class Recall:
 
     Args:
         slots: segments of a context.
-        pairs: how many of them hold a pair, at most ``symbols``.
+        pairs: how many of them hold a pair, at most half of ``symbols``.
         symbols: ids for keys, and as many for values and filler.
         marked: write ``VAL`` between key and value and ``ANS`` after a question. Then the answer
             follows a token that names no key, and takes a second step of matching to find.
@@ -38,6 +38,12 @@ class Recall:
     symbols: int = 16
     marked: bool = False
     repeat_share: float = 0.3
+
+    def __post_init__(self):
+        if not 1 <= self.pairs <= self.symbols // 2:
+            raise ValueError(
+                f"pairs={self.pairs}; expected 1 to {self.symbols // 2}, half of symbols"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +90,9 @@ class Recall:
         # No two pairs of a context share a key token: one token is enough to find a pair.
         names = np.argsort(rng.random((2, batch, self.symbols)), axis=-1)[..., :count]
         keys = first + np.moveaxis(names, 0, -1)
-        values = first + self.symbols + rng.integers(self.symbols, size=(batch, count, 2))
+        # Nor a value: else what follows one is ambiguous, which two seeds of three never learned.
+        drawn = np.argsort(rng.random((batch, self.symbols)), axis=-1)[:, : 2 * count]
+        values = first + self.symbols + drawn.reshape(batch, count, 2)
         jumps = rng.choice([1, 1, 1, 2], size=(batch, size * slots))
         filler = (rng.integers(self.symbols, size=(batch, 1)) + np.cumsum(jumps, 1)) % self.symbols
         body = (first + 2 * self.symbols + filler).reshape(batch, slots, size)
@@ -381,8 +389,10 @@ class Trace:
             pad = ((0, 0), (0, longest - trace.shape[1]))
             texts.append(np.concatenate([prompt, np.pad(trace, pad)], axis=1))
             weight = np.ones(trace.shape)
-            # Few tokens look a value up; everything else copies or counts.
-            weight[:, 2 : -4 : self.step_length(checks)] = LOOKUP_WEIGHT
+            # Few tokens look a value up, read the program or add; everything else copies or counts,
+            # and a model that cannot add still says 99 % of a trace right.
+            for place in range(2, 6):  # v, c, x, d of a line said for the first time
+                weight[:, place : -4 : self.step_length(checks)] = LOOKUP_WEIGHT
             weight[:, -2] = LOOKUP_WEIGHT
             weight = np.pad(weight, pad)
             weights.append(np.concatenate([np.zeros(prompt.shape), weight], axis=1))

@@ -387,6 +387,17 @@ def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str,
     return trained
 
 
+def _words(command: Command) -> str:
+    """The command line: what every experiment takes, and of the rest what was given."""
+    words = f"python -m experiments.low_precision.run {command.experiment}"
+    words += f" --preset {command.preset} --seeds {command.seeds}"
+    given = {"arms": "", "setting": "normal", "first_seed": 0, "time_budget": None, "only": ""}
+    for name, default in given.items():
+        if (value := getattr(command, name)) != default:
+            words += f" --{name.replace('_', '-')} {value}"
+    return words
+
+
 def _claim(text: str, value: Any, passed: bool) -> dict[str, Any]:
     return {"claim": text, "value": value, "passed": bool(passed)}
 
@@ -422,8 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
         here = json.loads((folder / f"{command.experiment}_runs.json").read_text())["environment"]
     content = {
         "experiment": command.experiment,
-        "command": f"python -m experiments.low_precision.run {command.experiment} "
-        f"--preset {command.preset} --seeds {command.seeds}",
+        "command": _words(command),
         "settings": settings,
         "sizes": asdict(PRESETS[command.preset]) if command.experiment in TRAINED else None,
         "environment": here,

@@ -439,4 +439,4 @@ def test_passes_in_fp8_are_close_and_leave_the_rest_alone():
     with pytest.raises(ValueError, match="expected None or 'fp8'"):
         KVzip(ratio=0.5, pass_format="int3")
     with pytest.raises(ValueError, match="needs side_by_side=True"):
-        KVzip(ratio=0.5, pass_quant="sage2")
+        KVzip(ratio=0.5, side_by_side=False, pass_quant="sage2")
