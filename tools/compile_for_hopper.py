@@ -30,7 +30,7 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 from pallas_kernels import dot_product_attention  # noqa: E402
 from pallas_kernels._interpret import abstract_gpu  # noqa: E402
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward  # noqa: E402
-from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as backward_s32  # noqa: E402
+from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as backward_int8  # noqa: E402
 from pallas_kernels.ops.quantize import mosaic_sm90 as quantisers  # noqa: E402
 
 # XLA's description of a device (GpuTargetConfigProto), from the card's data sheet.
@@ -73,6 +73,7 @@ def kernels() -> dict[str, tuple[Callable, list]]:
             f"quantize k {h}": (quantisers.quantize_k, [x, lengths, mean]),
             f"quantize v {h}": (quantisers.quantize_v, [x, mean, lengths]),
             f"quantize q {h}": (quantisers.quantize_q, [x, lengths, mean]),
+            f"turn codes {h}": (quantisers.turn_codes, [array(2, 4096, 4, h, dtype=jnp.int8)]),
         }
         for quant in ("sage2", "sage1", "fp8", None):
             for causal in (False, True):
@@ -88,11 +89,11 @@ def kernels() -> dict[str, tuple[Callable, list]]:
         def gradient(*arrays, scale=h**-0.5):
             return backward.gradient(*arrays, scale=scale)
 
-        def gradient_s32(*arrays, scale=h**-0.5):
-            return backward_s32.gradient(*arrays, scale=scale)
+        def gradient_int8(*arrays, scale=h**-0.5):
+            return backward_int8.gradient(*arrays, scale=scale)
 
         found[f"gradient bfloat16 {h}"] = (gradient, [*[x] * 4, *[rows] * 2])
-        found[f"gradient int8 {h}"] = (gradient_s32, [*[x] * 4, *[rows] * 3])
+        found[f"gradient int8 {h}"] = (gradient_int8, [*[x] * 4, *[rows] * 3])
     return found
 
 

@@ -82,6 +82,7 @@ def cases() -> list[Case]:
         right(store="nvfp4", ragged=True),
         right(store="nvfp4", head_dim=64, tile=16, positions=True, ragged=True),
         right(store="float16", dtype="float32", ragged=True),
+        *(right(store=s, dtype="float32", ragged=True, offset=True) for s in ("int8", "int4")),
         right(store="fp8_e5m2", offset=True),
         right(window=300, num_sinks=5, soft_cap=20.0, sinks=True, ragged=True),
         right(steps=3, store="int8"),
@@ -94,22 +95,15 @@ def cases() -> list[Case]:
     ]
     sizes = [
         fast(store=store, config=config)
-        for config in ({"blocks": 396}, {"blocks": 1584}, {"blocks": 3168})
-        for store in ("bfloat16", "int8", "fp8_e4m3")
-    ]
-    sizes += [
-        fast(store="int8", config={"units": 2, "blocks": 1056}),
-        fast(store="int4", config={"units": 2, "blocks": 1056}),
-        fast(store="int8", config={"cache": ".L1::no_allocate.L2::256B"}),
-        fast(store="bfloat16", config={"cache": ".L1::no_allocate.L2::256B"}),
+        for config in ({"blocks": 264}, {"blocks": 792})
+        for store in ("bfloat16", "int8", "fp8_e4m3", "int4", "nvfp4")
     ]
     # One row of 124K leaves little to read, so that what does not shrink with it shows.
     single = [
         fast(batch=1, capacity=124032, config=config, **layout)
-        for config in ({}, {"at_once": 16}, {"at_once": 16, "blocks": 396},
-                       {"at_once": 16, "blocks": 264}, {"at_once": 32, "blocks": 1056})
+        for config in ({}, {"blocks": 264}, {"blocks": 792})
         for layout in ({}, {"layout": "kept", "tile": 16})
-    ]  # fmt: skip
+    ]
     scores = {"stage": "scores", "batch": 1, "steps": 2048, "heads": 32, "kv_heads": 8,
               "head_dim": 128}  # fmt: skip
     scored = [

@@ -38,8 +38,6 @@ RECALL_METHODS = {
 # All keep the prompt, which is not part of the budget.
 TRACE_METHODS = {
     "rkv": "rkv(budget={b}, buffer={buffer}, num_sinks={s}, window={w})",
-    # Ours: importance from all queries so far, and four times as many recent tokens.
-    "rkv_history": "rkv(budget={b}, buffer={buffer}, num_sinks={s}, window=32, history='max')",
     "snapkv": "snapkv(budget={b}, buffer={buffer}, num_sinks={s}, window={w})",
     "h2o": "h2o(budget={b}, buffer={buffer}, num_sinks={s})",
     "tova": "tova(budget={b}, buffer={buffer}, num_sinks={s})",

@@ -146,7 +146,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         "trace_methods": (
             "rkv",
-            "rkv_history",
             "snapkv",
             "streaming_llm",
             "random",
@@ -188,6 +187,9 @@ class Options:
     seeds: int = 1
     """Models per task, seeds 0, 1, …"""
 
+    rows: int | None = None
+    """Problems of a cell, instead of the preset's."""
+
     time_budget: float | None = None
     """Seconds for everything. What is cut off is listed as skipped."""
 
@@ -200,6 +202,9 @@ class Session:
 
     def __init__(self, options: Options, words: list[str]):
         self.options, self.preset = options, PRESETS[options.preset]
+        if options.rows is not None:
+            rows = dict.fromkeys(self.preset["rows"], options.rows)
+            self.preset = self.preset | {"rows": rows}
         self.command = "python -m experiments.kv_cache.run " + " ".join(
             Path(word).name if "/" in word else word for word in words
         )

@@ -254,36 +254,3 @@ def masked_softmax(logits: jax.Array, mask: jax.Array) -> jax.Array:
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top, 0.0)), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)
-
-
-def group_logits(queries: jax.Array, keys: jax.Array, scale: float | None = None) -> jax.Array:
-    """Return ``Q Kᵀ * scale`` in f32, query heads grouped by KV head: ``[B, K, G, A, S]``.
-
-    Args:
-        queries: float ``[B, A, N, H]``.
-        keys: float ``[B, S, K, H]``; ``K`` divides ``N``.
-        scale: multiplies the logits; ``None``: ``H ** -0.5``.
-
-    Returns:
-        f32 ``[B, K, G, A, S]``.
-
-    Examples:
-        >>> group_logits(jnp.ones((1, 3, 4, 16)), jnp.ones((1, 5, 2, 16))).shape
-        (1, 2, 2, 3, 5)
-
-    References:
-        R-KV (arXiv 2505.24133), equations 2 and 3.
-    """
-    batch, rows, num_heads, head_dim = queries.shape
-    groups = num_heads // keys.shape[2]
-    grouped = queries.reshape(batch, rows, -1, groups, head_dim)
-    if queries.dtype != keys.dtype or queries.dtype == jnp.float32:
-        grouped, keys = grouped.astype(jnp.float32), keys.astype(jnp.float32)
-    logits = jnp.einsum(  # products of 16-bit numbers are exact in f32
-        "bakgh,bskh->bkgas",
-        grouped,
-        keys,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return logits * (head_dim**-0.5 if scale is None else scale)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import group_logits, live_slots, masked_softmax
+from jaxeff.compress.base import live_slots, masked_softmax
+from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import Scorer
 
 STATISTICS = ("sum", "mean", "max")
@@ -129,32 +130,6 @@ class AttentionMass:
         return join(slot_state, mass), row_state
 
 
-def attention_mass(layer: Any, method: str) -> jax.Array:
-    """Return the attention that each slot of a layer has received, f32 ``[B, K, C]``.
-
-    Args:
-        layer: a layer whose observer is an :class:`AttentionMass`.
-        method: name of the class that asks, for the error.
-
-    Raises:
-        ValueError: if the layer has another observer, or none.
-
-    Examples:
-        >>> from jaxeff.kv_cache import DenseCache
-        >>> made = DenseCache.init(1, 1, 4, 2, 8, num_heads=2, observer=AttentionMass())
-        >>> attention_mass(made.layers[0], "H2O").shape
-        (1, 2, 4)
-
-    References:
-        H2O (arXiv 2306.14048), section 4.1.
-    """
-    if not isinstance(layer.observer, AttentionMass):
-        raise ValueError(
-            f"the cache carries no attention mass; make it with observer={method}.observer"
-        )
-    return layer.slot_states()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Scorer):
     """Keeps recent entries and those with the most accumulated attention.
@@ -199,7 +174,11 @@ class H2O(Scorer):
     def score(self, layer: Any, index: int) -> jax.Array:
         """Return the accumulated attention of every slot."""
         del index
-        mass = attention_mass(layer, "H2O")
+        if not isinstance(layer.observer, AttentionMass):
+            raise ValueError(
+                "the cache carries no attention mass; make it with observer=H2O.observer"
+            )
+        mass = layer.slot_states()
         if self.statistic != "mean":
             return mass
         last = jnp.max(layer.positions, axis=(1, 2), keepdims=True)

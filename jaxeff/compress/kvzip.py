@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.compress.base import Compressor, ContextPass, group_logits
+from jaxeff.compress.base import Compressor, ContextPass
+from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import evictable_layers, with_evictable
 from jaxeff.kv_cache import DenseLayer, KVCache, TiledLayer
 from jaxeff.kv_cache.base import LayerCache

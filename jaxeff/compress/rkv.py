@@ -8,10 +8,11 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import group_logits, masked_softmax
-from jaxeff.compress.h2o import AttentionMass, attention_mass
+from jaxeff.compress.base import masked_softmax
 from jaxeff.compress.scorer import Scorer
 from pallas_kernels import last_similar_keys
+
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class RKVScores(NamedTuple):
@@ -99,19 +100,46 @@ def importance(
     real = query_valid[:, None, :, None]
     count = jnp.maximum(jnp.sum(real, axis=2), 1)
 
+    def pooled(x):
+        among = candidates.reshape(*candidates.shape[:2], *(1,) * (x.ndim - 3), -1)
+        shape, ones = (*(1,) * (x.ndim - 1), kernel_size), (1,) * x.ndim
+        x = jnp.where(among, x, -jnp.inf)
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, shape, ones, "SAME")
+        return jnp.where(among, x, 0.0)
+
     if pool_order == "pool_first":
-        weights = _pooled(weights, candidates, kernel_size)
+        weights = pooled(weights)
     mean = jnp.sum(jnp.where(real, weights, 0.0), axis=2) / count  # [B, K, S]
-    return mean if pool_order == "pool_first" else _pooled(mean, candidates, kernel_size)
+    return mean if pool_order == "pool_first" else pooled(mean)
 
 
-def _pooled(x: jax.Array, candidates: jax.Array, kernel_size: int) -> jax.Array:
-    """Return the largest of neighbouring candidates, 0 elsewhere; ``x`` is ``[B, K, …, S]``."""
-    among = candidates.reshape(*candidates.shape[:2], *(1,) * (x.ndim - 3), -1)
-    shape, ones = (*(1,) * (x.ndim - 1), kernel_size), (1,) * x.ndim
-    x = jnp.where(among, x, -jnp.inf)
-    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, shape, ones, "SAME")
-    return jnp.where(among, x, 0.0)
+def group_logits(queries: jax.Array, keys: jax.Array, scale: float | None = None) -> jax.Array:
+    """Return ``Q Kᵀ * scale`` in f32, query heads grouped by KV head: ``[B, K, G, A, S]``.
+
+    Args:
+        queries: float ``[B, A, N, H]``.
+        keys: float ``[B, S, K, H]``; ``K`` divides ``N``.
+        scale: multiplies the logits; ``None``: ``H ** -0.5``.
+
+    Returns:
+        f32 ``[B, K, G, A, S]``.
+
+    Examples:
+        >>> group_logits(jnp.ones((1, 3, 4, 16)), jnp.ones((1, 5, 2, 16))).shape
+        (1, 2, 2, 3, 5)
+
+    References:
+        R-KV (arXiv 2505.24133), equations 2 and 3.
+    """
+    batch, rows, num_heads, head_dim = queries.shape
+    groups = num_heads // keys.shape[2]
+    grouped = queries.reshape(batch, rows, -1, groups, head_dim)
+    if queries.dtype != keys.dtype or queries.dtype == jnp.float32:
+        grouped, keys = grouped.astype(jnp.float32), keys.astype(jnp.float32)
+    logits = jnp.einsum(  # products of 16-bit numbers are exact in f32
+        "bakgh,bskh->bkgas", grouped, keys, precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
+    return logits * (head_dim**-0.5 if scale is None else scale)
 
 
 def redundancy(
@@ -205,10 +233,9 @@ def _by_column(exempt: jax.Array, values: jax.Array, block_size: int) -> jax.Arr
 
 
 def scores(
-    queries: jax.Array | None,
+    queries: jax.Array,
     keys: jax.Array,
     *,
-    received: jax.Array | None = None,
     length: jax.Array | None = None,
     query_valid: jax.Array | None = None,
     window: int | None = None,
@@ -229,11 +256,8 @@ def scores(
     the observation window; see :func:`importance` and :func:`redundancy`.
 
     Args:
-        queries: float ``[B, A, N, H]``, the last queries after RoPE, in any order; ``None`` with
-            ``received``.
+        queries: float ``[B, A, N, H]``, the last queries after RoPE, in any order.
         keys: float ``[B, S, K, H]`` after RoPE; slots ``0 … length-1`` are live.
-        received: f32 ``[B, K, S]``, attention that each slot received from all queries so far. Its
-            share among the candidates, pooled, takes the place of the last queries' attention.
         length: int32 ``[B]`` or ``[B, K]``, live slots; ``None``: all ``S``.
         query_valid: bool ``[B, A]``, real queries; ``None``: all.
         window: last live slots that are always kept, in tokens; ``None``: ``A``.
@@ -245,8 +269,7 @@ def scores(
         :class:`RKVScores`, each ``[B, K, S]``.
 
     Raises:
-        ValueError: if a switch is out of range, head counts do not divide, or there is neither
-            ``queries`` nor ``received`` and ``window``.
+        ValueError: if a switch is out of range or head counts do not divide.
 
     Examples:
         >>> q, k = jnp.ones((1, 2, 2, 4)), jnp.ones((1, 6, 1, 4))
@@ -258,8 +281,6 @@ def scores(
     """
     if not 0 <= mix_lambda <= 1:
         raise ValueError(f"mix_lambda={mix_lambda}; expected a weight in [0, 1]")
-    if queries is None and (received is None or window is None):
-        raise ValueError("queries is None; expected an array, or received and window")
     batch, slots, heads, _ = keys.shape
     window = queries.shape[1] if window is None else window
     length = jnp.asarray(slots if length is None else length, jnp.int32)
@@ -268,21 +289,16 @@ def scores(
     slot = jnp.arange(slots)
     live = slot < length  # [B, K, S]
     candidates = slot < length - window
-    if received is None:
-        seen = importance(
-            queries,
-            keys,
-            candidates=candidates,
-            query_valid=query_valid,
-            kernel_size=kernel_size,
-            pooling=pooling,
-            pool_order=pool_order,
-            scale=scale,
-        )
-    else:
-        share = jnp.where(candidates, received, 0.0)
-        share = share / jnp.maximum(jnp.sum(share, axis=-1, keepdims=True), 1e-30)
-        seen = _pooled(share, candidates, kernel_size)
+    seen = importance(
+        queries,
+        keys,
+        candidates=candidates,
+        query_valid=query_valid,
+        kernel_size=kernel_size,
+        pooling=pooling,
+        pool_order=pool_order,
+        scale=scale,
+    )
     repeated = redundancy(
         keys,
         live=live,
@@ -311,11 +327,6 @@ class RKV(Scorer):
         window: last tokens whose queries score and that always stay, 1 or more.
         mix_lambda, threshold, kernel_size, pooling, pool_order, zero_col0_when_empty, beta, mode,
             scale: see :func:`scores`.
-        history: ``"max"`` or ``"sum"``: an entry's importance is the largest weight, or the sum of
-            weights, that any query gave it since it came, as in H2O, not what the last ``window``
-            queries give it. The paper has no such mode. What is asked for rarely, such as a value
-            said long ago, survives with it; every step then computes its weights once more, outside
-            of the attention kernel.
         num_sinks: first tokens of the prompt that are never evicted; 0 as in the authors' code.
         slot_order: ``"time"``: survivors keep their order. ``"score"``: descending score, as in
             the authors' code; from the second compaction on the two differ.
@@ -347,39 +358,23 @@ class RKV(Scorer):
     beta: int = 1
     mode: str = "code"
     scale: float | None = None
-    history: str | None = None
 
     name: ClassVar[str] = "rkv"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.history not in (None, "max", "sum"):
-            raise ValueError(f"history={self.history!r}; expected 'max', 'sum' or None")
 
     @property
     def query_window(self) -> int:
         """Queries that the cache must remember per layer."""
-        return self.window if self.history is None else 0
-
-    @property
-    def observer(self) -> AttentionMass | None:
-        """The running attention mass, with ``history``."""
-        return None if self.history is None else AttentionMass(self.history, self.scale)
+        return self.window
 
     def score(self, layer, index: int) -> jax.Array:
         """Return the joint scores of a layer's slots, f32 ``[B, K, C]``."""
         del index
         keys, _ = layer.read()
-        if self.history is None:
-            seen = {"query_valid": layer.query_positions >= 0}
-            queries = jnp.swapaxes(layer.queries, 1, 2)
-        else:
-            queries, seen = None, {"received": attention_mass(layer, "RKV")}
         return scores(
-            queries,
+            jnp.swapaxes(layer.queries, 1, 2),
             keys,
             length=layer.length,
-            **seen,
+            query_valid=layer.query_positions >= 0,
             window=self.window,
             mix_lambda=self.mix_lambda,
             threshold=self.threshold,

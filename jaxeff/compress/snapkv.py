@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import group_logits, live_slots, masked_softmax
-from jaxeff.compress.rkv import importance
+from jaxeff.compress.base import live_slots, masked_softmax
+from jaxeff.compress.rkv import group_logits, importance
 from jaxeff.compress.scorer import Scorer
 
 # What each code base computes: softmax over all keys (causally) or over the candidates only; rows

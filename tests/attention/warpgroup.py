@@ -25,6 +25,7 @@ from pallas_kernels.ops.quantize import mosaic_sm90 as quantize
 
 LANES = np.arange(128)
 E4M3 = ml_dtypes.float8_e4m3fn
+COPIES: list[list] = [[]]  # groups on their way, and the one that copies are put in
 
 
 # -- registers -------------------------------------------------------------------------------------
@@ -42,6 +43,18 @@ class Address:
         assert (where % size == 0).all(), "not aligned"
         assert (where >= 0).all() and (where + size <= self.array.nbytes).all(), "out of bounds"
         return where
+
+    def further(self, offset):
+        """The address so many bytes on."""
+        return Address(self.array, self.offset + offset)
+
+    def bytes(self):
+        """All bytes of the array."""
+        return self.array.reshape(-1).view(np.uint8)
+
+    def rows(self, size):
+        """Indices of the bytes of every thread's item, [128, size]."""
+        return self.items(size, np.ones(128, bool))[:, None] + np.arange(size)
 
 
 def full(dtype):
@@ -63,7 +76,7 @@ ARITHMETIC = {
     "i32": full(np.int32),
     "i64": full(np.int64),
     "f32": full(np.float32),
-    "add": np.add,
+    "add": lambda a, b: a.further(b) if isinstance(a, Address) else np.add(a, b),
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.floor_divide,
@@ -125,6 +138,7 @@ FLOATS = {
     "fma.rn.f32": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
     "add.f32": np.add,
     "add.rn.f32": np.add,
+    "mul.rn.f32": lambda a, b: quiet(np.multiply, a, b),
     "add.rm.f32": lambda a, b: rounded_down(a.astype(np.float64) + b),
     "fma.rm.f32": lambda a, b, c: rounded_down(a.astype(np.float64) * b + c),
     "div.rn.f32": np.divide,
@@ -133,6 +147,9 @@ FLOATS = {
     "lg2.approx.f32": np.log2,
     "rcp.approx.ftz.f32": lambda a: flushed(1 / a),
     "max.NaN.f32": np.maximum,
+    "min.NaN.f32": np.minimum,
+    "cvt.rzi.s32.f32": lambda a: np.clip(np.nan_to_num(a), -(2.0**31), 2**31 - 1).astype(np.int32),
+    "mul.f32": lambda a, b: quiet(np.multiply, a, b),
     "cvt.rni.s32.f32": lambda a: np.rint(np.nan_to_num(a)).astype(np.int32),
 }
 
@@ -190,6 +207,7 @@ INTS = {
     "sub.s32": np.subtract,
     # What is shifted by more than there are bits keeps its sign only.
     "shr.s32": lambda a, b: a >> np.minimum(b.view(np.uint32), 31).astype(np.int32),
+    "mul.hi.s32": lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32),
     "shr.u32": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
@@ -246,7 +264,7 @@ def parse(text):
         # What is jumped over must be without effect then: a test of that as well.
         if statement.startswith("@") and " bra " in statement:
             continue
-        found = re.fullmatch(r"(?:@(\w+) )?(\S+) (.*)", statement, re.DOTALL)
+        found = re.fullmatch(r"(?:@(\w+) )?(\S+) ?(.*)", statement, re.DOTALL)
         operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
         out.append((found[1], found[2], operands))
     return out
@@ -275,6 +293,8 @@ class Machine:
         return [x.strip() for x in name.strip("{}").split(",")]
 
     def run(self, predicate, opcode, operands):
+        if opcode.startswith("cp.async."):
+            return self.copy(opcode, operands)
         target, *sources = operands
         active = np.ones(128, bool) if predicate is None else self.registers[predicate]
         if opcode in FLOATS:
@@ -285,7 +305,7 @@ class Machine:
             self.memory(opcode, operands, active)
         elif opcode.startswith("mma."):
             self.mma(opcode, operands)
-        elif opcode == "bar.sync":
+        elif opcode in ("bar.sync", "bar.warp.sync"):
             pass  # all threads run in step
         elif opcode == "mov.b32" and target.startswith("{"):
             word = self.read(sources[0])
@@ -316,10 +336,15 @@ class Machine:
             (high, width), (low, _) = (PAIRS[opcode](self.read(x, np.float32)) for x in sources)
             self.registers[target] = high.astype(np.int32) << width | low.astype(np.int32)
         else:
-            self.registers[target] = INTS[opcode](*(self.read(x) for x in sources))
+            found = INTS[opcode](*(self.read(x) for x in sources))
+            self.registers[target] = (
+                found if predicate is None else np.where(active, found, self.read(target))
+            )
 
     def mma(self, opcode, operands):
-        """m16n8k16, warp by warp."""
+        """m16n8k16, or k32 of integers, warp by warp."""
+        if ".m16n8k32." in opcode:
+            return self.mma_whole(operands)
         dtype = np.float16 if ".f16.f16." in opcode else ml_dtypes.bfloat16
         d, a, b, c = (self.halves(x) for x in operands)
         lane = LANES % 32
@@ -339,6 +364,26 @@ class Machine:
         for i in range(4):
             self.registers[d[i]] = total[warp, row + i // 2 * 8, col + i % 2]
 
+    def mma_whole(self, operands):
+        d, a, b, c = (self.halves(x) for x in operands)
+        lane = LANES % 32
+        row, col, warp = lane // 4, lane % 4, LANES // 32
+        left, right = np.zeros((4, 16, 32), np.int64), np.zeros((4, 32, 8), np.int64)
+        total = np.zeros((4, 16, 8), np.int64)
+        codes = lambda name: halves(self.read(name), np.int8)  # noqa: E731
+        for i in range(4):
+            for j in range(4):
+                left[warp, row + i % 2 * 8, 4 * col + i // 2 * 16 + j] = codes(a[i])[:, j]
+            total[warp, row + i // 2 * 8, 2 * col + i % 2] = self.read(c[i])
+        for i in range(2):
+            for j in range(4):
+                right[warp, 4 * col + 16 * i + j, row] = codes(b[i])[:, j]
+        total += left @ right
+        assert (abs(total) < 2**31).all(), "overflow"
+        for i in range(4):
+            found = total[warp, row + i // 2 * 8, 2 * col + i % 2]
+            self.registers[d[i]] = found.astype(np.int32)
+
     def load_matrices(self, operands):
         """Four 8 x 8 matrices of 16 bits, transposed: lane 8 i + j names row j of matrix i."""
         names, address = self.halves(operands[0]), self.address(operands[1])
@@ -349,6 +394,17 @@ class Machine:
         for i, name in enumerate(names):
             pair = np.stack([rows[warp, i, 2 * c + h, g] for h in range(2)], 1)
             self.registers[name] = np.ascontiguousarray(pair).view(np.int32)[:, 0]
+
+    def copy(self, opcode, operands):
+        """A copy arrives as late as it may: when its group is waited for."""
+        if opcode == "cp.async.commit_group":
+            COPIES.append([])
+        elif opcode == "cp.async.wait_group":
+            while len(COPIES) > int(operands[0]) + 1:
+                for target, source, size in COPIES.pop(0):
+                    target.bytes()[target.rows(size)] = source.bytes()[source.rows(size)]
+        else:
+            COPIES[-1].append((*map(self.address, operands[:2]), int(operands[2])))
 
     def address(self, place):
         """Of ``[register]`` or ``[register+bytes]``."""
@@ -648,7 +704,7 @@ def walk(steps, found, groups):
     """A gradient kernel's loops over one sequence, with every tile masked.
 
     Args:
-        steps: `Int8` or what derives from it.
+        steps: `Queries` or `Keys`.
         found: arrays by name, as `operands` makes them.
         groups: query heads of a key head.
 
@@ -659,13 +715,13 @@ def walk(steps, found, groups):
     block = plan.config.block_kv
     x = {}
     for name, array in found.items():  # what lies beyond the end is copied as zeros
-        token = {"q8": 1, "k8": 1, "v": 1, "d_out": 1}.get(name)
+        token = {"q8": 1, "k8": 1, "q": 1, "v": 1, "d_out": 1}.get(name)
         pad = [(0, 384 * (i == token)) for i in range(array.ndim)]
         x[name] = np.pad(array, pad)[0]
 
     def piece(name, head, start, size):
-        if name.endswith("_t"):
-            return x[name][head][:, start : start + size]
+        if name == "k_t":
+            return x[name][head][start // size]
         if name in steps.copied:
             width = steps.copied[name]
             return np.ascontiguousarray(x[name][head][start // size * width :][:width])
@@ -673,7 +729,7 @@ def walk(steps, found, groups):
 
     results = [
         np.zeros((plan.q_tiles * plan.config.block_q, plan.num_heads, plan.head_dim))
-        for _ in range(steps.count)
+        for _ in range(1 if side == "q" else 2)
     ]
     for head, first in np.ndindex(plan.num_heads, len(results[0]) // 64):
         row = first * 64

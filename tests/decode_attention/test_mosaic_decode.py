@@ -3,6 +3,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from pallas_kernels import (
 )
 from pallas_kernels._device import describe
 from pallas_kernels._interpret import abstract_gpu
+from pallas_kernels.ops.attention import partition
 from pallas_kernels.ops.decode_attention import api, mosaic_sm90, xla
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec, unsupported_reason
 
 STORES = decode.STORES | {"int4_symmetric": lambda x: quantize(x, "int4", axis=-1).pack(-1)}
 
 
-def run_blocks(body, outs, grid, args, shared=0, inplace=None):
+def run_blocks(body, outs, grid, args, shared=0, inplace=None, groups=1):
     """The kernels' launch: every block in turn."""
     inplace, made = inplace or {}, outs
     args = inplace | args
@@ -39,9 +41,10 @@ def run_blocks(body, outs, grid, args, shared=0, inplace=None):
         for name, out in made.items():  # what no thread writes stays NaN
             raw = np.full(int(np.prod(out.shape)) * out.dtype.itemsize, 0xFF, np.uint8)
             results[name] = raw.view(out.dtype).reshape(out.shape)
-        for x, y, z in np.ndindex(*grid):
+        for x, y, z, w in np.ndindex(*grid, groups):
             scratch = {"shared": np.full(shared, np.nan, np.float32)} if shared else {}
-            body(refs | results | scratch, [np.full(128, i, np.int32) for i in (x, y, z)])
+            axes = (x, y, z, w) if groups > 1 else (x, y, z)
+            body(refs | results | scratch, [np.full(128, i, np.int32) for i in axes])
         return results
 
     outs = outs | {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in inplace.items()}
@@ -70,6 +73,7 @@ def compare(store="bfloat16", *, b=1, t=1, n=4, k=1, h=128, c=150, length=None, 
 
     call = jax.jit(run, static_argnames="implementation")
     config = mosaic_sm90.Config(**config or {"blocks": 2})
+    partition._call.cache_clear()  # it knows specs, not configurations
     with warpgroup.installed(), pytest.MonkeyPatch.context() as patch, abstract_gpu():
         patch.setattr(mosaic_sm90, "call", run_blocks)
         patch.setattr(mosaic_sm90, "Config", lambda: config)
@@ -95,9 +99,26 @@ def test_equals_the_oracle_on_the_same_codes(store, h):
     compare(store, h=h, length=jnp.array([[141]]), at=jnp.array([[140]]), dtype="float32")
 
 
+@pytest.mark.parametrize("row_bytes", [32, 64, 128, 256])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_threads_read_different_banks(name, row_bytes):
+    """128 bytes of shared memory are read at once, by lanes one after the other."""
+    lanes = 4 if name == "k" else 8
+    width, (g, c) = min(16, row_bytes // lanes), np.divmod(np.arange(128) % 32, 4)
+    token, place = (4 * (g // 2) + g % 2, c) if name == "k" else (4 * c, g)
+    thread = types.SimpleNamespace(plan=types.SimpleNamespace(row_bytes=row_bytes))
+    with warpgroup.installed():
+        for first in range(0, row_bytes, lanes * width):
+            byte = place * width + first
+            where = mosaic_sm90._Thread._place(thread, token, byte // 16) + byte % 16
+            for group in where.reshape(-1, 128 // width):
+                assert len(set(group % 128)) == len(group)
+
+
 def test_chunks_join_and_empty_heads_give_zeros():
     length, at = jnp.array([[150, 0]]), jnp.array([[149]])
-    compare(k=2, length=length, at=at, config={"blocks": 5}, sinks=True)
+    for groups in (1, 3):
+        compare(k=2, length=length, at=at, config={"blocks": 5, "groups": groups}, sinks=True)
     compare(n=14, k=2, c=1, length=length)  # a group of seven, one slot
 
 

@@ -130,7 +130,7 @@ def dot_product_attention(
         config=config,
         deterministic=deterministic,
     )
-    name = _dispatch.resolve("attention", implementation, _reasons(spec, implementation))
+    name = _dispatch.resolve("attention", implementation, _reasons(spec))
     out, lse = _run(*call, spec=spec, name=name, block_kv=block_kv)
     if not batched:
         out, lse = out[0], lse[0]
@@ -174,7 +174,7 @@ def explain(*args, implementation: str | None = None, **kwargs) -> _dispatch.Exp
     """
     kwargs.pop("return_residual", None)
     spec = spec_of(*args, **kwargs)
-    choice = _dispatch.choose("attention", implementation, _reasons(spec, implementation))
+    choice = _dispatch.choose("attention", implementation, _reasons(spec))
     notes = () if choice.implementation is None else spec_lib.notes(spec, choice.implementation)
     return _dispatch.Explanation("attention", choice.implementation, choice.rejected, notes)
 
@@ -215,14 +215,11 @@ def spec_of(*args, **kwargs) -> AttentionSpec:
 _ARRAY = object()
 
 
-def _reasons(spec: AttentionSpec, implementation: str | None) -> dict[str, str | None]:
+def _reasons(spec: AttentionSpec) -> dict[str, str | None]:
     device = _device.current_device()
-    reasons = {
+    return {
         name: spec_lib.unsupported_reason(spec, device, name) for name in spec_lib.IMPLEMENTATIONS
     }
-    if implementation is None:
-        reasons["mosaic"] = reasons["mosaic"] or spec_lib.unmeasured_reason(spec)
-    return reasons
 
 
 # -- validation --------------------------------------------------------------------------------

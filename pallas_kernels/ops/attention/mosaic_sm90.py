@@ -19,7 +19,6 @@ from pallas_kernels._device import current_device, xla_is_deterministic
 from pallas_kernels.masks import BlockMask, Mask
 from pallas_kernels.ops.attention import mosaic_sm90_backward as backward
 from pallas_kernels.ops.attention import mosaic_sm90_backward_int8 as backward_int8
-from pallas_kernels.ops.attention import mosaic_sm90_backward_s32 as backward_s32
 from pallas_kernels.ops.attention import quant as numerics
 from pallas_kernels.ops.attention import sparse, xla
 from pallas_kernels.ops.attention.mosaic_sm90_kernel import launch
@@ -39,10 +38,6 @@ from pallas_kernels.ops.attention.partition import partitioned, partitioned_grad
 from pallas_kernels.ops.attention.reference import clean
 from pallas_kernels.ops.attention.spec import ANY_ORDER, AttentionSpec
 from pallas_kernels.ops.quantize.mosaic_sm90 import HEAD_DIMS, AttentionOperands, quantize_qkv
-
-# Kernels of SageBwd's gradient, and the ones that are used.
-INT8_GRADIENTS = {"float32": backward_int8, "int32": backward_s32}
-int8_gradient = "int32"
 
 
 def attention_forward(
@@ -371,7 +366,8 @@ def _kernel_gradient(spec: AttentionSpec, config, saved, cotangents):
         options["smooth_k"] = spec.quant.smooth_k
         forward_config = _config_of(spec, mask, config) if blocks is None else None
         options["scale_block"] = _scale_block(blocks, forward_config)
-        run, sums = INT8_GRADIENTS[int8_gradient].gradient, (lse, rows.delta, rows.sums)
+        options["v_codes"] = variant_of(spec).pv == "e4m3"
+        run, sums = backward_int8.gradient, (lse, rows.delta, rows.sums)
     sums = [x.swapaxes(1, 2) for x in sums]
     grads = partitioned_gradient(functools.partial(run, **options), spec, blocks)(*arrays, *sums)
     d_query, d_key, d_value = (x[..., : spec.head_dim] for x in grads)

@@ -23,6 +23,8 @@ appendix B.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -52,7 +54,7 @@ PAD = 128  # numbers per query are padded to this: whole tiles of two warpgroups
 # By the side that is owned; "block_kv" rows are streamed at a time.
 CONFIGS = {
     "q": Config(block_kv=128, num_stages=2, qk_split=1, schedule="none"),
-    "kv": Config(block_kv=64, num_stages=4, qk_split=1, schedule="none"),
+    "kv": Config(block_kv=64, num_stages=4, qk_split=1, schedule="ahead"),
 }
 _ACC = plgpu.Layout.WGMMA
 _ROW = _ACC.reduce(1)
@@ -118,6 +120,8 @@ def both_sides(make, configs, variant: Variant, sizes, arrays, blocks) -> tuple[
     """
     results = []
     for side, config in configs.items():
+        if blocks is not None:  # a warpgroup with few tiles would wait for its turn at each
+            config = dataclasses.replace(config, schedule="none")
         steps = make(side, plan_of(side, variant, *sizes, config))
         own = {name: arrays[name] for name in steps.names if name in arrays}
         results += launch(steps, own, blocks)
@@ -357,6 +361,7 @@ class Registers(Half):
         self.swizzle = _swizzle(2 * head_dim)
         self.rows = _transforms(self.swizzle, 2)
         self.tile_type = _shape((ROWS, block), jnp.float32, _ACC)
+        self.pending_types = (self.tile_type,) * 2
         self.operand_type = _shape((ROWS, block), jnp.dtype(half), _ACC)
         self.sum_type = _shape((ROWS, head_dim), jnp.float32, _ACC)
 
@@ -377,8 +382,8 @@ class Registers(Half):
     def tile(self, own, ring, fixed, load, sums, where, wait, release, take, give):
         """As `Half.tile`."""
         del load
-        wait(0)
-        wait(1)
+        for part in range(len(ring)):
+            wait(part)
         pending = self.begin(own, ring)
         if self.plan.config.schedule == "hold":
             pending = self.settle((), (), pending)[1]
@@ -386,15 +391,15 @@ class Registers(Half):
         sums, operands = self.prepare(pending, ring, fixed, where, sums)
         take()
         sums, _ = self.settle(self.multiply(sums, operands, ring), operands, ())
-        release(1)
-        release(0)
+        for part in reversed(range(len(ring))):
+            release(part)
         return sums
 
     # What `tile` does, in pieces, for a walk that is one tile ahead.
 
     def begin(self, own, slots):
         """Starts the first two products."""
-        return tuple(self.issue(a, part[0]) for a, part in zip(own, slots, strict=True))
+        return self.issue_scores(own[0], slots[0][0]), self.issue(own[1], slots[1][0])
 
     def advance(self, sums, operands, slots, own, next_slots, give):
         """Sums with the last products of a tile, and the first ones of the next, all of them done.
@@ -403,7 +408,7 @@ class Registers(Half):
         runs, when the operands of the last ones have left their registers.
         """
         sums = self.multiply(sums, operands, slots)
-        scores = self.issue(own[0], next_slots[0][0])
+        scores = self.issue_scores(own[0], next_slots[0][0])
         sums, _ = self.settle(sums, operands, (), left=1)
         d_p = self.issue(own[1], next_slots[1][0])
         give()
@@ -412,7 +417,7 @@ class Registers(Half):
     def settle(self, sums, operands, pending, left: int = 0):
         """Sums and products when they are done; so many later groups are still in flight."""
         given = [*sums, *pending, *operands]
-        types = [self.sum_type] * len(sums) + [self.tile_type] * len(pending)
+        types = [self.sum_type] * len(sums) + list(self.pending_types[: len(pending)])
         layouts = [_ACC] * len(types) + [self.operand_type.layout] * len(operands)
         done = settled(given, layouts, types, left)
         return done[: len(sums)], done[len(sums) :]
@@ -425,6 +430,8 @@ class Registers(Half):
             return [_wgmma(self.plan.config.block_kv, *operands, "f", self.kind)]
 
         return _inline(body, [(own, self.rows), (streamed, self.rows)], [self.tile_type])[0]
+
+    issue_scores = issue
 
     def prepare(self, pending, slots, fixed, where, sums):
         """Sums, and operands of the last products: dS, for keys also P."""
@@ -456,7 +463,7 @@ class Registers(Half):
         """Starts adding the products of dS, and of P, with streamed rows."""
         count = len(sums)
         inputs = [(x, _ACC) for x in sums] + [(x, self.operand_type.layout) for x in operands]
-        inputs += [(part[0], self.rows) for part in slots[:count]]
+        inputs += [(ref, self.rows) for ref in self.last(slots)]
 
         def body(*given):
             found = []
@@ -469,13 +476,17 @@ class Registers(Half):
 
         return tuple(_inline(body, inputs, [self.sum_type] * count))
 
+    def last(self, slots):
+        """What dS, and P, are multiplied with."""
+        return [part[0] for part in slots[: 1 if self.side == "q" else 2]]
+
     def operand(self, values):
         """Registers of a tile, rounded to 16 bits, as a left operand."""
         half = self.plan.variant.half
         return [ptx.half_x2(values[i : i + 2], half) for i in range(0, len(values), 2)]
 
 
-STEPS = {"q": Half, "kv": Half}
+STEPS = {"q": Half, "kv": Registers}
 
 
 def _numbers_of_rows(values):
@@ -535,7 +546,7 @@ def accumulate(n: int, a, b, sums, kind: str):
 
     Args:
         n: columns.
-        a: four registers for each step.
+        a: four registers for each step, or a descriptor.
         b: a descriptor for each step, of a [k, n] array where 16-bit.
         sums: registers.
         kind: types, as in the instruction's name.
@@ -545,13 +556,14 @@ def accumulate(n: int, a, b, sums, kind: str):
     tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     operands, lines = [], []
     for a_step, b_step in zip(a, b, strict=True):
-        names = ",".join(f"${number + i}" for i in range(4))
+        a_step = a_step if isinstance(a_step, list) else [a_step]
+        *names, last = (f"${number + i}" for i in range(len(a_step) + 1))
+        left = names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kind} "
-            f"{tile}, {{{names}}}, ${number + 4}, {flags};"
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{kind} {tile}, {left}, {last}, {flags};"
         )
         operands += [*a_step, b_step]
-        number += 5
+        number += len(a_step) + 1
     text = "\n".join(["wgmma.fence.sync.aligned;", *lines, "wgmma.commit_group.sync.aligned;"])
     return ptx.asm(text, "", operands, tied=sums, effects=True)
 

@@ -290,7 +290,7 @@ def sparge_attention(
         topk = 0.5
     tiles = (block_q, block_kv) if blocks is None else (blocks.block_q, blocks.block_kv)
     spec = dataclasses.replace(spec, tiles=tiles, mask_kinds=(*spec.mask_kinds, "tiles"))
-    reasons = api._reasons(spec, implementation)
+    reasons = api._reasons(spec)
     if pvthreshd is not None:
         pvthreshd = _per_head("pvthreshd", pvthreshd, spec.num_heads)
         for name in ("mosaic", "reference"):

@@ -312,28 +312,6 @@ def _unsupported_anywhere(spec: AttentionSpec, implementation: str) -> str | Non
     return None
 
 
-def unmeasured_reason(spec: AttentionSpec) -> str | None:
-    """Why "mosaic" must be asked for by name where it would serve a call, or None.
-
-    Args:
-      spec: the call, which "mosaic" serves.
-
-    Returns:
-      One sentence, or None.
-
-    >>> unmeasured_reason(AttentionSpec(1, 8, 8, 2, 2, 16, "bfloat16", 0.25)) is None
-    True
-    """
-    if spec.quant is None or spec.quant.backward != "int8":
-        return None
-    if spec.head_dim <= 64 or spec.dtype == "bfloat16":
-        return None
-    return (
-        "the INT8 gradient kernels have not run on a GPU with float16 and head sizes above 64; ask "
-        "for implementation='mosaic'"
-    )
-
-
 def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
     """What a user should know about the chosen implementation, for `explain`.
 
@@ -357,10 +335,10 @@ def notes(spec: AttentionSpec, implementation: str) -> tuple[str, ...]:
                 "the gradient's kernels take head sizes up to 128 and rules without arrays; "
                 "everything else has that of 'xla'"
             )
-            said.append("P and dS have a scale per row there, not one per tile")
+            said.append("dS has a scale per row there, not one per tile; dV and dK are in 16 bits")
             if spec.quant.pv == "int8":
                 said.append("P V is in 16 bits, finer than the INT8 of the variant")
-            said.append("on an H200 forward and backward take longer than in 16 bits")
+            said.append("on an H200 forward and backward take about as long as in 16 bits")
     elif spec.quant is not None:
         said.append(
             f"{spec.quant.name} is emulated: values have the precision of the variant, the "

@@ -212,15 +212,11 @@ def _append_reason(key, value, new_key, new_value, implementation: str | None) -
 
     if jax.tree.structure(key) != jax.tree.structure(value) or new_key.dtype != new_value.dtype:
         return "the sm90 append kernel takes key and value stored alike and tokens of one dtype"
-    reason = mosaic_sm90_append.unsupported_reason(key, new_key)
-    if reason is None and implementation is None and not APPEND_MEASURED:
-        reason = _UNMEASURED
-    return reason
+    return mosaic_sm90_append.unsupported_reason(key, new_key) or _unmeasured(implementation)
 
 
 def _unmeasured(implementation: str | None) -> str | None:
     return _UNMEASURED if implementation is None and not MEASURED else None
 
 
-APPEND_MEASURED = False
 MEASURED = True  # whether `implementation=None` takes these kernels

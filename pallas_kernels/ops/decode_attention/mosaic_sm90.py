@@ -1,360 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention on Hopper: a cache is read once, in its stored width, straight into registers.
+"""Decode attention on Hopper: a cache is read once, in its stored width.
 
 The live slots of all key/value heads, one head after the other, are dealt out evenly to blocks of
 four warps: heads of any lengths take the time of their bytes. A block's share may cover the end of
 one head and the start of the next. For each, a warp walks over its part:
 
-* ``S = Q K^T`` by ``mma.sync`` m16n8k16. The operand B wants neighbouring channels of a key in a
-  thread, so a thread's 16-byte loads of a key are operands as they stand (8- and 4-bit codes after
-  they are widened to float16, exactly). The rows of A are up to eight (query head, token) pairs
-  that share the key head, and below them what rounding these queries to 16 bits left over.
-* ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two tokens
-  of a channel in a register, which is a byte permutation of two loaded words.
+* ``S = Q K^T`` by ``mma.sync``. The operand B wants neighbouring channels of a key in a thread, so
+  16 bytes of a key are operands as they stand: integer codes as integers, the bytes of a query's
+  numbers being rows of A; others after they are widened to float16, exactly, and below the up to
+  eight (query head, token) pairs that share the key head lies what rounding them to 16 bits left.
+* ``O^T = V^T P^T``. Scores come out in the layout in which P is the operand B. V^T wants two
+  tokens of a channel in a register: a byte permutation of two words. Integer codes become mantissas
+  of 1024, and 1024 times the sum of P, which is one more channel, is taken off at the end.
 
-Nothing goes through shared memory until the four warps join their results; a second kernel joins
-the blocks' parts by their maxima and sums. K of the next step is loaded when the scores of this
-one are done, V when the products are, so that one of them is always on its way.
+A warp copies its steps into shared memory as they lie, some steps ahead: it is memory on its way
+that reaches the rate of the card, and registers would hold less of it. K of a step to come is
+copied when the scores of this one are done, V when the products are. Later the four warps join
+their results there; a second kernel joins the blocks' parts by their maxima and sums.
 
 With scales per slot, ``x_j = s_j q·k_j`` and ``out = Σ_j (p_j t_j) v_j``: p_j t_j is rounded to
 float16 after a maximum of ``log2 p_j t_j`` was taken out, so that scales of any size are served.
 
-References: Flash-Decoding (Dao et al., 2023); KIVI (arXiv 2402.02750), section 3; PTX ISA 8.4,
-section 9.7.14 (fragments of mma.m16n8k16).
+References: Flash-Decoding (Dao et al., 2023); KIVI (arXiv 2402.02750), section 3; FlashAttention-4
+(sums are multiplied only where a maximum moved far); PTX ISA 8.4, section 9.7.14 (fragments).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as ptx
-from pallas_kernels._device import current_device
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.ops.decode_attention.mosaic_sm90_codes import (
+    ADDED,
+    SMALLER,
+    barrier,
+    bytes_at,
+    bytes_of,
+    commit,
+    copy,
+    from_lane,
+    halves,
+    int_at,
+    key_pairs,
+    load,
+    mma,
+    mma_whole,
+    power_above,
+    read_shared,
+    value_pairs,
+    wait,
+    warp_barrier,
+    whole_keys,
+    whole_values,
+    word_of,
+)
+from pallas_kernels.ops.decode_attention.mosaic_sm90_join import JOIN_NUMBERS, join_parts
+from pallas_kernels.ops.decode_attention.mosaic_sm90_plan import (
+    LOG2E,
+    NO_MAX,
+    ROWS,
+    UNIT,
+    WARPS,
+    Config,
+    Plan,
+    Shares,
+)
 from pallas_kernels.ops.decode_attention.spec import DecodeSpec
 
-HEAD_DIMS = (64, 128)
-ROWS = 8  # query rows of one block: the columns of the second product
-WARPS = 4
-UNIT = 16  # tokens of one mma
-NO_MAX = -1e30  # finite, so that a difference of two is never NaN
-HEADROOM = 8.0  # P is at most 2^8: what float16 holds below 1 is used for small P
-LOG2E = math.log2(math.e)
+# P is at most 2^8 when the maximum moves, which it does when P would be above 2^12: what float16
+# holds below 1 is used for small P, and sums are rarely multiplied.
+HEADROOM, SLACK = 8.0, 4.0
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
-@dataclasses.dataclass(frozen=True)
-class Store:
-    """How codes lie in memory and what they are computed as.
-
-    Args:
-        bits: per code.
-        half: 16-bit type of the products.
-        order: channels of eight codes in the order in which widening yields them.
-        tile: channels that share an e4m3 scale; 0 for one float32 scale per slot, or none.
-    """
-
-    bits: int
-    half: str = "float16"
-    order: tuple[int, ...] = tuple(range(8))
-    tile: int = 0
-
-
-_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
-STORES = {
-    "bfloat16": Store(16, "bfloat16"),
-    "float16": Store(16),
-    "int8": Store(8),
-    "fp8_e4m3": Store(8),
-    "fp8_e5m2": Store(8),
-    "int4": Store(4, order=_NIBBLES),
-    "nvfp4": Store(4, order=_NIBBLES, tile=16),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes that change speed only.
-
-    Args:
-        blocks: blocks among which the slots are dealt out; None: six for every multiprocessor.
-        units: units of 16 tokens in a warp's step; None chooses.
-        cache: how loads of the cache treat L1 and L2, PTX qualifiers.
-        at_once: parts of a head whose loads are in flight together where parts are joined.
-    """
-
-    blocks: int | None = None
-    units: int | None = None
-    cache: str = ".L1::no_allocate"
-    at_once: int = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Static facts of the kernels.
-
-    Args:
-        spec: the call.
-        config: sizes.
-        pool: slots of a batch entry's pool of tiles, or 0 where slots lie in order.
-        positions: every slot has a position; else it is the slot's number.
-        skips: turns before the window of the first query are left out.
-        zero_point: codes have zero points.
-        bias: keys have an offset.
-        sinks: heads have a sink logit.
-    """
-
-    spec: DecodeSpec
-    config: Config
-    pool: int = 0
-    positions: bool = False
-    skips: bool = False
-    zero_point: bool = False
-    bias: bool = False
-    sinks: bool = False
-
-    @property
-    def store(self) -> Store:
-        """Facts about the format."""
-        return STORES[self.spec.store]
-
-    @property
-    def scaled(self) -> bool:
-        """Slots have float32 scales."""
-        return self.store.bits < 16 and not self.store.tile
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share a key head."""
-        return self.spec.groups * self.spec.q_len
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks of `ROWS`; each reads the cache."""
-        return -(-self.rows // ROWS)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a slot's codes."""
-        return self.spec.head_dim * self.store.bits // 8
-
-    @property
-    def units(self) -> int:
-        """Units of a step, which lies in one tile; three blocks share the registers there are."""
-        units = self.config.units or 128 // self.spec.head_dim
-        return math.gcd(units, self.spec.tile // UNIT) if self.spec.tile else units
-
-    @property
-    def step(self) -> int:
-        """Tokens of a warp's step."""
-        return UNIT * self.units
-
-    @property
-    def turn(self) -> int:
-        """Tokens of a step of a block's warps: slots are dealt out in these."""
-        return WARPS * self.step
-
-    @property
-    def blocks(self) -> int:
-        """Blocks among which the slots are dealt out."""
-        spec = self.spec
-        heads = spec.batch * spec.num_kv_heads
-        # Twice what is resident: 7 % faster than once for INT8, as SMs differ in speed.
-        wanted = self.config.blocks or 6 * (current_device().num_sms or 132)
-        if spec.split is not None:
-            wanted = -(-heads * spec.capacity // spec.split)
-        return min(wanted, heads * -(-spec.capacity // self.turn))
-
-
-def unsupported_reason(spec: DecodeSpec) -> str | None:
-    """Why the kernel does not serve a call, or None.
-
-    >>> unsupported_reason(DecodeSpec(1, 1, 64, 2, 1, 16, "float32", "int8", 0.25))
-    'the sm90 decode kernel serves head_dim 64 and 128; got 16'
-    """
-    if spec.head_dim not in HEAD_DIMS:
-        return f"the sm90 decode kernel serves head_dim 64 and 128; got {spec.head_dim}"
-    if spec.store not in STORES:
-        names = ", ".join(STORES)
-        return f"the sm90 decode kernel reads caches stored as {names}; got {spec.store}"
-    if spec.dtype not in ("bfloat16", "float16", "float32"):
-        return f"the sm90 decode kernel takes 16- and 32-bit queries; got {spec.dtype}"
-    if not spec.plain:
-        return (
-            "the sm90 decode kernel takes key and value stored alike, with one float32 scale per "
-            "slot (nvfp4: one e4m3 scale per 16 channels) and packed 4-bit codes"
-        )
-    if not spec.capacity:
-        return "the sm90 decode kernel takes caches of at least one slot"
-    if spec.tile % UNIT:
-        return f"the sm90 decode kernel takes tiles of a multiple of 16 slots; got {spec.tile}"
-    if spec.batch * spec.num_kv_heads > 65535:
-        return (
-            "the sm90 decode kernel takes up to 65535 rows times key heads; got "
-            f"{spec.batch * spec.num_kv_heads}"
-        )
-    return None
-
-
 # -- what one thread does --------------------------------------------------------------------------
-
-
-def _word(value: int):
-    """A constant of 32 bits, given without sign."""
-    return ptx.i32(value - 2**32 if value >= 2**31 else value)
-
-
-def bytes_at(index, size: int):
-    """Offset in bytes, i64, of an item."""
-    return ptx.mul(ptx.widen(index), ptx.i64(size))
-
-
-def load(ref, offset, size: int, cache: str = "", outs: str | None = None):
-    """The 4, 8 or 16 bytes at an offset as words."""
-    n = size // 4
-    names = ", ".join(f"${i}" for i in range(n))
-    names = names if n == 1 else f"{{{names}}}"
-    width = "" if n == 1 else f".v{n}"
-    text = f"ld.global.nc{cache}{width}.b32 {names}, [${n}];"
-    return ptx.asm(text, outs or "r" * n, [ptx.address(ref, offset)], effects=True)
-
-
-def read_shared(ref, offset, n: int):
-    """Floats of shared memory."""
-    names = ", ".join(f"${i}" for i in range(n))
-    text = f"ld.shared.b32 $0, [${n}];" if n == 1 else f"ld.shared.v{n}.b32 {{{names}}}, [${n}];"
-    return ptx.asm(text, "f" * n, [ptx.address(ref, offset)], effects=True)
-
-
-def barrier():
-    """Waits for the block's four warps."""
-    ptx.asm("bar.sync 0;", "", [], effects=True)
-
-
-def from_lane(x, lane):
-    """The value of another lane of the warp."""
-    return ptx.asm("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "f", [x, lane], effects=True)[0]
-
-
-def permute(a, b, selector: int):
-    """Four bytes out of eight."""
-    return ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", "r", [a, b])[0]
-
-
-def mma(acc, a, b, half: str):
-    """``acc + A B`` for A [16, 16] and B [16, 8]."""
-    name = {"bfloat16": "bf16", "float16": "f16"}[half]
-    text = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32 {{$0, $1, $2, $3}}, "
-        "{$8, $9, $10, $11}, {$12, $13}, {$0, $1, $2, $3};"
-    )
-    return ptx.asm(text, "", [*a, *b], tied=acc, effects=True)
-
-
-def _code_bytes(store: str, word):
-    """A word of codes as words of one code per byte.
-
-    Integers are biased to be unsigned; e2m1 has its bits where those of a float16 are.
-    """
-    if store == "nvfp4":
-        text = (
-            "{ .reg .b32 s, v; shl.b32 s, $2, 4; and.b32 s, s, $3; shl.b32 v, $2, 1;\n"
-            "and.b32 v, v, $4; or.b32 $0, s, v;\n"
-            "and.b32 s, $2, $3; shr.u32 v, $2, 3; and.b32 v, v, $4; or.b32 $1, s, v; }"
-        )
-        return ptx.asm(text, "rr", [word, _word(0x80808080), _word(0x0E0E0E0E)])
-    if store == "int8":
-        return [ptx.asm("xor.b32 $0, $1, $2;", "r", [word, _word(0x80808080)])[0]]
-    if store == "int4":
-        text = (
-            "{ .reg .b32 t; xor.b32 t, $2, $3; and.b32 $0, t, $4;\n"
-            "shr.u32 t, t, 4; and.b32 $1, t, $4; }"
-        )
-        return ptx.asm(text, "rr", [word, _word(0x88888888), _word(0x0F0F0F0F)])
-    return [word]
-
-
-def _widened(store: str, word):
-    """Four codes, a byte each, as two words of two float16."""
-    if store == "nvfp4":  # the byte is the upper one of a float16 2^14 times too small
-        text = (
-            "{ .reg .b32 lo, hi; prmt.b32 lo, $2, $3, 5124; prmt.b32 hi, $2, $3, 13348;\n"
-            "mul.rn.f16x2 $0, lo, $4; mul.rn.f16x2 $1, hi, $4; }"
-        )
-        return ptx.asm(text, "rr", [word, ptx.i32(0), _word(0x74007400)])
-    if store.startswith("fp8"):
-        kind = store.removeprefix("fp8_")
-        text = (
-            f"{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $2;\n"
-            f"cvt.rn.f16x2.{kind}x2 $0, lo; cvt.rn.f16x2.{kind}x2 $1, hi; }}"
-        )
-        return ptx.asm(text, "rr", [word])
-    # The byte is the mantissa of 1024 + code + bias; no rounding anywhere.
-    text = (
-        "{ .reg .b32 lo, hi; prmt.b32 lo, $2, $3, 16704; prmt.b32 hi, $2, $3, 17218;\n"
-        "sub.rn.f16x2 $0, lo, $4; sub.rn.f16x2 $1, hi, $4; }"
-    )
-    offset = _word(0x64806480 if store == "int8" else 0x64086408)  # 1024 + 128, 1024 + 8
-    return ptx.asm(text, "rr", [word, _word(0x64646464), offset])
-
-
-def _tile_scales(a, b=None):
-    """Two e4m3 scales as float16: those in the lower bytes of a word, or of two words."""
-    pair = a if b is None else permute(a, b, 0x0040)
-    text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.rn.f16x2.e4m3x2 $0, lo; }"
-    return ptx.asm(text, "r", [pair])[0]
-
-
-def _times(word, scales):
-    """Products of two pairs of float16; those of e2m1 and e4m3 are exact."""
-    return ptx.asm("mul.rn.f16x2 $0, $1, $2;", "r", [word, scales])[0]
-
-
-def key_pairs(store: str, words):
-    """Codes of one key as words of two 16-bit numbers, in the order of `Store.order`.
-
-    With scales per tile the last word holds those of the codes' tiles.
-    """
-    if STORES[store].bits == 16:
-        return words
-    *words, tiles = words if STORES[store].tile else (*words, None)
-    pairs = [[pair for part in _code_bytes(store, word) for pair in _widened(store, part)]
-             for word in words]  # fmt: skip
-    if tiles is not None:
-        scales = _tile_scales(tiles)
-        scales = [permute(scales, scales, selector) for selector in (0x1010, 0x3232)]
-        per = STORES[store].tile * STORES[store].bits // 32  # words of a tile
-        pairs = [[_times(pair, scales[i // per]) for pair in some] for i, some in enumerate(pairs)]
-    return [pair for some in pairs for pair in some]
-
-
-def value_pairs(store: str, first, second):
-    """Codes of two tokens as words (first's, second's), one per channel, in `Store.order`.
-
-    With scales per tile the last words hold that of the codes' tile.
-    """
-    scales = None
-    if STORES[store].tile:
-        *first, a = first
-        *second, b = second
-        scales = _tile_scales(a, b)
-    out = []
-    for a, b in zip(first, second, strict=True):
-        if STORES[store].bits == 16:
-            out += [permute(a, b, 0x5410), permute(a, b, 0x7632)]
-            continue
-        parts = zip(_code_bytes(store, a), _code_bytes(store, b), strict=True)
-        for x, y in parts:
-            for selector in (0x5140, 0x7362):
-                out += _widened(store, permute(x, y, selector))
-    return out if scales is None else [_times(pair, scales) for pair in out]
 
 
 class _Thread:
@@ -365,23 +91,30 @@ class _Thread:
     tokens of its scores.
     """
 
-    def __init__(self, plan: Plan, refs, block, row_block, head, first):
-        """Of a block, for a block of rows of a head, from a turn of the head on."""
+    def __init__(self, plan: Plan, refs, block, row_block, head, first, count, group):
+        """Of a block, for a block of rows of a head: so many turns of it from one on.
+
+        The block is a warpgroup, of several that were launched together, or None.
+        """
         self.plan, self.refs = plan, refs
         spec, i32 = plan.spec, ptx.i32
         self.block, self.row_block, self.head = block, row_block, head
+        self.group, self.shared = group, ptx.i64(0)
+        if group is not None:
+            self.shared = bytes_at(group, 4 * plan.shared)
         self.first = ptx.mul(first, i32(plan.turn))
         tid = ptx.thread()
         self.tid, self.warp = tid, ptx.div(tid, i32(32))
-        lane = ptx.rem(tid, i32(32))
-        self.g, self.c = ptx.div(lane, i32(4)), ptx.rem(lane, i32(4))
+        self.lane = ptx.rem(tid, i32(32))
+        self.g, self.c = ptx.div(self.lane, i32(4)), ptx.rem(self.lane, i32(4))
         pair = ptx.add(ptx.mul(ptx.div(self.g, i32(2)), i32(4)), ptx.rem(self.g, i32(2)))
         self.k_token, self.v_token = pair, ptx.mul(self.c, i32(4))
         self.k_width = min(16, plan.row_bytes // 4)
         self.v_width = min(16, plan.row_bytes // 8)
         self.batch = ptx.div(self.head, i32(spec.num_kv_heads))
-        self.limit = _int_at(refs["limits"], head)
-        self.last = ptx.sub(self.limit, i32(1))
+        self.limit = int_at(refs["limits"], head)
+        end = ptx.add(self.first, ptx.mul(count, i32(plan.turn)))
+        self.last = ptx.sub(ptx.imin(self.limit, end), i32(1))  # what is beyond is not read
         if plan.pool:
             self.home = ptx.mul(self.batch, i32(plan.pool))
         else:
@@ -398,10 +131,8 @@ class _Thread:
         return ptx.add(self.first, ptx.mul(turn, ptx.i32(self.plan.step)))
 
     def page(self, i):
-        """The tile that a step lies in; -1 for none; 0 where there are no tiles."""
+        """The tile that a step lies in; -1 for none."""
         spec = self.plan.spec
-        if not self.plan.pool:
-            return ptx.i32(0)
         tile = ptx.div(ptx.imin(self.start(i), self.last), ptx.i32(spec.tile))
         row = ptx.mul(self.head, ptx.i32(spec.capacity // spec.tile))
         return load(self.refs["table"], bytes_at(ptx.add(row, tile), 4), 4)[0]
@@ -417,58 +148,100 @@ class _Thread:
             home = ptx.sub(home, begin)
         return ptx.add(home, slot)
 
-    def _codes(self, name, row, place, width, lanes):
+    def _pieces(self, name):
+        """The thread's first token of a unit, its place in a row, bytes of a piece, lanes."""
+        if name == "k":
+            return self.k_token, self.c, self.k_width, 4
+        return self.v_token, self.g, self.v_width, 8
+
+    def _apart(self, name):
+        """How far the thread's tokens of a step are from the first one."""
+        near = range(0, 4, 2) if name == "k" else range(4)
+        return [u + t for u in range(0, self.plan.step, UNIT) for t in near]
+
+    def _slot(self, name, i):
+        """Where in shared memory the warp's K or V of a step lies."""
         plan = self.plan
-        offset = ptx.add(bytes_at(row, plan.row_bytes), bytes_at(place, width))
-        pieces = plan.row_bytes // (lanes * width)
-        words = [
-            word
-            for i in range(pieces)
-            for word in load(
-                self.refs[name], ptx.add(offset, ptx.i64(i * lanes * width)), width,
-                plan.config.cache,
-            )
-        ]  # fmt: skip
+        stage = ptx.add(ptx.mul(self.warp, ptx.i32(plan.stages)), ptx.rem(i, ptx.i32(plan.stages)))
+        place = ptx.mul(stage, ptx.i32(2 * plan.step_bytes))
+        return ptx.add(place, ptx.i32(plan.step_bytes * (name == "v")))
+
+    def _place(self, token, piece):
+        """Where 16 bytes of a token of a step lie in it."""
+        quad, four = ptx.div(token, ptx.i32(4)), ptx.i32(4)
+        moved = ptx.add(ptx.mul(ptx.rem(quad, ptx.i32(2)), four), ptx.land(quad, ptx.i32(2)))
+        if self.plan.row_bytes >= 128:
+            moved = ptx.xor(moved, ptx.mul(ptx.rem(token, ptx.i32(2)), four))
+        number = ptx.add(ptx.mul(token, ptx.i32(self.plan.row_bytes // 16)), piece)
+        return ptx.mul(ptx.xor(number, moved), ptx.i32(16))
+
+    def _onward(self, tokens: int, pieces: int = 0) -> tuple[int, int]:
+        """What tokens and pieces further on change a place by: an exclusive or, and a sum.
+
+        Within 128 bytes pieces change places, so that those that threads read together lie in
+        different banks: of K tokens 0 and 1 of four, of V every fourth one.
+        """
+        quad = tokens // 4
+        moved = 4 * (quad % 2) + (quad & 2)
+        moved ^= 4 * (tokens % 2) * (self.plan.row_bytes >= 128)
+        number = tokens * (self.plan.row_bytes // 16) + pieces
+        return 16 * (number % 8 ^ moved), 16 * (number - number % 8)
+
+    def fetch(self, name, i, page):
+        """Starts copying the warp's K or V of a step, 512 bytes at once, as one group."""
+        warp_barrier()  # all have read what was there
+        plan, start, slot = self.plan, self.start(i), self._slot(name, i)
+        pieces = plan.row_bytes // 16
+        token, piece = (f(self.lane, ptx.i32(pieces)) for f in (ptx.div, ptx.rem))
+        base = ptx.address(self.refs[name], bytes_at(piece, 16))
+        place = self._place(token, piece)
+        for tokens in range(0, plan.step, 32 // pieces):
+            row = self.row(start, page, ptx.add(token, ptx.i32(tokens)))
+            changed, further = self._onward(tokens)
+            where = ptx.add(ptx.xor(place, ptx.i32(changed)), slot)
+            where = ptx.add(self.shared, ptx.widen(where))
+            source = ptx.add(base, bytes_at(row, plan.row_bytes))
+            copy(source, self.refs["shared"], where, further)
+        commit()
+
+    def words(self, name, i, facts):
+        """Words of K [unit][2] or of V [unit][4] of a step whose copies have arrived.
+
+        With scales per tile the last word of each holds those of its codes.
+        """
+        plan, slot, found = self.plan, self._slot(name, i), []
+        token, place, width, lanes = self._pieces(name)
+        byte = ptx.mul(place, ptx.i32(width))
+        piece, rest = (f(byte, ptx.i32(16)) for f in (ptx.div, ptx.rem))
+        place = ptx.add(self._place(token, piece), rest)
+        for token in self._apart(name):
+            found.append([])
+            for first in range(0, plan.row_bytes, lanes * width):
+                changed, further = self._onward(token, first // 16)
+                where = ptx.add(ptx.xor(place, ptx.i32(changed)), slot)
+                where = ptx.add(self.shared, ptx.widen(where))
+                found[-1] += read_shared(self.refs["shared"], where, width // 4, "r", further)
         if plan.store.tile:
-            # Lanes and tiles share the row: so many tiles per lane, or lanes per tile.
-            tiles = plan.spec.head_dim // plan.store.tile
-            size = max(tiles // lanes, 1)
-            place = ptx.div(ptx.mul(place, ptx.i32(tiles)), ptx.i32(lanes))
-            where = ptx.add(bytes_at(row, tiles), ptx.widen(place))
-            text = f"ld.global.nc.u{8 * size} $0, [$1];"
-            ref = self.refs[f"{name}_scale"]
-            words += ptx.asm(text, "r", [ptx.address(ref, where)], effects=True)
-        return words
+            found = [[*some, s] for some, s in zip(found, facts[f"{name}_scale"], strict=True)]
+        each = len(found) // plan.units
+        return [found[u : u + each] for u in range(0, len(found), each)]
 
-    def keys(self, i, page):
-        """Words of K, [unit][2]."""
-        start = self.start(i)
-        return [
-            [
-                self._codes(
-                    "k",
-                    self.row(start, page, ptx.add(self.k_token, ptx.i32(UNIT * u + 2 * e))),
-                    self.c, self.k_width, 4,
-                )
-                for e in range(2)
-            ]
-            for u in range(self.plan.units)
-        ]  # fmt: skip
-
-    def values(self, i, page):
-        """Words of V, [unit][4]."""
-        start = self.start(i)
-        return [
-            [
-                self._codes(
-                    "v",
-                    self.row(start, page, ptx.add(self.v_token, ptx.i32(UNIT * u + t))),
-                    self.g, self.v_width, 8,
-                )
-                for t in range(4)
-            ]
-            for u in range(self.plan.units)
-        ]  # fmt: skip
+    def tile_scales(self, name, i, page):
+        """Scales of the tiles that the thread's codes of every token of a step lie in."""
+        plan, start = self.plan, self.start(i)
+        token, place, _, lanes = self._pieces(name)
+        # Lanes and tiles share the row: so many tiles per lane, or lanes per tile.
+        tiles = plan.spec.head_dim // plan.store.tile
+        size = max(tiles // lanes, 1)
+        place = ptx.div(ptx.mul(place, ptx.i32(tiles)), ptx.i32(lanes))
+        text, ref = f"ld.global.nc.u{8 * size} $0, [$1];", self.refs[f"{name}_scale"]
+        found = []
+        for further in self._apart(name):
+            row = self.row(start, page, ptx.add(token, ptx.i32(further)))
+            where = bytes_at(row, tiles)
+            where = ptx.add(where, ptx.widen(place))
+            found += ptx.asm(text, "r", [ptx.address(ref, where)], effects=True)
+        return found
 
     def facts(self, i, page):
         """Scales, zero points and positions of the thread's slots, [unit][4] by name."""
@@ -481,6 +254,8 @@ class _Thread:
         if plan.positions:
             kinds["positions"] = "r"
         out = {name: [] for name in kinds}
+        if plan.store.tile:
+            out |= {f"{name}_scale": self.tile_scales(name, i, page) for name in ("k", "v")}
         for u in range(plan.units):
             token = ptx.add(self.v_token, ptx.i32(UNIT * u))
             if plan.spec.capacity % 4:
@@ -516,14 +291,19 @@ class _Thread:
         name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
         index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
         x = self._channels(self.refs["query"], index, spec.dtype)
+        if plan.store.whole:
+            words, facts = self._whole_query(x)
+            return words, (*facts, self._position(token))
         x = [ptx.fmul(value, ptx.f32(spec.scale * LOG2E)) for value in x]
         bias = factor = total = None
         if plan.bias:
             offset = self._channels(self.refs["offset"], self.head, "float32")
             bias = self._over_row(ptx.fadd, [ptx.fmul(*p) for p in zip(x, offset, strict=True)])
         if plan.store.half == "float16":
-            factor, inverse = _power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+            factor, inverse = power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
             x = [ptx.fmul(value, inverse) for value in x]
+        if plan.store.tile:
+            factor = ptx.fmul(factor, ptx.f32(SMALLER))
         if plan.zero_point:
             total = self._over_row(ptx.fadd, x)
         order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
@@ -537,6 +317,44 @@ class _Thread:
             for s in range(len(high) // 2)
         ]
         return words, (factor, bias, total, self._position(token))
+
+    def _whole_query(self, x):
+        """Operands and factor, bias and sum of a row whose numbers are integers of some bytes.
+
+        The power of two above the largest number becomes 2^14 (or 2^22): a bfloat16 of at least
+        2^-7 of it is exact.
+        """
+        plan, f32 = self.plan, ptx.f32
+        factor, inverse = power_above(self._over_row(ptx.fmax, [ptx.fabs(v) for v in x]))
+        bias = total = None
+        if plan.bias:
+            offset = self._channels(self.refs["offset"], self.head, "float32")
+            bias = self._over_row(ptx.fadd, [ptx.fmul(*p) for p in zip(x, offset, strict=True)])
+            bias = ptx.fmul(bias, f32(plan.spec.scale * LOG2E))
+        size = 2.0 ** (8 * plan.limbs - 2)
+        numbers = [
+            ptx.asm("cvt.rni.s32.f32 $0, $1;", "r", [ptx.fmul(ptx.fmul(v, inverse), f32(size))])[0]
+            for v in x
+        ]
+        if plan.zero_point:
+            total = self._over_row(ptx.fadd, [ptx.to_float(n) for n in numbers])
+        order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(len(x))]
+        numbers = [numbers[i] for i in order]
+        # Signed bytes, the largest first: what is taken for negative in one is made up in the next.
+        limbs = [
+            bytes_of([ptx.add(n, ptx.i32(0x8080 & (1 << 8 * i) - 1)) for n in numbers], i)
+            for i in reversed(range(plan.limbs))
+        ]
+        limbs += [[ptx.i32(0)] * len(limbs[0])] * (plan.limbs % 2)
+        words = [
+            [high[s], low[s], high[s + 1], low[s + 1]]
+            for high, low in zip(limbs[::2], limbs[1::2], strict=True)
+            for s in range(0, len(high), 2)
+        ]
+        unit = plan.spec.scale * LOG2E / size
+        codes = 16.0 if plan.store.bits == 4 else 1.0  # see `whole_keys`
+        total = None if total is None else ptx.fmul(total, f32(codes))
+        return words, (ptx.fmul(factor, f32(unit / codes)), bias, total)
 
     def _channels(self, ref, row, dtype: str):
         """The thread's channels of a row of [..., H] as float32, in the order of a key's codes."""
@@ -569,11 +387,7 @@ class _Thread:
         for u in range(plan.units):
             x = [None] * 4
             for e in range(2):
-                pairs = key_pairs(plan.spec.store, keys[u][e])
-                acc = [ptx.f32(0.0)] * 4
-                for s, a in enumerate(query):
-                    acc = mma(acc, a, pairs[2 * s : 2 * s + 2], plan.store.half)
-                x[2 * e : 2 * e + 2] = [ptx.fadd(acc[d], acc[d + 2]) for d in range(2)]
+                x[2 * e : 2 * e + 2] = self._products(keys[u][e], query)
             for t in range(4):
                 if plan.zero_point:
                     x[t] = ptx.fsub(x[t], ptx.fmul(facts["k_zero"][u][t], total))
@@ -590,6 +404,28 @@ class _Thread:
                     x[t] = _capped(x[t], plan.spec.soft_cap * LOG2E)
             out.append(x)
         return out
+
+    def _products(self, words, query):
+        """Of a key of each lane and the rows of its four: two numbers."""
+        store = self.plan.store
+        if not store.whole:
+            acc, pairs = [ptx.f32(0.0)] * 4, key_pairs(self.plan.spec.store, words)
+            for s, a in enumerate(query):
+                acc = mma(acc, a, pairs[2 * s : 2 * s + 2], store.half)
+            return [ptx.fadd(acc[d], acc[d + 2]) for d in range(2)]
+        codes, total = whole_keys(self.plan.spec.store, words), None
+        each = len(codes) // 2  # products of a pair of limbs
+        for first in range(0, len(query), each):
+            acc = [ptx.i32(0)] * 4
+            for s in range(each):
+                acc = mma_whole(acc, query[first + s], codes[2 * s : 2 * s + 2])
+            if total is None:
+                wide = [ptx.add(ptx.mul(acc[d], ptx.i32(256)), acc[d + 2]) for d in range(2)]
+                total = [ptx.to_float(x) for x in wide]
+            else:  # the third limb
+                total = [ptx.fma(x, ptx.f32(256.0), ptx.to_float(acc[d]))
+                         for d, x in enumerate(total)]  # fmt: skip
+        return total
 
     def seen(self, i, page, facts, row):
         """Which of the slots the thread's row sees, [unit][4]."""
@@ -655,7 +491,9 @@ class _Thread:
         top = functools.reduce(ptx.fmax, [t for part in tops for t in part])
         for distance in (1, 2):
             top = ptx.fmax(top, ptx.shuffle_xor(top, distance))
-        m = ptx.fmax(state["m"], ptx.fsub(top, ptx.f32(HEADROOM)))
+        top = ptx.fsub(top, ptx.f32(HEADROOM))
+        moves = ptx.fge(top, ptx.fadd(state["m"], ptx.f32(SLACK)))
+        m = ptx.select(moves, top, state["m"])
         alpha = ptx.exp2(ptx.fsub(state["m"], m))
         total = ptx.fmul(state["l"], alpha)
         shift = ptx.fmul(state["z"], alpha) if plan.zero_point else None
@@ -680,17 +518,52 @@ class _Thread:
     def add_values(self, out, values, operand, alpha):
         """``alpha out + V^T P^T``."""
         plan = self.plan
-        lane = ptx.mul(self.c, ptx.i32(8))
-        factors = [from_lane(alpha, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
-        out = [[ptx.fmul(x, factors[i % 2]) for i, x in enumerate(tile)] for tile in out]
+        out = _multiplied(out, alpha, ptx.mul(self.c, ptx.i32(8)))
         for u in range(plan.units):
-            first, second = (
-                value_pairs(plan.spec.store, values[u][t], values[u][t + 1]) for t in (0, 2)
-            )
+            pairs = whole_values if plan.store.whole else value_pairs
+            first, second = (pairs(plan.spec.store, *values[u][t : t + 2]) for t in (0, 2))
+            if plan.store.whole:
+                ones = [word_of(0x3C003C00)] * 2
+                first, second = [*first, *ones], [*second, *ones]
             for j in range(len(out)):
                 a = [*first[2 * j : 2 * j + 2], *second[2 * j : 2 * j + 2]]
                 out[j] = mma(out[j], a, operand[u], plan.store.half)
         return out
+
+    def centred(self, out):
+        """Without what `whole_values` added: the last tile has sums of P, as those of ones."""
+        if self.plan.store.tile:
+            return [[ptx.fmul(x, ptx.f32(SMALLER)) for x in tile] for tile in out]
+        if not self.plan.store.whole:
+            return out
+        *tiles, sums = out
+        added = ADDED[self.plan.spec.store]
+        return [
+            [
+                ptx.fmul(ptx.fma(sums[i % 2], ptx.f32(-added[i // 2][0]), x),
+                         ptx.f32(1 / added[i // 2][1]))
+                for i, x in enumerate(tile)
+            ]
+            for tile in tiles
+        ]  # fmt: skip
+
+
+def _multiplied(out, alpha, lane):
+    """Columns of the tiles of ``out`` times alpha of a lane and of the fourth one after it.
+
+    A warp whose factors are all 1 skips it.
+    """
+    numbers = [x for tile in out for x in tile]
+    count = len(numbers)
+    lines = [".reg .pred some; .reg .f32 x<2>; .reg .b32 other;"]
+    lines += [f"setp.ne.f32 some, ${2 * count}, 0f3F800000;", "vote.sync.any.pred some, some, -1;"]
+    lines += ["@!some bra DONE;", f"add.s32 other, ${2 * count + 1}, 4;"]
+    lines += [f"shfl.sync.idx.b32 x0, ${2 * count}, ${2 * count + 1}, 31, -1;"]
+    lines += [f"shfl.sync.idx.b32 x1, ${2 * count}, other, 31, -1;"]
+    lines += [f"mul.rn.f32 ${i}, ${i}, x{i % 2};" for i in range(count)]
+    text = "{ " + "\n".join(lines) + "\nDONE:\n}"
+    numbers = ptx.asm(text, "", [alpha, lane], tied=numbers, effects=True)
+    return [numbers[i : i + 4] for i in range(0, count, 4)]
 
 
 def _capped(x, cap: float):
@@ -700,102 +573,16 @@ def _capped(x, cap: float):
     return ptx.fma(half, ptx.f32(-2 * cap), ptx.f32(cap))
 
 
-def halves(word, half: str):
-    """Two float32 from two 16-bit numbers."""
-    if half == "bfloat16":
-        text = (
-            "{ .reg .b32 lo, hi; shl.b32 lo, $2, 16; and.b32 hi, $2, -65536;\n"
-            "mov.b32 $0, lo; mov.b32 $1, hi; }"
-        )
-    else:
-        text = "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.f32.f16 $0, lo; cvt.f32.f16 $1, hi; }"
-    return ptx.asm(text, "ff", [word])
-
-
-def _power_above(x):
-    """The power of two above a number (within 2^±124), and its inverse."""
-    bits = ptx.asm("{ .reg .b32 t; mov.b32 t, $1; shr.u32 $0, t, 23; }", "r", [x])[0]
-    bits = ptx.imin(ptx.imax(bits, ptx.i32(2)), ptx.i32(250))
-    exponents = ptx.add(bits, ptx.i32(1)), ptx.sub(ptx.i32(253), bits)
-    text = "{ .reg .b32 t; shl.b32 t, $1, 23; mov.b32 $0, t; }"
-    return [ptx.asm(text, "f", [e])[0] for e in exponents]
-
-
-def _int_at(ref, index):
-    return load(ref, bytes_at(index, 4), 4)[0]
-
-
-# -- who computes what -----------------------------------------------------------------------------
-
-
-class _Shares:
-    """How the turns of all heads, numbered through, are dealt out.
-
-    The first ``rest`` blocks take ``size + 1`` turns, the others ``size``. With fewer turns than
-    blocks, some blocks take none. A block's part of a head is number ``block + head``: from one
-    part to the next exactly one of the two grows.
-    """
-
-    def __init__(self, plan: Plan, refs):
-        self.plan, self.ends = plan, refs["ends"]
-        self.heads = plan.spec.batch * plan.spec.num_kv_heads
-        turns = self.end_of(ptx.i32(self.heads - 1))
-        self.blocks = ptx.imin(turns, ptx.i32(plan.blocks))
-        divisor = ptx.imax(self.blocks, ptx.i32(1))
-        self.size, self.rest = ptx.div(turns, divisor), ptx.rem(turns, divisor)
-
-    def end_of(self, head):
-        """Turns of all heads up to this one."""
-        return _int_at(self.ends, head)
-
-    def start_of(self, head):
-        """Turns of all heads before this one."""
-        before = self.end_of(ptx.imax(ptx.sub(head, ptx.i32(1)), ptx.i32(0)))
-        return ptx.select(ptx.eq(head, ptx.i32(0)), ptx.i32(0), before)
-
-    def of(self, block):
-        """First turn of a block, and how many."""
-        start = ptx.add(ptx.mul(block, self.size), ptx.imin(block, self.rest))
-        more = ptx.flag(ptx.lt(block, self.rest))
-        return start, ptx.add(self.size, more)
-
-    def block_of(self, turn):
-        """The block that a turn belongs to."""
-        wide = ptx.add(self.size, ptx.i32(1))
-        edge = ptx.mul(self.rest, wide)
-        beyond = ptx.imax(ptx.sub(turn, edge), ptx.i32(0))
-        beyond = ptx.add(self.rest, ptx.div(beyond, ptx.imax(self.size, ptx.i32(1))))
-        return ptx.select(ptx.lt(turn, edge), ptx.div(turn, wide), beyond)
-
-    def heads_of(self, turns):
-        """The head that each of some turns belongs to: heads that end before it come first."""
-        lane = ptx.rem(ptx.thread(), ptx.i32(32))
-
-        def count(i, counts):
-            for j in range(4):
-                head = ptx.add(ptx.mul(i, ptx.i32(128)), ptx.i32(32 * j))
-                head = ptx.add(head, lane)
-                exists = ptx.lt(head, ptx.i32(self.heads))
-                end = self.end_of(ptx.imin(head, ptx.i32(self.heads - 1)))
-                counts = [
-                    ptx.add(n, ptx.flag(ptx.both(exists, ptx.ge(turn, end))))
-                    for n, turn in zip(counts, turns, strict=True)
-                ]
-            return counts
-
-        counts = ptx.loop(pl.cdiv(self.heads, 128), count, [ptx.i32(0)] * len(turns))
-        for distance in (1, 2, 4, 8, 16):
-            counts = [ptx.add(n, ptx.shuffle_xor(n, distance)) for n in counts]
-        return counts
-
-
 # -- the main kernel -------------------------------------------------------------------------------
 
 
 def _attend(plan: Plan, refs, axes):
     """What a block does: parts of neighbouring heads, for up to eight rows of each."""
-    row_block, block, _ = axes
-    shares = _Shares(plan, refs)
+    row_block, block, _, *group = axes
+    group = group[0] if group else None
+    if group is not None:
+        block = ptx.add(ptx.mul(block, ptx.i32(plan.config.groups)), group)
+    shares = Shares(plan, refs)
 
     def work():
         start, left = shares.of(block)
@@ -808,10 +595,10 @@ def _attend(plan: Plan, refs, axes):
             count = ptx.imin(ptx.sub(shares.end_of(head), start), left)
             first = ptx.sub(start, before)
             if plan.skips:
-                first = ptx.add(first, _int_at(refs["skips"], head))
+                first = ptx.add(first, int_at(refs["skips"], head))
 
             def walk():
-                _walk(plan, _Thread(plan, refs, block, row_block, head, first), count)
+                _walk(plan, _Thread(plan, refs, block, row_block, head, first, count, group), count)
 
             ptx.branch(ptx.lt(ptx.i32(0), count), walk, lambda: None)
             return [ptx.add(head, ptx.i32(1)), ptx.add(start, count), ptx.sub(left, count)]
@@ -824,33 +611,42 @@ def _attend(plan: Plan, refs, axes):
 
 def _walk(plan: Plan, thread: _Thread, count):
     """The part of a head: ``count`` steps of every warp."""
-    zero, one = ptx.i32(0), ptx.i32(1)
-    page = thread.page(zero)
+    zero, one, stages = ptx.i32(0), ptx.i32(1), plan.stages
+    # Of the steps on their way and of one more, where tiles are handed out in any order.
+    pages = [thread.page(ptx.i32(s)) for s in range(stages + 1 if plan.pool else 0)]
+    page_of = lambda pages, s: pages[s] if plan.pool else zero  # noqa: E731
+    for s in range(stages):
+        for name in ("k", "v"):
+            thread.fetch(name, ptx.i32(s), page_of(pages, s))
     state = {
-        "k": thread.keys(zero, page),
-        "facts": thread.facts(zero, page),
-        "v": thread.values(zero, page),
-        "page": [page, thread.page(one)],
-        "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16)],
+        "facts": thread.facts(zero, page_of(pages, 0)),
+        "pages": pages,
+        "out": [[ptx.f32(0.0)] * 4 for _ in range(plan.spec.head_dim // 16 + plan.store.whole)],
         "sums": {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0)}
         | ({"z": ptx.f32(0.0)} if plan.zero_point else {}),
     }
     query, row = thread.query()
 
     def step(i, s):
-        now, later = s["page"]
-        x = thread.logits(s["k"], query, s["facts"], row)
-        seen = thread.seen(i, now, s["facts"], row)
-        operand, alpha, sums = thread.softmax(x, seen, s["facts"], s["sums"])
-        soon = ptx.add(i, one)
-        new = {"k": thread.keys(soon, later), "facts": thread.facts(soon, later)}
-        values = thread.clean(s["v"], seen)
+        pages, facts, far = s["pages"], s["facts"], ptx.add(i, ptx.i32(stages))
+        wait(2 * stages - 1)  # groups after this step's K, and later after its V
+        x = thread.logits(thread.words("k", i, facts), query, facts, row)
+        thread.fetch("k", far, page_of(pages, stages))
+        seen = thread.seen(i, page_of(pages, 0), facts, row)
+        operand, alpha, sums = thread.softmax(x, seen, facts, s["sums"])
+        wait(2 * stages - 1)
+        values = thread.clean(thread.words("v", i, facts), seen)
         out = thread.add_values(s["out"], values, operand, alpha)
-        new |= {"v": thread.values(soon, later), "out": out, "sums": sums}
-        return new | {"page": [later, thread.page(ptx.add(soon, one))]}
+        thread.fetch("v", far, page_of(pages, stages))
+        facts = thread.facts(ptx.add(i, one), page_of(pages, 1))
+        if plan.pool:
+            pages = [*pages[1:], thread.page(ptx.add(far, one))]
+        return {"facts": facts, "pages": pages, "out": out, "sums": sums}
 
     state = ptx.loop(count, step, state)
-    _join_warps(plan, thread, state["out"], state["sums"])
+    wait(0)
+    barrier(thread.group)  # the warps' results lie where their copies did
+    _join_warps(plan, thread, thread.centred(state["out"]), state["sums"])
 
 
 def _partial_row(plan: Plan, thread: _Thread, row):
@@ -867,7 +663,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
 
     def place(which, warp, row):
         index = ptx.add(ptx.mul(warp, i32(ROWS)), row)
-        return ptx.add(bytes_at(index, 4), ptx.i64(which * slot))
+        return ptx.add(thread.shared, ptx.add(bytes_at(index, 4), ptx.i64(which * slot)))
 
     totals = dict(sums)
     for name in totals:
@@ -875,7 +671,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
             totals[name] = ptx.fadd(totals[name], ptx.shuffle_xor(totals[name], distance))
     # The four lanes of a row store the same number.
     ptx.store(shared, place(0, thread.warp, thread.g), [totals["m"]], space="shared")
-    barrier()
+    barrier(thread.group)
     tops = [read_shared(shared, place(0, i32(w), thread.g), 1)[0] for w in range(WARPS)]
     factor = ptx.exp2(ptx.fsub(totals["m"], functools.reduce(ptx.fmax, tops)))
     for which, name in enumerate(("l", "z"), 1):
@@ -889,10 +685,11 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         row = ptx.add(ptx.mul(thread.c, i32(2)), i32(d))
         row = ptx.add(ptx.mul(thread.warp, i32(ROWS)), row)
         base = ptx.add(bytes_at(row, 4 * head_dim), bytes_at(thread.g, 4 * codes))
+        base = ptx.add(base, thread.shared)
         for channel, four in _in_order(plan, out, codes, d):
             where = ptx.add(base, ptx.i64(3 * slot + 4 * channel))
             ptx.store(shared, where, [ptx.fmul(x, scale) for x in four], space="shared")
-    barrier()
+    barrier(thread.group)
     quads = head_dim // 4
     for item in range(0, ROWS * quads, 128):
         index = ptx.add(thread.tid, i32(item))
@@ -900,7 +697,8 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
         total = None
         for w in range(WARPS):
             at = ptx.add(ptx.mul(ptx.add(row, i32(w * ROWS)), i32(quads)), channel)
-            four = read_shared(shared, ptx.add(bytes_at(at, 16), ptx.i64(3 * slot)), 4)
+            at = ptx.add(thread.shared, bytes_at(at, 16))
+            four = read_shared(shared, at, 4, shift=3 * slot)
             total = four if total is None else [ptx.fadd(*p) for p in zip(total, four, strict=True)]
         if "z" in totals:
             shift = _sum_of_warps(shared, place, 2, row)
@@ -913,7 +711,7 @@ def _join_warps(plan: Plan, thread: _Thread, out, sums):
     stats = [functools.reduce(ptx.fmax, tops), _sum_of_warps(shared, place, 1, row)]
     where = bytes_at(_partial_row(plan, thread, row), 8)
     ptx.store(thread.refs["stats"], where, stats, ptx.lt(thread.tid, i32(ROWS)))
-    barrier()  # before the next head's numbers
+    barrier(thread.group)  # before the next head's numbers
 
 
 def _sum_of_warps(shared, place, which, row):
@@ -924,6 +722,7 @@ def _sum_of_warps(shared, place, which, row):
 def _in_order(plan: Plan, out, codes: int, d: int):
     """Row 2c + d of the thread's output as (first channel within the head, four numbers)."""
     order = [8 * (i // 8) + plan.store.order[i % 8] for i in range(codes)]
+    order = range(codes) if plan.store.whole else order
     for piece in range(plan.spec.head_dim // (8 * codes)):
         numbers = {}
         for i, channel in enumerate(order):
@@ -931,87 +730,6 @@ def _in_order(plan: Plan, out, codes: int, d: int):
             numbers[channel] = tile[2 * (i % 2) + d]
         for first in range(0, codes, 4):
             yield 8 * codes * piece + first, [numbers[first + j] for j in range(4)]
-
-
-# -- the kernel that joins parts -------------------------------------------------------------------
-
-
-def _join_parts(plan: Plan, refs, axes):
-    """What a block does: some rows of a head, two channels per thread."""
-    spec, i32, at_once = plan.spec, ptx.i32, plan.config.at_once
-    pairs = spec.head_dim // 2
-    block, head, _ = axes
-    tid = ptx.thread()
-    row = ptx.add(ptx.mul(block, i32(128 // pairs)), ptx.div(tid, i32(pairs)))
-    channel = ptx.rem(tid, i32(pairs))
-    exists = ptx.lt(row, i32(plan.rows))
-    row = ptx.imin(row, i32(plan.rows - 1))
-    shares = _Shares(plan, refs)
-    start, end = shares.start_of(head), shares.end_of(head)
-    first = shares.block_of(start)
-    count = ptx.sub(shares.block_of(ptx.sub(end, i32(1))), first)
-    count = ptx.select(ptx.lt(start, end), ptx.add(count, i32(1)), i32(0))
-
-    def step(i, s):
-        parts = []
-        for j in range(at_once):
-            number = ptx.add(ptx.mul(i, i32(at_once)), i32(j))
-            here = ptx.add(first, ptx.imin(number, ptx.sub(count, i32(1))))
-            index = ptx.add(here, head)
-            index = ptx.add(ptx.mul(index, i32(plan.row_blocks * ROWS)), row)
-            stats = load(refs["stats"], bytes_at(index, 8), 8, outs="ff")
-            index = ptx.add(ptx.mul(index, i32(pairs)), channel)
-            values = load(refs["partial"], bytes_at(index, 8), 8, outs="ff")
-            parts.append((ptx.lt(number, count), stats, values))
-        zero, low = ptx.f32(0.0), ptx.f32(NO_MAX)
-        tops = [ptx.select(ok, m, low) for ok, (m, _), _ in parts]
-        m = functools.reduce(ptx.fmax, tops, s["m"])
-        alpha = ptx.exp2(ptx.fsub(s["m"], m))
-        total, out = ptx.fmul(s["l"], alpha), [ptx.fmul(x, alpha) for x in s["out"]]
-        for (ok, (_, part), values), top in zip(parts, tops, strict=True):
-            part = ptx.select(ok, part, zero)
-            factor = ptx.exp2(ptx.fsub(top, m))
-            total = ptx.fma(part, factor, total)
-            out = [ptx.fma(ptx.select(ok, x, zero), factor, y)
-                   for x, y in zip(values, out, strict=True)]  # fmt: skip
-        return {"m": m, "l": total, "out": out}
-
-    state = {"m": ptx.f32(NO_MAX), "l": ptx.f32(0.0), "out": [ptx.f32(0.0)] * 2}
-    rounds = ptx.div(ptx.add(count, i32(at_once - 1)), i32(at_once))
-    state = ptx.loop(rounds, step, state)
-    _finish(plan, refs, (row, channel, head, exists), state)
-
-
-def _finish(plan: Plan, refs, where, state):
-    """Adds the sink, divides by the sum, and writes output and log-sum-exp."""
-    spec, i32 = plan.spec, ptx.i32
-    row, channel, head, exists = where
-    m, total, out = state["m"], state["l"], state["out"]
-    group, token = ptx.div(row, i32(spec.q_len)), ptx.rem(row, i32(spec.q_len))
-    entry = ptx.div(head, i32(spec.num_kv_heads))
-    name = ptx.rem(head, i32(spec.num_kv_heads))
-    name = ptx.add(ptx.mul(name, i32(spec.groups)), group)
-    if plan.sinks:
-        sink = load(refs["sinks"], bytes_at(name, 4), 4, outs="f")[0]
-        sink = ptx.fmul(sink, ptx.f32(LOG2E))
-        top = ptx.fmax(m, sink)
-        alpha = ptx.exp2(ptx.fsub(m, top))
-        total = ptx.fadd(ptx.fmul(total, alpha), ptx.exp2(ptx.fsub(sink, top)))
-        m, out = top, [ptx.fmul(x, alpha) for x in out]
-    empty = ptx.feq(total, ptx.f32(0.0))
-    total = ptx.select(empty, ptx.f32(1.0), total)
-    out = [ptx.fdiv(x, total) for x in out]
-    lse = ptx.fmul(ptx.fadd(m, ptx.log2(total)), ptx.f32(1 / LOG2E))
-    lse = ptx.select(empty, ptx.f32(-math.inf), lse)
-    index = ptx.add(ptx.mul(entry, i32(spec.q_len)), token)
-    index = ptx.add(ptx.mul(index, i32(spec.num_heads)), name)
-    first = ptx.both(exists, ptx.eq(channel, i32(0)))
-    ptx.store(refs["lse"], bytes_at(index, 4), [lse], first)
-    index = ptx.add(ptx.mul(index, i32(spec.head_dim // 2)), channel)
-    if spec.dtype == "float32":
-        ptx.store(refs["out"], bytes_at(index, 8), out, exists)
-    else:
-        ptx.store(refs["out"], bytes_at(index, 4), [ptx.half_x2(out, spec.dtype)], exists)
 
 
 # -- launch ----------------------------------------------------------------------------------------
@@ -1125,22 +843,24 @@ def attention(
             "partial": jax.ShapeDtypeStruct((*rows, spec.head_dim), jnp.float32),
             "stats": jax.ShapeDtypeStruct((*rows, 2), jnp.float32),
         },
-        (plan.row_blocks, plan.blocks, 1),
+        (plan.row_blocks, -(-plan.blocks // plan.config.groups), 1),
         args,
-        shared=WARPS * ROWS * (spec.head_dim + 3),
+        shared=plan.shared * plan.config.groups,
+        groups=plan.config.groups,
     )
     args = {"ends": args["ends"], **partial}
     if sinks is not None:
         args["sinks"] = sinks.astype(jnp.float32)
     shape = (spec.batch, spec.q_len, spec.num_heads)
     joined = call(
-        functools.partial(_join_parts, plan),
+        functools.partial(join_parts, plan),
         {
             "out": jax.ShapeDtypeStruct((*shape, spec.head_dim), jnp.dtype(spec.dtype)),
             "lse": jax.ShapeDtypeStruct(shape, jnp.float32),
         },
-        (pl.cdiv(plan.rows, 256 // spec.head_dim), heads, 1),
+        (plan.rows, heads, 1),
         args,
+        shared=JOIN_NUMBERS,
     )
     return joined["out"], joined["lse"]
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention import mosaic_sm90 as decode
+from pallas_kernels.ops.decode_attention import mosaic_sm90_codes as codes
 from pallas_kernels.ops.decode_attention.spec import has_plain_scales
 
 HEAD_DIMS = (32, 64, 128)
@@ -117,7 +118,7 @@ def _append(sizes, kind: str, dtype: str, parts, refs, axes):
     exists = ptx.lt(number, i32(batch * heads * tokens))
     number = ptx.imin(number, i32(batch * heads * tokens - 1))
     head, token = ptx.div(number, i32(tokens)), ptx.rem(number, i32(tokens))
-    slot = decode.load(refs["slots"], decode.bytes_at(number, 4), 4)[0]
+    slot = codes.load(refs["slots"], codes.bytes_at(number, 4), 4)[0]
     inside = ptx.both(ptx.ge(slot, i32(0)), ptx.lt(slot, i32(capacity)))
     inside = ptx.both(exists, inside)
     slot = ptx.imin(ptx.imax(slot, i32(0)), i32(capacity - 1))
@@ -132,7 +133,7 @@ def _append(sizes, kind: str, dtype: str, parts, refs, axes):
         words, facts = _encoded(kind, x, lanes, lane)
         width = {"int4": _EACH // 2, "int8": _EACH, "fp8_e4m3": _EACH}.get(kind)
         width = width or _EACH * jnp.dtype(kind).itemsize
-        where = ptx.add(decode.bytes_at(place, lanes * width), decode.bytes_at(lane, width))
+        where = ptx.add(codes.bytes_at(place, lanes * width), codes.bytes_at(lane, width))
         mine = inside
         if kind == "int4":  # the even thread has the word of both
             mine = ptx.both(inside, ptx.eq(ptx.rem(lane, i32(2)), i32(0)))
@@ -140,22 +141,22 @@ def _append(sizes, kind: str, dtype: str, parts, refs, axes):
         ptx.store(refs[parts[name]["codes"]], where, words, mine)
         for what, number_of_vector in facts.items():
             ref = refs[parts[name][what]]
-            ptx.store(ref, decode.bytes_at(place, 4), [number_of_vector], first)
+            ptx.store(ref, codes.bytes_at(place, 4), [number_of_vector], first)
     if "positions" in refs:
         row = ptx.add(ptx.mul(ptx.div(head, i32(heads)), i32(tokens)), token)
-        position = decode.load(refs["new_positions"], decode.bytes_at(row, 4), 4)[0]
-        ptx.store(refs["positions"], decode.bytes_at(place, 4), [position], first)
+        position = codes.load(refs["new_positions"], codes.bytes_at(row, 4), 4)[0]
+        ptx.store(refs["positions"], codes.bytes_at(place, 4), [position], first)
 
 
 def _four(ref, vector, channel, head_dim: int, dtype: str):
     """Four channels of a vector as float32."""
     size = jnp.dtype(dtype).itemsize
     index = ptx.add(ptx.mul(vector, ptx.i32(head_dim)), channel)
-    where = decode.bytes_at(index, size)
+    where = codes.bytes_at(index, size)
     if size == 4:
-        return decode.load(ref, where, 16, outs="ffff")
-    words = decode.load(ref, where, 8)
-    return [x for word in words for x in decode.halves(word, dtype)]
+        return codes.load(ref, where, 16, outs="ffff")
+    words = codes.load(ref, where, 8)
+    return [x for word in words for x in codes.halves(word, dtype)]
 
 
 def _encoded(kind: str, x, lanes: int, lane):
@@ -190,10 +191,10 @@ def _int4(x, lanes: int, lane):
     zero = ptx.select(known, ptx.fsub(f32(-8.0), ptx.fdiv(low, scale)), f32(0.0))
     units = [ptx.fadd(ptx.fdiv(ptx.fsub(v, low), scale), f32(-8.0)) for v in x]
     units = [ptx.select(known, v, f32(0.0)) for v in units]
-    codes = [ptx.asm("cvt.rni.s32.f32 $0, $1;", "r", [v])[0] for v in units]
-    codes = [ptx.imin(ptx.imax(c, ptx.i32(-8)), ptx.i32(7)) for c in codes]
+    whole = [ptx.asm("cvt.rni.s32.f32 $0, $1;", "r", [v])[0] for v in units]
     half = ptx.i32(0)
-    for i, code in enumerate(codes):
+    for i, number in enumerate(whole):
+        code = ptx.imin(ptx.imax(number, ptx.i32(-8)), ptx.i32(7))
         half = ptx.lor(half, ptx.shl(ptx.land(code, ptx.i32(15)), ptx.i32(4 * i)))
     other = ptx.shuffle_xor(half, 1)
     word = ptx.lor(half, ptx.shl(other, ptx.i32(16)))

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.ops.decode_attention import mosaic_sm90 as decode
+from pallas_kernels.ops.decode_attention import mosaic_sm90_codes as codes
 
 THREADS = 128
 MOST_SLOTS = 64 * THREADS  # scores of a thread stay in registers
@@ -94,11 +95,11 @@ def _choose(slots: int, most: int, refs, axes):
         slot = ptx.add(first, i32(j))
         inside = ptx.lt(slot, i32(slots))
         where = ptx.add(home, ptx.imin(slot, i32(slots - 1)))
-        x = decode.load(refs["scores"], decode.bytes_at(where, 4), 4, outs="f")[0]
+        x = codes.load(refs["scores"], codes.bytes_at(where, 4), 4, outs="f")[0]
         keys.append(ptx.select(inside, _ordered(x), lowest))
     bar = i32(-(2**31) + 0x7FFFFF)  # of -inf
     able = _block_sum(refs, _count([_above(key, bar) for key in keys]), 1)
-    wanted = decode.load(refs["count"], decode.bytes_at(head, 4), 4)[0]
+    wanted = codes.load(refs["count"], codes.bytes_at(head, 4), 4)[0]
     wanted = ptx.imin(ptx.imin(wanted, i32(most)), able)
 
     def bit(i, least):
@@ -115,21 +116,21 @@ def _choose(slots: int, most: int, refs, axes):
     own = ptx.add(_count(above), ptx.mul(_count(equal), i32(2**16)))
     before, total = _before(refs, own, tid)
     more = ptx.sub(wanted, ptx.land(total, i32(0xFFFF)))
-    base = decode.bytes_at(ptx.mul(head, i32(most)), 4)
+    base = codes.bytes_at(ptx.mul(head, i32(most)), 4)
     for j in range(each):
         rank = ptx.land(before, i32(0xFFFF))
         ties = ptx.shr(before, i32(16))
         rank = ptx.add(rank, ptx.imin(ties, more))
         kept = ptx.either(above[j], ptx.both(equal[j], ptx.lt(ties, more)))
         kept = ptx.both(kept, ptx.lt(rank, wanted))
-        where = ptx.add(base, decode.bytes_at(ptx.select(kept, rank, i32(0)), 4))
+        where = ptx.add(base, codes.bytes_at(ptx.select(kept, rank, i32(0)), 4))
         ptx.store(refs["kept"], where, [ptx.add(first, i32(j))], kept)
         step = ptx.add(ptx.flag(above[j]), ptx.mul(ptx.flag(equal[j]), i32(2**16)))
         before = ptx.add(before, step)
     for j in range(pl.cdiv(most, THREADS)):
         place = ptx.add(tid, i32(THREADS * j))
         empty = ptx.both(ptx.ge(place, wanted), ptx.lt(place, i32(most)))
-        where = ptx.add(base, decode.bytes_at(ptx.select(empty, place, i32(0)), 4))
+        where = ptx.add(base, codes.bytes_at(ptx.select(empty, place, i32(0)), 4))
         ptx.store(refs["kept"], where, [i32(-1)], empty)
 
 
@@ -152,12 +153,12 @@ def _block_sum(refs, x, buffer):
     for distance in (1, 2, 4, 8, 16):
         x = ptx.add(x, ptx.shuffle_xor(x, distance))
     buffer = ptx.i32(buffer) if isinstance(buffer, int) else buffer
-    base = decode.bytes_at(ptx.mul(buffer, ptx.i32(4)), 4)
+    base = codes.bytes_at(ptx.mul(buffer, ptx.i32(4)), 4)
     warp = ptx.div(ptx.thread(), ptx.i32(_LANES))
-    place = ptx.add(base, decode.bytes_at(warp, 4))
+    place = ptx.add(base, codes.bytes_at(warp, 4))
     ptx.store(refs["shared"], place, [ptx.from_bits(x)], space="shared")
-    decode.barrier()
-    four = decode.read_shared(refs["shared"], base, 4)
+    codes.barrier()
+    four = codes.read_shared(refs["shared"], base, 4)
     return functools.reduce(ptx.add, [ptx.bits(v) for v in four])
 
 
@@ -167,14 +168,14 @@ def _before(refs, x, tid):
     upto = x
     for distance in (1, 2, 4, 8, 16):
         back = ptx.sub(lane, i32(distance))
-        other = ptx.bits(decode.from_lane(ptx.from_bits(upto), ptx.imax(back, i32(0))))
+        other = ptx.bits(codes.from_lane(ptx.from_bits(upto), ptx.imax(back, i32(0))))
         upto = ptx.add(upto, ptx.select(ptx.ge(back, i32(0)), other, i32(0)))
     warp = ptx.div(tid, i32(_LANES))
-    place = ptx.add(ptx.i64(4 * 8), decode.bytes_at(warp, 4))
+    place = ptx.add(ptx.i64(4 * 8), codes.bytes_at(warp, 4))
     last = ptx.eq(lane, i32(_LANES - 1))
     ptx.store(refs["shared"], place, [ptx.from_bits(upto)], last, space="shared")
-    decode.barrier()
-    sums = [ptx.bits(v) for v in decode.read_shared(refs["shared"], ptx.i64(4 * 8), 4)]
+    codes.barrier()
+    sums = [ptx.bits(v) for v in codes.read_shared(refs["shared"], ptx.i64(4 * 8), 4)]
     earlier = i32(0)
     for w in range(3):
         earlier = ptx.add(earlier, ptx.select(ptx.lt(i32(w), warp), sums[w], i32(0)))
@@ -226,14 +227,14 @@ def _copy(plan, slots: int, refs, axes):
             slot = ptx.add(ptx.mul(block, i32(_AT_ONCE)), local)
             inside = ptx.both(ptx.lt(slot, i32(slots)), ptx.lt(row, i32(rows)))
             place = ptx.add(ptx.mul(head, i32(slots)), ptx.imin(slot, i32(slots - 1)))
-            source = decode.load(refs["source"], decode.bytes_at(place, 4), 4)[0]
+            source = codes.load(refs["source"], codes.bytes_at(place, 4), 4)[0]
             old = ptx.imin(ptx.imax(source, i32(0)), i32(capacity - 1))
             old = ptx.add(ptx.mul(head, i32(capacity)), old)
-            offset = ptx.add(decode.bytes_at(old, size), decode.bytes_at(lane, width))
-            words = decode.load(refs[f"old{number}"], offset, width)
+            offset = ptx.add(codes.bytes_at(old, size), codes.bytes_at(lane, width))
+            words = codes.load(refs[f"old{number}"], offset, width)
             empty = ptx.lt(source, i32(0))
             words = [ptx.select(empty, i32(fill), word) for word in words]
-            where = ptx.add(decode.bytes_at(place, size), decode.bytes_at(lane, width))
+            where = ptx.add(codes.bytes_at(place, size), codes.bytes_at(lane, width))
             pieces.append((where, words, inside))
         for where, words, inside in pieces:  # after all loads are on their way
             ptx.store(refs[f"new{number}"], where, words, inside)

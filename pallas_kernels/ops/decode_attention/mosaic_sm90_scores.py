@@ -24,7 +24,9 @@ from jax.experimental import pallas as pl
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.ops.decode_attention import mosaic_sm90 as decode
-from pallas_kernels.ops.decode_attention.mosaic_sm90 import LOG2E, STORES, WARPS
+from pallas_kernels.ops.decode_attention import mosaic_sm90_codes as codes
+from pallas_kernels.ops.decode_attention.mosaic_sm90_codes import STORES
+from pallas_kernels.ops.decode_attention.mosaic_sm90_plan import HEAD_DIMS, LOG2E, WARPS
 from pallas_kernels.ops.decode_attention.spec import has_plain_scales
 
 KEYS = 32  # of a warp
@@ -34,7 +36,7 @@ ROWS = 8  # query rows of a step
 def unsupported_reason(query, key) -> str | None:
     """Why the kernel does not serve arrays of these shapes and types, or None."""
     store = key.qtype if isinstance(key, QTensor) else str(key.dtype)
-    if query.shape[-1] not in decode.HEAD_DIMS:
+    if query.shape[-1] not in HEAD_DIMS:
         return f"the sm90 score kernel serves head_dim 64 and 128; got {query.shape[-1]}"
     if str(query.dtype) not in ("bfloat16", "float16"):
         return f"the sm90 score kernel takes bfloat16 and float16 queries; got {query.dtype}"
@@ -53,7 +55,7 @@ def unsupported_reason(query, key) -> str | None:
 def unsupported_similar_reason(key) -> str | None:
     """The same for `last_similar`."""
     store = key.qtype if isinstance(key, QTensor) else str(key.dtype)
-    if key.shape[-1] not in decode.HEAD_DIMS:
+    if key.shape[-1] not in HEAD_DIMS:
         return f"the sm90 similarity kernel serves head_dim 64 and 128; got {key.shape[-1]}"
     if store not in STORES:
         return f"the sm90 similarity kernel takes 16-bit keys, int8, fp8 or int4; got {store}"
@@ -131,17 +133,17 @@ def _scores(sizes, store: str, half: str, factor: float, refs, axes):
 
     def load(i):
         start = ptx.add(begin, ptx.mul(i, i32(ROWS)))
-        row = decode.bytes_at(index(ptx.add(start, g)), 2 * head_dim)
-        row = ptx.add(row, decode.bytes_at(c, 16))
+        row = codes.bytes_at(index(ptx.add(start, g)), 2 * head_dim)
+        row = ptx.add(row, codes.bytes_at(c, 16))
         query = [
             word
             for piece in range(head_dim // 32)
-            for word in decode.load(refs["query"], ptx.add(row, ptx.i64(64 * piece)), 16)
+            for word in codes.load(refs["query"], ptx.add(row, ptx.i64(64 * piece)), 16)
         ]
         minus = []
         for d in range(2):
             mine = ptx.add(start, ptx.add(ptx.mul(c, i32(2)), i32(d)))
-            value = decode.load(refs["minus"], decode.bytes_at(index(mine), 4), 4, outs="f")[0]
+            value = codes.load(refs["minus"], codes.bytes_at(index(mine), 4), 4, outs="f")[0]
             minus.append(ptx.select(ptx.lt(mine, end), value, ptx.f32(-math.inf)))
         return {"query": query, "minus": minus}
 
@@ -153,7 +155,7 @@ def _scores(sizes, store: str, half: str, factor: float, refs, axes):
             for t, acc in enumerate(accs):
                 low, high = words[2 * t], words[2 * t + 1]
                 a = [low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]]
-                accs[t] = decode.mma(acc, a, query[2 * s : 2 * s + 2], half)
+                accs[t] = codes.mma(acc, a, query[2 * s : 2 * s + 2], half)
         new = load(ptx.add(i, i32(1)))
         for t, acc in enumerate(accs):
             for n, x in enumerate(acc):
@@ -172,7 +174,7 @@ def _scores(sizes, store: str, half: str, factor: float, refs, axes):
         for distance in (1, 2):
             x = ptx.fmax(x, ptx.shuffle_xor(x, distance))
         mine = ptx.both(ptx.lt(token, i32(slots)), ptx.eq(c, i32(0)))
-        ptx.store(refs["best"], decode.bytes_at(ptx.add(base, token), 4), [x], mine)
+        ptx.store(refs["best"], codes.bytes_at(ptx.add(base, token), 4), [x], mine)
 
 
 def last_similar(key, inverse, threshold: float) -> tuple[jax.Array, jax.Array]:
@@ -237,7 +239,7 @@ def _similar(sizes, store: str, half: str, threshold: float, refs, axes):
             for t, acc in enumerate(accs):
                 low, high = words[2 * t], words[2 * t + 1]
                 a = [low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]]
-                accs[t] = decode.mma(acc, a, column[2 * s : 2 * s + 2], half)
+                accs[t] = codes.mma(acc, a, column[2 * s : 2 * s + 2], half)
         new = load(ptx.add(i, i32(1)))
         begin = ptx.add(ptx.mul(i, i32(ROWS)), ptx.mul(c, i32(2)))
         others = [ptx.add(begin, i32(d)) for d in range(2)]
@@ -260,7 +262,7 @@ def _similar(sizes, store: str, half: str, threshold: float, refs, axes):
             later = ptx.lt(last, other)
             last, cosine = ptx.select(later, other, last), ptx.select(later, its, cosine)
         ok = ptx.both(ptx.lt(token, i32(slots)), ptx.eq(c, i32(0)))
-        where = decode.bytes_at(ptx.add(home, token), 4)
+        where = codes.bytes_at(ptx.add(home, token), 4)
         ptx.store(refs["last"], where, [last], ok)
         ptx.store(refs["cosine"], where, [cosine], ok)
 
@@ -268,19 +270,19 @@ def _similar(sizes, store: str, half: str, threshold: float, refs, axes):
 def _key(refs, store: str, half: str, head_dim: int, row, c):
     """A quarter of a key's channels, 8 of every 32, as words of two numbers of type ``half``."""
     bits = STORES[store].bits
-    offset = ptx.add(decode.bytes_at(row, head_dim * bits // 8), decode.bytes_at(c, bits))
+    offset = ptx.add(codes.bytes_at(row, head_dim * bits // 8), codes.bytes_at(c, bits))
     words = []
     for piece in range(head_dim // 32):
         where = ptx.add(offset, ptx.i64(4 * bits * piece))
-        pairs = decode.key_pairs(store, decode.load(refs["k"], where, bits))
+        pairs = codes.key_pairs(store, codes.load(refs["k"], where, bits))
         if bits == 4:  # channels 0 2, 4 6, 1 3, 5 7
             pairs = [
-                decode.permute(pairs[i], pairs[i + 2], selector)
+                codes.permute(pairs[i], pairs[i + 2], selector)
                 for i in range(2)
                 for selector in (0x5410, 0x7632)
             ]
         if bits < 16 and half == "bfloat16":  # codes of up to eight bits are exact
-            pairs = [ptx.half_x2(decode.halves(pair, "float16"), half) for pair in pairs]
+            pairs = [ptx.half_x2(codes.halves(pair, "float16"), half) for pair in pairs]
         words += pairs
     return words
 
@@ -289,14 +291,14 @@ def _fact(refs, name: str, row, factor: float | None):
     """A slot's number times a factor; the factor where slots have none."""
     if name not in refs:
         return ptx.f32(factor)
-    value = decode.load(refs[name], decode.bytes_at(row, 4), 4, outs="f")[0]
+    value = codes.load(refs[name], codes.bytes_at(row, 4), 4, outs="f")[0]
     return value if factor is None else ptx.fmul(value, ptx.f32(factor))
 
 
 def _row_sums(query, half: str, c):
     """Sums over the channels of the two query rows whose products this thread holds."""
-    total = functools.reduce(ptx.fadd, [x for word in query for x in decode.halves(word, half)])
+    total = functools.reduce(ptx.fadd, [x for word in query for x in codes.halves(word, half)])
     for distance in (1, 2):
         total = ptx.fadd(total, ptx.shuffle_xor(total, distance))
     lane = ptx.mul(c, ptx.i32(8))
-    return [decode.from_lane(total, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]
+    return [codes.from_lane(total, ptx.add(lane, ptx.i32(4 * d))) for d in range(2)]

@@ -146,9 +146,10 @@ def unsupported_reason(spec: DecodeSpec, device: Device, implementation: str) ->
     reason = device_reason(device)
     if reason is not None:
         return reason
-    from pallas_kernels.ops.decode_attention import mosaic_sm90  # needs Mosaic: not at import time
+    # Needs Mosaic: not at import time.
+    from pallas_kernels.ops.decode_attention import mosaic_sm90_plan
 
-    return mosaic_sm90.unsupported_reason(spec)
+    return mosaic_sm90_plan.unsupported_reason(spec)
 
 
 def device_reason(device: Device) -> str | None:

@@ -44,8 +44,6 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 SEQ_PAD = 128  # tokens: outputs are padded to this, with zeros
 ROW_TAIL = 192  # numbers after the rows' scales, which keep the loads of the last tile in bounds
 TINY = 1e-12  # smallest group maximum: a group of zeros gets a positive scale and zero codes
-TINY_TURNED = 1e-20  # the same for rows of gradients, whose scale may be divided by
-TINY_COLUMN = 1e-30  # the same where gradients, which may be small, are quantised
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 _DTYPES = {"int8": jnp.int8, "e4m3": jnp.float8_e4m3fn}
 _SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -219,17 +217,19 @@ def _call(body, outs, grid, args):
 # -- kernels ---------------------------------------------------------------------------------------
 
 
+# Under `jit` of their own, calls that a forward and its backward have in common are one to XLA.
+@functools.partial(jax.jit, static_argnames=("chunk",))
 def kv_statistics(k, v, lengths, *, chunk=256):
     """Mean of K over tokens and largest magnitude of V per channel, in one pass over both.
 
     Args:
         k: bfloat16 or float16 [B, S, K, H], H one of `HEAD_DIMS`.
-        v: like ``k``.
+        v: like ``k``, or None.
         lengths: int32 [B], valid tokens.
         chunk: tokens per block of threads.
 
     Returns:
-        mean float32 [B, K, H], amax float32 [B, K, H].
+        mean float32 [B, K, H], amax float32 [B, K, H] or None without V.
     """
     batch, s_len, heads, head_dim = k.shape
     lanes, is_bf16 = _Lanes(head_dim), k.dtype == jnp.bfloat16
@@ -238,9 +238,16 @@ def kv_statistics(k, v, lengths, *, chunk=256):
     same_warp = [d for d in (1, 2, 4, 8, 16) if d >= lanes.count]
     row_bytes = 2 * heads * head_dim
     unroll = 4  # rows of lanes; all loads at once would take the registers of another block
+    arrays = [k] if v is None else [k, v]
+    add = lambda x, total: ptx.fadd(total, x)  # noqa: E731
+    rules = (add, lambda x, top: _abs_max([x], top))[: len(arrays)]  # what numbers do to a result
 
     def body(refs, axes):
-        k_ref, v_ref, length_ref, sum_ref, max_ref = refs
+        array_refs, length_ref, out_refs = (
+            refs[: len(arrays)],
+            refs[len(arrays)],
+            refs[-len(arrays) :],
+        )
         piece, head, b = axes
         limit = _load_limit(length_ref, b)
         local, channel, exists = lanes.place()
@@ -251,38 +258,42 @@ def kv_statistics(k, v, lengths, *, chunk=256):
             offset = _element(k.shape, (b, first, head, channel), 2)
             steps = [j * lanes.rows for j in range(unroll)]
             valid = [ptx.both(exists, ptx.lt(ptx.add(first, ptx.i32(j)), limit)) for j in steps]
-            k_words, v_words = (
+            loaded = [
                 [
                     _load8(ref, offset, ok, shift=j * row_bytes)
                     for j, ok in zip(steps, valid, strict=True)
                 ]
-                for ref in (k_ref, v_ref)
-            )
-            sums, tops = found
-            for word in k_words:
-                pairs = zip(sums, _floats(word, is_bf16), strict=True)
-                sums = [ptx.fadd(total, x) for total, x in pairs]
-            for word in v_words:
-                pairs = zip(tops, _floats(word, is_bf16), strict=True)
-                tops = [_abs_max([x], top) for top, x in pairs]
-            return sums, tops
+                for ref in array_refs
+            ]
+            results = []
+            for words, rule, values in zip(loaded, rules, found, strict=True):
+                for word in words:
+                    pairs = zip(_floats(word, is_bf16), values, strict=True)
+                    values = [rule(x, value) for x, value in pairs]
+                results.append(values)
+            return results
 
-        zeros = [ptx.f32(0.0)] * 8
-        sums, tops = ptx.loop(chunk // lanes.rows // unroll, take, (zeros, zeros))
-        sums = [_over_lanes(ptx.fadd, x, same_warp) for x in sums]
-        tops = [_over_lanes(ptx.fmax, x, same_warp) for x in tops]
+        zeros = [[ptx.f32(0.0)] * 8 for _ in arrays]
+        found = ptx.loop(chunk // lanes.rows // unroll, take, zeros)
+        found = [
+            [_over_lanes(combine, x, same_warp) for x in values]
+            for combine, values in zip((ptx.fadd, ptx.fmax), found, strict=False)
+        ]
         warp, lane = (f(ptx.thread(), ptx.i32(32)) for f in (ptx.div, ptx.rem))
         slot = ptx.add(ptx.mul(piece, ptx.i32(4)), warp)
         offset = _element(partial.shape, (b, head, slot, channel), 4)
         first = ptx.both(exists, ptx.lt(lane, ptx.i32(lanes.count)))
-        for ref, values in ((sum_ref, sums), (max_ref, tops)):
+        for ref, values in zip(out_refs, found, strict=True):
             ptx.store(ref, offset, values[:4], first)
             ptx.store(ref, ptx.add(offset, ptx.i64(16)), values[4:], first)
 
-    sums, tops = _call(body, [partial, partial], (chunks, heads, batch), (k, v, lengths))
-    return sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None], tops.max(2)
+    grid = (chunks, heads, batch)
+    sums, *tops = _call(body, [partial] * len(arrays), grid, (*arrays, lengths))
+    mean = sums.sum(2) / jnp.maximum(lengths, 1)[:, None, None]
+    return mean, tops[0].max(2) if tops else None
 
 
+@functools.partial(jax.jit, static_argnames=("qk", "block"))
 def quantize_q(q, lengths, mean=None, *, qk="int8", block=32):
     """Codes and a scale per row of Q, and its product with the mean key.
 
@@ -407,6 +418,7 @@ def _swizzled(row, column, width: int, swizzle: int):
     return ptx.xor(offset, ptx.mul(turn, ptx.i32(16)))
 
 
+@functools.partial(jax.jit, static_argnames=("scale_block", "qk"))
 def quantize_k(k, lengths, mean=None, *, scale_block=256, qk="int8"):
     """Codes of ``K - mean`` and eight scales per block of keys, by token index modulo 8.
 
@@ -514,186 +526,61 @@ def quantize_v(v, scale, lengths):
     return _call(body, [out], (blocks, tiles, batch), (v, scale, lengths))[0]
 
 
-def quantize_columns(x, mean=None, *, block=64):
-    """INT8 codes of ``x - mean`` with tokens contiguous, for products that sum over tokens.
-
-    Args:
-        x: bfloat16 or float16 [B, L, heads, H], H one of `HEAD_DIMS`.
-        mean: float32 [B, heads, H], or None to subtract nothing.
-        block: tokens that share a scale with each other, and with 32 channels: 64 or 128.
-
-    Returns:
-        int8 [B, heads, H, Lp], Lp = L rounded up to 128, tokens permuted within 16 as `V_ORDER`
-        says, zeros beyond L; and scales float32 [B, heads, Lp / block, H / 32].
-    """
-    batch, length, heads, head_dim = x.shape
-    is_bf16 = x.dtype == jnp.bfloat16
-    tiles = pl.cdiv(length, SEQ_PAD)
-    columns = head_dim // 32  # one warp: 128 tokens x 32 channels
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, tiles * SEQ_PAD), jnp.int8)
-    scales = jax.ShapeDtypeStruct((batch, heads, tiles * SEQ_PAD // block, columns), jnp.float32)
-    distances = [1, 2, *(d for d in (4, 8, 16) if d < block // 4)]  # lanes of a scale
-
-    def body(refs, axes):
-        x_ref, *mean_ref, codes_ref, scale_ref = refs
-        tile, b = axes[1:]
-        there, head, part, lane = _place_columns(axes[0], heads, columns)
-        local = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
-        channel = ptx.add(ptx.mul(part, ptx.i32(32)), local)
-        group = ptx.div(lane, ptx.i32(4))
-        token = ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), ptx.mul(group, ptx.i32(16)))
-        shift = None
-        if mean is not None:
-            shift = _load_f32x8(mean_ref[0], _element(mean.shape, (b, head, channel), 4))
-        tokens, top = [], ptx.f32(TINY_COLUMN)  # [16][8]
-        for i in range(16):
-            row = ptx.add(token, ptx.i32(i))
-            ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
-            word = _load8(x_ref, _element(x.shape, (b, row, head, channel), 2), ok)
-            values = _floats(word, is_bf16)
-            if shift is not None:
-                values = [ptx.fsub(v, m) for v, m in zip(values, shift, strict=True)]
-                values = [ptx.select(ok, v, ptx.f32(0.0)) for v in values]
-            top = _abs_max(values, top)
-            tokens.append(values)
-        top = _over_lanes(ptx.fmax, top, distances)
-        factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
-        for c in range(8):
-            ordered = [ptx.fmul(tokens[t][c], factor) for t in V_ORDER]
-            packed = [_int8x4(ordered[4 * i : 4 * i + 4]) for i in range(4)]
-            place = _element(out.shape, (b, head, ptx.add(channel, ptx.i32(c)), token), 1)
-            ptx.store(codes_ref, place, packed, there)
-        first = ptx.both(there, ptx.eq(ptx.rem(lane, ptx.i32(block // 4)), ptx.i32(0)))
-        place = _element(scales.shape, (b, head, ptx.div(token, ptx.i32(block)), part), 4)
-        ptx.store(scale_ref, place, [ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))], first)
-
-    args = (x,) if mean is None else (x, mean)
-    return _call(body, [out, scales], (pl.cdiv(heads * columns, 4), tiles, batch), args)
-
-
-def quantize_turned(x, mean=None, *, keep=True):
-    """INT8 codes of rows, also with tokens contiguous, for products that sum over tokens.
-
-    One pass: a warp has 128 tokens of a head, a thread 16 of them and a quarter of the channels.
-
-    Args:
-        x: bfloat16 or float16 [B, L, heads, H], H 64 or 128.
-        mean: float32 [B, K, H], whose product with the rows is asked for, or None. With it the
-            smallest scale is that of `quantize_q`, without it that of gradients.
-        keep: return the codes of rows too.
-
-    Returns:
-        Codes int8 [B, Lp, heads, H] with Lp = L rounded up to 128, or None; the same as
-        [B, heads, H, Lp], tokens permuted within 16 as `V_ORDER` says; scales float32
-        [B, heads, Lp]; and ``x . mean`` of that shape, or None. Zeros beyond L.
-    """
-    batch, length, heads, head_dim = x.shape
-    is_bf16, tiles = x.dtype == jnp.bfloat16, pl.cdiv(length, SEQ_PAD)
-    padded = tiles * SEQ_PAD
-    codes = jax.ShapeDtypeStruct((batch, padded, heads, head_dim), jnp.int8)
-    turned = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
-    rows_type = jax.ShapeDtypeStruct((batch, heads, padded), jnp.float32)
-    groups = 1 if mean is None else heads // mean.shape[1]
-    tiny = TINY_TURNED if mean is None else TINY
-
-    def body(refs, axes):
-        refs = list(refs)
-        x_ref, mean_ref = refs.pop(0), refs.pop(0) if mean is not None else None
-        codes_ref = refs.pop(0) if keep else None
-        turned_ref, scale_ref, *dot_ref = refs
-        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
-        shift = []
-        if mean is not None:
-            at = lambda c: _element(mean.shape, (b, ptx.div(head, ptx.i32(groups)), c), 4)  # noqa: E731
-            shift = [m for c in channels for m in _load_f32x8(mean_ref, at(c))]
-        pairs, scales, dots = [], [], []
-        for i in range(0, 16, 4):  # so many rows are asked for at a time
-            rows = [ptx.add(token, ptx.i32(i + j)) for j in range(4)]
-            words = []
-            for row in rows:
-                ok = ptx.both(there, ptx.lt(row, ptx.i32(length)))
-                at = lambda c, row=row: _element(x.shape, (b, row, head, c), 2)  # noqa: E731
-                words.append([_load8(x_ref, at(c), ok) for c in channels])
-            for row, word in zip(rows, words, strict=True):
-                values = [v for part in word for v in _floats(part, is_bf16)]
-                found, scale = _encode_quarters(values, tiny)
-                pairs.append(found)
-                scales.append(scale)
-                if shift:
-                    dot = ptx.f32(0.0)
-                    for v, m in zip(values, shift, strict=True):
-                        dot = ptx.fma(v, m, dot)
-                    dots.append(_over_lanes(ptx.fadd, dot, (1, 2)))
-                for pair, c in zip(found, channels, strict=True):
-                    if keep:
-                        place = _element(codes.shape, (b, row, head, c), 1)
-                        ptx.store(codes_ref, place, pair, there)
-        _store_turned(turned_ref, turned.shape, pairs, b, head, channels, token, there)
-        first = ptx.eq(ptx.rem(ptx.thread(), ptx.i32(4)), ptx.i32(0))
-        for i in range(0, 16, 4):
-            place = _element(rows_type.shape, (b, head, ptx.add(token, ptx.i32(i))), 4)
-            ptx.store(scale_ref, place, scales[i : i + 4], ptx.both(there, first))
-            if dots:
-                ptx.store(dot_ref[0], place, dots[i : i + 4], ptx.both(there, first))
-
-    outs = [codes] * keep + [turned, rows_type] + [rows_type] * (mean is not None)
-    args = (x,) if mean is None else (x, mean)
-    found = _call(body, outs, (pl.cdiv(heads, 4), tiles, batch), args)
-    found = found if keep else [None, *found]
-    return found if mean is not None else [*found, None]
-
-
-def _encode_quarters(values, tiny: float):
-    """Pairs of words of INT8 codes of a row that four lanes share, and its scale."""
-    top = ptx.fmax(_over_lanes(ptx.fmax, _abs_max(values), (1, 2)), ptx.f32(tiny))
-    factor = ptx.fdiv(ptx.f32(LARGEST["int8"]), top)
-    scaled = [ptx.fmul(x, factor) for x in values]
-    words = [_int8x4(scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
-    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
-    return pairs, ptx.fmul(top, ptx.f32(1 / LARGEST["int8"]))
-
-
-def turn_codes(codes):
-    """INT8 codes with tokens contiguous, in the order of `quantize_turned`.
+def turn_codes(codes, *, block=128):
+    """INT8 codes with tokens contiguous, for products that sum over tokens.
 
     Args:
         codes: int8 [B, Lp, heads, H], H 64 or 128, Lp a multiple of 128.
+        block: tokens of a tile: 64 or 128.
 
     Returns:
-        int8 [B, heads, H, Lp].
+        int8 [B, heads, Lp / block, H, block], tokens permuted within 16 as `V_ORDER` says.
     """
-    batch, padded, heads, head_dim = codes.shape
-    out = jax.ShapeDtypeStruct((batch, heads, head_dim, padded), jnp.int8)
+    out, place_of, grid = _turning(codes.shape, block)
 
     def body(refs, axes):
-        there, b, head, channels, token = _place_quarters(axes, heads, head_dim)
+        there, b, head, channels, token = place_of(axes)
         pairs = []
         for i in range(16):
             at = lambda c, i=i: _element(codes.shape, (b, ptx.add(token, ptx.i32(i)), head, c), 1)  # noqa: E731
             pairs.append([ptx.load_words(refs[0], at(c), 2, there) for c in channels])
         _store_turned(refs[1], out.shape, pairs, b, head, channels, token, there)
 
-    grid = (pl.cdiv(heads, 4), padded // SEQ_PAD, batch)
     return _call(body, [out], grid, (codes,))[0]
 
 
-def _place_quarters(axes, heads: int, head_dim: int):
-    """(exists, batch, head, first channels of its eights, first of 16 tokens) of a thread."""
-    group, tile, b = axes
-    tid = ptx.thread()
-    warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
-    head = ptx.add(ptx.mul(group, ptx.i32(4)), warp)
-    there = ptx.lt(head, ptx.i32(heads))
-    head = ptx.select(there, head, ptx.i32(0))
-    channel = ptx.mul(ptx.rem(lane, ptx.i32(4)), ptx.i32(8))
-    channels = [ptx.add(channel, ptx.i32(first)) for first in range(0, head_dim, 32)]
-    token = ptx.mul(ptx.div(lane, ptx.i32(4)), ptx.i32(16))
-    return there, b, head, channels, ptx.add(ptx.mul(tile, ptx.i32(SEQ_PAD)), token)
+def _turning(shape, block: int):
+    """How codes are turned round: the result's type, the place of a thread, and the grid.
+
+    The place is (exists, batch, head, first channels of two eights, first of 16 tokens), a function
+    of the grid's axes. The two lie half a head apart, so that lanes side by side read a line.
+    """
+    batch, padded, heads, head_dim = shape
+    lanes = head_dim // 16
+    tokens = 32 // lanes * 16  # of a warp
+    out = jax.ShapeDtypeStruct((batch, heads, padded // block, head_dim, block), jnp.int8)
+
+    def place(axes):
+        group, tile, b = axes
+        tid = ptx.thread()
+        warp, lane = ptx.div(tid, ptx.i32(32)), ptx.rem(tid, ptx.i32(32))
+        head = ptx.add(ptx.mul(group, ptx.i32(4)), warp)
+        there = ptx.lt(head, ptx.i32(heads))
+        head = ptx.select(there, head, ptx.i32(0))
+        channel = ptx.mul(ptx.rem(lane, ptx.i32(lanes)), ptx.i32(8))
+        channels = [channel, ptx.add(channel, ptx.i32(head_dim // 2))]
+        token = ptx.mul(ptx.div(lane, ptx.i32(lanes)), ptx.i32(16))
+        return there, b, head, channels, ptx.add(ptx.mul(tile, ptx.i32(tokens)), token)
+
+    return out, place, (pl.cdiv(heads, 4), padded // tokens, batch)
 
 
 def _store_turned(ref, shape, pairs, b, head, channels, token, there):
     """Stores 16 tokens with tokens contiguous; ``pairs[t]`` are two words for each 8 channels."""
+    block = ptx.i32(shape[-1])
+    tile, within = ptx.div(token, block), ptx.rem(token, block)
     for part, channel in enumerate(channels):
+        first = _element(shape, (b, head, tile, channel, within), 1)
         for half in range(2):
             columns = [[], [], [], []]  # words of four tokens, by channel
             for i in range(0, 16, 4):
@@ -701,8 +588,7 @@ def _store_turned(ref, shape, pairs, b, head, channels, token, there):
                 for words, word in zip(columns, quads, strict=True):
                     words.append(word)
             for c, words in enumerate(columns):
-                place = (b, head, ptx.add(channel, ptx.i32(4 * half + c)), token)
-                ptx.store(ref, _element(shape, place, 1), words, there)
+                ptx.store(ref, first, words, there, shift=(4 * half + c) * shape[-1])
 
 
 def _turned_words(words):
@@ -760,7 +646,7 @@ def quantize_qkv(
         else jnp.minimum(limit, x.shape[1]).astype(jnp.int32)
         for x, limit in ((q, q_lengths), (k, kv_lengths))
     )
-    mean, top = kv_statistics(k, v, kv_limit)
+    mean, top = kv_statistics(k, v if pv == "e4m3" else None, kv_limit)
     mean = mean if smooth_k else None
     k8, k_scale = quantize_k(k, kv_limit, mean, scale_block=scale_block, qk=qk)
     q_scale = row_const = v_scale = None
