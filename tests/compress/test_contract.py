@@ -229,21 +229,14 @@ ALONE = ("rkv",)  # the others, as slow tests
     "name", [pytest.param(n, marks=() if n in ALONE else pytest.mark.slow) for n in DECODERS]
 )
 def test_eight_rows_equal_eight_single_runs(name):
-    """Prompts of unequal length, decoded through a compaction; the tokens and what is kept.
-
-    What a row keeps may decide the shape of its cache: rows of one length and wide buckets let
-    single runs share their compiled programs. Methods of which each layer decides for itself, all
-    of which rkv stands for, run on one layer.
-    """
-    model = _model(2 if name in (*ALONE, *ACROSS_LAYERS, "kvzip", "compose") else 1)
+    """Prompts of unequal length, decoded through a compaction; the tokens and what is kept."""
     rng = np.random.default_rng(2)
-    lengths = np.array([40, 23, 31, 40, 7, 31, 23, 7])
+    lengths = np.array([40, 23, 31, 40, 7, 36, 24, 30])
     prompts = np.where(np.arange(40) < lengths[:, None], rng.integers(12, size=(8, 40)), 0)
-    text = METHODS[name].replace("bucket=4", "bucket=16")
-    options = {"max_new_tokens": 14, "compression": text, "cache_dtype": STORE_OF[name]}
-    batch = generate(model, prompts, lengths=lengths, **options)
+    options = {"max_new_tokens": 14, "compression": METHODS[name], "cache_dtype": STORE_OF[name]}
+    batch = generate(_model(), prompts, lengths=lengths, **options)
     for row in (0, 1, 4, 6) if name in ALONE else range(8):
-        alone = generate(model, prompts[[row]], lengths=lengths[[row]], **options)
+        alone = generate(_model(), prompts[[row]], lengths=lengths[[row]], **options)
         np.testing.assert_array_equal(alone.tokens[0], batch.tokens[row])
         for a, b in zip(batch.cache.layers, alone.cache.layers, strict=True):
             np.testing.assert_array_equal(_visible(a, 60)[row], _visible(b, 60)[0])
