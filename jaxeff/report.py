@@ -47,6 +47,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command_line(module: str, words: list[str]) -> str:
+    """Return a command as a report quotes it: of a path its last part, no folder of this machine.
+
+    >>> command_line("experiments.starflow.run", ["digits", "--output", "runs/a"])
+    'python -m experiments.starflow.run digits --output a'
+    """
+    return " ".join(["python -m", module, *(Path(w).name if "/" in w else w for w in words)])
+
+
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Write ``report.json`` and ``report.html`` into ``folder``."""
     (folder / "report.json").write_text(json.dumps(results, indent=1) + "\n")

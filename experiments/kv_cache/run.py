@@ -30,6 +30,7 @@ from experiments.kv_cache import evaluate
 from experiments.kv_cache.tasks import Recall, Trace
 from experiments.kv_cache.training import Stage, train
 from jaxeff.nn.rope import RopeConfig
+from jaxeff.report import command_line
 
 GATE = 0.95  # a full cache must answer this share before compression numbers mean anything
 MARGIN = 20.0  # seconds before the end of the budget after which no cell begins
@@ -207,9 +208,7 @@ class Session:
         if options.rows is not None:
             rows = dict.fromkeys(self.preset["rows"], options.rows)
             self.preset = self.preset | {"rows": rows}
-        self.command = "python -m experiments.kv_cache.run " + " ".join(
-            Path(word).name if "/" in word else word for word in words
-        )
+        self.command = command_line("experiments.kv_cache.run", words)
         self.began, self.console = time.perf_counter(), Console(stderr=True, width=160)
         self.output = options.output
         self.output.mkdir(parents=True, exist_ok=True)
@@ -463,8 +462,8 @@ def run_trace(session: Session, names: tuple[str, ...]) -> Any:
             asides += [("full", 1.0, 0, "")] + [(m, 0.34, 0, "") for m in ("rkv", "snapkv")]
         else:
             cells = [("full", 1.0, task.checks, ""), *cells]
-        first = 2 * len(preset["trace_methods"])  # two budgets are worth most
-        cells[first:first] = asides
+        place = 2 * len(preset["trace_methods"])  # two budgets are worth most
+        cells[place:place] = asides
         for rank, settings in enumerate(cells):
             arguments, facts = cell(name, *settings)
             session.submit(rank + (0 if name == "e3" else 25), *arguments, **facts)

@@ -25,6 +25,7 @@ from rich.console import Console
 from experiments.low_precision import arms, quadratic, report, side_by_side, speed
 from experiments.low_precision.training import PRESETS, OutOfTime, Runs, environment
 from jaxeff.quant.recipe import QAF_MODES
+from jaxeff.report import command_line
 
 RESULTS = Path(__file__).parent / "results"
 TRAINED = ("rounding", "formats", "qaf")
@@ -387,17 +388,6 @@ def _train(command: Command, folder: Path, groups: dict[str, list]) -> dict[str,
     return trained
 
 
-def _words(command: Command) -> str:
-    """The command line: what every experiment takes, and of the rest what was given."""
-    words = f"python -m experiments.low_precision.run {command.experiment}"
-    words += f" --preset {command.preset} --seeds {command.seeds}"
-    given = {"arms": "", "setting": "normal", "first_seed": 0, "time_budget": None, "only": ""}
-    for name, default in given.items():
-        if (value := getattr(command, name)) != default:
-            words += f" --{name.replace('_', '-')} {value}"
-    return words
-
-
 def _claim(text: str, value: Any, passed: bool) -> dict[str, Any]:
     return {"claim": text, "value": value, "passed": bool(passed)}
 
@@ -415,7 +405,8 @@ CONSOLE = Console()
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, run one experiment and write its JSON."""
-    command = tyro.cli(Command, args=arguments, prog="python -m experiments.low_precision.run")
+    words = sys.argv[1:] if arguments is None else arguments
+    command = tyro.cli(Command, args=words, prog="python -m experiments.low_precision.run")
     default = "gpu" if command.experiment == "speed" else command.preset
     folder = command.output or RESULTS / default
     folder.mkdir(parents=True, exist_ok=True)
@@ -433,7 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
         here = json.loads((folder / f"{command.experiment}_runs.json").read_text())["environment"]
     content = {
         "experiment": command.experiment,
-        "command": _words(command),
+        "command": command_line("experiments.low_precision.run", words),
         "settings": settings,
         "sizes": asdict(PRESETS[command.preset]) if command.experiment in TRAINED else None,
         "environment": here,

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jaxeff.report import command_line
+
 
 @dataclass(frozen=True)
 class Digits:
@@ -174,10 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
     results = command.run()
     settings = {k: v for k, v in asdict(command).items() if k not in ("output", "checkpoint")}
     name = type(command).__name__.lower() + str(settings.get("size", ""))
-    # The report names no folder of this machine: a path is shown by its last part.
-    shown = [Path(word).name if "/" in word else word for word in words]
     report = {
-        "command": "python -m experiments.starflow.run " + " ".join(shown),
+        "command": command_line("experiments.starflow.run", words),
         "settings": settings,
         "environment": environment(),
         "total_seconds": time.perf_counter() - started,
