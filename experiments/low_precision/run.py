@@ -54,8 +54,8 @@ class Command:
     """Number of the first seed."""
 
     arms: str = ""
-    """Names of arms, joined by commas, instead of all; bf16 is always there. With qaf and preset
-    "minutes" arms of rounding to train beside."""
+    """Names of arms, joined by commas, instead of all; bf16 is always there. Either of rounding and
+    formats takes the arms of both; qaf with preset "minutes" those of rounding to train beside."""
 
     setting: Literal["normal", "forced"] = "normal"
     """Of qaf with preset "minutes": NVFP4, or a format that makes the noise large."""
@@ -121,13 +121,16 @@ def run_errors(command: Command, folder: Path) -> Results:
     return {"rows": rows, "claims": claims}
 
 
-def run_rounding(command: Command, folder: Path) -> Results:
-    """E1: where rounding is stochastic."""
-    records = _train(command, folder, {"": [arms.BASELINE, *arms.rounding_arms(command.preset)]})[
-        ""
-    ]
+def run_recipes(command: Command, folder: Path) -> Results:
+    """E1 and E2: where rounding is stochastic; scale type and block size under split rounding."""
+    families = {"rounding": arms.rounding_arms, "formats": arms.format_arms}
+    # Arms that are named may come from both, to train side by side.
+    chosen = list(families) if command.arms else [command.experiment]
+    group = [arm for family in chosen for arm in families[family](command.preset)]
+    records = _train(command, folder, {"": [arms.BASELINE, *group]})[""]
     table = report.gaps(records)
-    pairs = [("rtn", "split"), ("sr", "split")]
+    usual = "b16_e4m3" if "b16_e4m3" in records else "split"  # one recipe under two names
+    pairs = [("rtn", "split"), ("sr", "split"), ("b16_e1m6", usual), ("b128_e4m3", usual)]
     pairs += [(f"rtn_but_{p}", "rtn") for p in ("fwd_x", "fwd_w")]
     claims = [
         _claim(f"{a} worse than {b} by two standard errors", *_verdict(report.worse(records, a, b)))
@@ -138,22 +141,11 @@ def run_rounding(command: Command, folder: Path) -> Results:
         split = table["split"]["relative_gap"]
         claims.append(_claim("split rounding within 1.5 % of bf16", split, split <= 0.015))
     if command.plots:
-        report.draw_gaps(table, folder / "rounding.png", "E1: rounding and recipes")
+        title = {"rounding": "E1: rounding and recipes", "formats": "E2: scale types and blocks"}
+        path = folder / f"{command.experiment}.png"
+        report.draw_gaps(table, path, title[command.experiment])
     late = {"late_gaps": report.late_gaps(records)} if command.preset == "minutes" else {}
     return {"table": table, **late, "claims": claims}
-
-
-def run_formats(command: Command, folder: Path) -> Results:
-    """E2: scale type and block size under split rounding."""
-    records = _train(command, folder, {"": [arms.BASELINE, *arms.format_arms(command.preset)]})[""]
-    table, claims = report.gaps(records), []
-    for text, worse in (("E1M6 scales", "b16_e1m6"), ("blocks of 128", "b128_e4m3")):
-        if worse in records and "b16_e4m3" in records:
-            verdict = _verdict(report.worse(records, worse, "b16_e4m3"))
-            claims.append(_claim(f"{text} worse than E4M3 at 16 by two standard errors", *verdict))
-    if command.plots:
-        report.draw_gaps(table, folder / "formats.png", "E2: scale types and blocks")
-    return {"table": table, "claims": claims}
 
 
 def run_qaf(command: Command, folder: Path) -> Results:
@@ -308,8 +300,8 @@ def _speed_claims(rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
 EXPERIMENTS: dict[str, Callable[[Command, Path], Results]] = {
     "quadratic": run_quadratic,
     "errors": run_errors,
-    "rounding": run_rounding,
-    "formats": run_formats,
+    "rounding": run_recipes,
+    "formats": run_recipes,
     "qaf": run_qaf,
     "speed": run_speed,
 }
