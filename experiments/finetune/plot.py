@@ -35,16 +35,23 @@ def _quality(figure, results):
     names = sorted(table, key=lambda name: table[name]["loss"])
     losses = [table[name]["loss"] for name in names]
     left.barh(names, losses, xerr=[table[name]["standard_error"] or 0 for name in names])
-    left.axvline(results["untrained_loss"], color="grey", linewidth=0.8)
+    before = results["untrained_loss"]
+    margin = 0.3 * (before - min(losses))
+    left.axvline(before, color="grey", linewidth=0.8)
     left.set(
         xlabel="held-out loss (nats per byte); line: before",
-        xlim=(min(losses) - 0.1, results["untrained_loss"] + 0.05),
+        xlim=(min(losses) - margin, before + margin),
     )
     for name, by_rate in results["sweep"]["learning_rate"].items():
         if len(by_rate) > 1:
             right.semilogx([float(r) for r in by_rate], by_rate.values(), marker="o", label=name)
-    right.axhline(results["untrained_loss"], color="grey", linewidth=0.8)
-    right.set(xlabel="learning rate", ylabel="held-out loss, seed 0")
+    right.axhline(before, color="grey", linewidth=0.8)
+    # A run that diverges leaves the picture, where it would press all others into one line.
+    right.set(
+        xlabel="learning rate",
+        ylabel="held-out loss, seed 0",
+        ylim=(min(losses) - margin, before + 2 * margin),
+    )
     right.legend(fontsize=8)
 
 
