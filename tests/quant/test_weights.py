@@ -117,3 +117,48 @@ def test_rules_and_messages():
         WeightQuant("int4", group=0)
     with pytest.raises(ValueError, match="unknown format"):
         WeightQuant("q4")
+
+
+class Shared(nnx.Module):
+    """One layer at two places, another in a dictionary."""
+
+    def __init__(self):
+        self.first = linear(32, 32)
+        self.second = self.first
+        self.more = nnx.data({"third": linear(32, 32)})
+
+    def __call__(self, x):
+        return self.more["third"](self.second(self.first(x)))
+
+
+def test_a_shared_layer_is_packed_at_all_its_places():
+    model, x = Shared(), jnp.ones((2, 32))
+    expected = model(x)
+    assert set(quantize_weights(model, [(".", "int8")])) == {"first", "more.third"}
+    assert model.first is model.second and isinstance(model.more["third"], PackedLinear)
+    np.testing.assert_allclose(model(x), expected, rtol=0.1, atol=0.05)
+    assert weight_bytes(model) == 2 * (32 * 32 + 4 * 32 + 4 * 32)  # codes, scales and biases
+
+
+def test_layers_that_cannot_be_replaced():
+    class Capped(nnx.Linear):
+        def __call__(self, x):
+            return jnp.tanh(super().__call__(x))
+
+    capped = nnx.Sequential(Capped(32, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(NotImplementedError, match=r"'layers.0' is a Capped with a __call__ of its"):
+        quantize_weights(capped, [("layers", "int8")])
+    make = nnx.vmap(lambda rngs: linear(), in_axes=0, out_axes=0, axis_size=2)
+    stacked = nnx.Sequential(make(None))
+    with pytest.raises(NotImplementedError, match=r"kernel \[2, 64, 24\], a stack of layers"):
+        quantize_weights(stacked, [("layers", "int8")])
+    model = Shared()
+    model.more = nnx.data((linear(),))
+    with pytest.raises(NotImplementedError, match="lies in a tuple"):
+        quantize_weights(model, [(".", "int8")])
+    assert isinstance(model.first, nnx.Linear)  # refused before anything was changed
+
+
+def test_no_rows():
+    layer = PackedLinear(linear(), WEIGHTS["int8_a8"])
+    assert layer(jnp.zeros((2, 0, 64))).shape == (2, 0, 24)
