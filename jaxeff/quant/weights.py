@@ -142,6 +142,10 @@ class PackedLinear(nnx.Module):
             y = y + self.bias.get_value().astype(y.dtype)
         return y.reshape(*inputs.shape[:-1], self.out_features)
 
+    def merged(self) -> jax.Array:
+        """The kernel ``[in, out]`` that the codes stand for, in float32."""
+        return self.weight.get_value().dequantize()
+
 
 def quantize_weights(
     model: nnx.Module,

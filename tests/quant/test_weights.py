@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxeff.generate import generate
 from jaxeff.models import Decoder, ModelConfig
+from jaxeff.nn import GatedMLP
 from jaxeff.quant import WEIGHTS, PackedLinear, WeightQuant, quantize_weights, weight_bytes
 from jaxeff.quant.weights import PackedWeight
 from pallas_kernels import matmul
@@ -162,3 +163,20 @@ def test_layers_that_cannot_be_replaced():
 def test_no_rows():
     layer = PackedLinear(linear(), WEIGHTS["int8_a8"])
     assert layer(jnp.zeros((2, 0, 64))).shape == (2, 0, 24)
+
+
+def test_packed_layers_where_a_kernel_is_asked_for():
+    """KVzip+ weighs with the output projection; Smooth-SwiGLU scales rows of the last one."""
+    model = decoder()
+    quantize_weights(model, [("out_proj", "int8")])
+    projection = model.layers[0].attention.out_proj
+    kernel = decoder().layers[0].attention.out_proj.kernel[...]
+    np.testing.assert_allclose(projection.merged(), kernel, atol=2e-3)
+    prompt, compression = jnp.arange(8, dtype=jnp.int32)[None], "kvzip(ratio=0.5, kvzip_plus=True)"
+    result = generate(model, prompt, max_new_tokens=2, compression=compression)
+    assert result.tokens.shape == (1, 2)
+    smooth, plain = (GatedMLP(32, 64, smooth=s, rngs=nnx.Rngs(0)) for s in (True, False))
+    for mlp in (smooth, plain):
+        quantize_weights(mlp, [("down", "int8")])
+    x = jax.random.normal(jax.random.key(0), (2, 32))
+    np.testing.assert_array_equal(smooth(x), plain(x))
