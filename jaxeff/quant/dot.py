@@ -450,7 +450,9 @@ def _rotate(recipe: Recipe, point: str, value, given: _Given):
     # Both operands of a product share the signs, so that they cancel.
     stream = len(POINTS) + ("bwd", "upd").index(point[:3])
     key = jax.random.fold_in(counter_key(given.key_data), stream)
-    signs = jax.random.rademacher(key, (rotation.size,), value.dtype)
+    # What jax.random.rademacher draws, in float32 under jax_enable_x64 too.
+    heads = jax.random.bernoulli(key, jnp.float32(0.5), (rotation.size,))
+    signs = 2 * heads.astype(value.dtype) - 1
     signs = jnp.tile(signs, value.shape[axis] // rotation.size)
     return rht(value * jnp.expand_dims(signs, 1 - axis), axis, rotation.size, None)
 

@@ -378,3 +378,35 @@ def test_no_rows(method):
     model = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
     adapt(model, [("layers", method)])
     assert model(jnp.zeros((2, 0, 16))).shape == (2, 0, 8)
+
+
+class Noisy(nnx.Module):
+    """A forward pass that changes the model: dropout counts, BatchNorm averages."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(64, 16, rngs=rngs)
+        self.layer = nnx.Linear(16, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.lm_head = nnx.Linear(16, 64, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.lm_head(self.norm(self.dropout(nnx.gelu(self.layer(self.embed(tokens))))))
+
+
+def test_dropout_and_batch_norm_go_on_and_resume(tmp_path):
+    def run(steps, **options):
+        model = Noisy()
+        adapt(model, [("layer", LoRA(2))])
+        config = finetune_config(steps, 1e-3)
+        result = fit(model, batches(TEXT, batch=2, seq_len=8), config, **options)
+        return result.losses, int(model.dropout.rngs.count[...]), model.norm.mean[...]
+
+    losses, count, mean = run(4)
+    assert count == 4 and (mean != 0).any()
+    run(2, checkpoint_dir=tmp_path)
+    resumed, count, again = run(4, checkpoint_dir=tmp_path, resume=True)
+    np.testing.assert_array_equal(resumed, losses[2:])
+    np.testing.assert_array_equal(again, mean)
+    assert count == 4

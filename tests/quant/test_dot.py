@@ -357,3 +357,12 @@ def test_axes_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match="dimension_numbers must name axes 0 to 1"):
             quantized_dot_general(x, w, numbers, "fp4_rtn")
+
+
+def test_random_signs_do_not_depend_on_64_bits():
+    operands, key = _operands(32, 32, 32), jax.random.key(0)
+    expected = _run(RECIPES["tetrajet2"], *operands, key)
+    with jax.enable_x64(True):
+        got = _run(RECIPES["tetrajet2"], *operands, key)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
