@@ -119,6 +119,7 @@ def save_model(
     """Writes a decoder's parameters and its configuration.
 
     Parameters only: a training recipe set by ``apply_recipe`` and its random state are not stored.
+    An adapted or packed model is written by ``save(path, nnx.state(model))``.
 
     Args:
       path: directory to create.
@@ -127,7 +128,7 @@ def save_model(
       overwrite: whether an existing checkpoint is replaced.
 
     Raises:
-      ValueError: as ``save``, or if the model has no ``config``.
+      ValueError: as ``save``, or if the model has no ``config`` or not the parameters that it says.
     """
     from flax import nnx
 
@@ -135,6 +136,12 @@ def save_model(
         raise ValueError(f"model {type(model).__name__} has no config; use save on its nnx.state")
     content = {"model_config": model.config.to_dict(), "user": metadata or {}}
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    plain = nnx.to_pure_dict(nnx.state(_abstract_decoder(model.config), nnx.Param))
+    if differ := sorted(set(_named_leaves(plain)) ^ set(_named_leaves(params))):
+        raise ValueError(
+            f"model has other parameters than its configuration, such as {differ[0]}: merge an "
+            "adapted model first, or write it by save(path, nnx.state(model))"
+        )
     save(path, params, content, overwrite=overwrite)
 
 
@@ -159,7 +166,7 @@ def load_model(path: str | Path, *, dtype: Any = jnp.float32) -> "tuple[Decoder,
     if "model_config" not in content:
         raise ValueError(f"{path} holds no model configuration: it was not written by save_model")
     config = ModelConfig.from_dict(content["model_config"])
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = _abstract_decoder(config, dtype)
     graph, abstract, rest = nnx.split(model, nnx.Param, ...)
     if jax.tree.leaves(rest):
         model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
@@ -169,6 +176,14 @@ def load_model(path: str | Path, *, dtype: Any = jnp.float32) -> "tuple[Decoder,
     shapes = _with_stored_dtypes(shapes, facts)
     nnx.replace_by_pure_dict(abstract, restore(path, shapes))
     return nnx.merge(graph, abstract, rest), content["user"]
+
+
+def _abstract_decoder(config: Any, dtype: Any = jnp.float32) -> "Decoder":
+    from flax import nnx
+
+    from jaxeff.models import Decoder
+
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 # --- leaves -------------------------------------------------------------------------------------

@@ -243,7 +243,8 @@ def train_step(
     history, rest = nnx.split_state(rest, AmaxHistory, ...)
 
     def loss_of(params, history):
-        model = nnx.merge(graph, params, history, rest)
+        # Copies: nnx.scan refuses variables that were made outside of this trace.
+        model = nnx.merge(graph, params, history, rest, copy=True)
         loss = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
         return loss, nnx.split(model, nnx.Param, AmaxHistory, ...)[3]
 

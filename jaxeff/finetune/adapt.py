@@ -1,6 +1,6 @@
 """Put a finetuning method into a model by rules over layer paths, and take it out again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,12 @@ from jaxeff.finetune.layers import AdaptedLinear, FalqonLinear, Frozen, LoRALine
 from jaxeff.finetune.methods import FALQON, Method
 from jaxeff.quant.module_paths import (
     DECODER_LAYERS,
+    check_replaceable,
     dotted,
     get_module,
     linear_layers,
     match_rules,
+    replace_objects,
     set_module,
 )
 
@@ -41,8 +43,11 @@ def adapt(
       Name of the method by path, ``"frozen"`` for other linear layers.
 
     Raises:
-      ValueError: a rule matches no layer, two rules match one layer, a rank is above the side of a
-        weight (the layer is named), or the model is adapted already.
+      ValueError: a rule is no pair or matches no layer, two rules match one layer, a rank is above
+        the side of a weight (the layer is named), a layer has a recipe, or the model is adapted
+        already.
+      NotImplementedError: a layer cannot be replaced, as it has a ``__call__`` of its own, is a
+        stack of layers, or lies in a tuple.
 
     >>> rngs = nnx.Rngs(0)
     >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs))
@@ -61,6 +66,9 @@ def adapt(
     if isinstance(rules, Method):
         rules = [(DECODER_LAYERS, rules)]
     chosen = match_rules(layers, rules)
+    for name, method in chosen.items():
+        if not isinstance(method, Method):
+            raise ValueError(f"method of layer {name!r} must be a LoRA or FALQON, got {method!r}")
     chosen = {
         name: method for name, method in chosen.items() if _takes(model, layers[name], method)
     }
@@ -101,9 +109,7 @@ def merge(model: nnx.Module, *, dtype: Any = None) -> nnx.Module:
         raise ValueError(f"model {type(model).__name__} has no adapted layer: nothing to merge")
     for path, layer in layers.values():
         set_module(merged, path, _plain(layer, dtype))
-    for path, variable in list(nnx.iter_graph(merged)):
-        if isinstance(variable, Frozen):
-            set_module(merged, path, nnx.Param(variable.get_value()))
+    _change_kind(merged, nnx.Param, lambda variable: isinstance(variable, Frozen))
     return merged
 
 
@@ -129,6 +135,7 @@ def _takes(model, path, method) -> bool:
 def _check_ranks(model, layers, chosen) -> None:
     """Before anything is changed, so that a refused model is still whole."""
     for name, method in chosen.items():
+        check_replaceable(model, layers[name])
         layer = get_module(model, layers[name])
         if method.rank > min(layer.in_features, layer.out_features):
             raise ValueError(
@@ -136,8 +143,6 @@ def _check_ranks(model, layers, chosen) -> None:
                 f"{(layer.in_features, layer.out_features)} allows at most "
                 f"{min(layer.in_features, layer.out_features)}"
             )
-        if layer.dot_general is not jax.lax.dot_general:
-            raise ValueError(f"layer {name!r} has its own dot_general {layer.dot_general!r}")
         rows = getattr(method, "k", None)
         if isinstance(rows, int) and rows > layer.out_features:
             raise ValueError(f"k is {rows}; layer {name!r} has only {layer.out_features} outputs")
@@ -145,9 +150,21 @@ def _check_ranks(model, layers, chosen) -> None:
 
 def _freeze(model: nnx.Module) -> None:
     adapters = {id(v) for _, layer in adapted_layers(model).values() for v in _params(layer)}
-    for path, variable in list(nnx.iter_graph(model)):
-        if isinstance(variable, nnx.Param) and id(variable) not in adapters:
-            set_module(model, path, Frozen(variable.get_value()))
+    _change_kind(
+        model,
+        Frozen,
+        lambda variable: isinstance(variable, nnx.Param) and id(variable) not in adapters,
+    )
+
+
+def _change_kind(model: nnx.Module, kind: type, which: Callable) -> None:
+    """Makes variables of a kind out of others; sharing and metadata (names of axes) stay."""
+    found = [variable for _, variable in nnx.iter_graph(model) if which(variable)]
+    new = {
+        id(variable): kind.from_metadata(variable.get_value(), variable.get_metadata())
+        for variable in found
+    }
+    replace_objects(model, new)
 
 
 def _params(layer: AdaptedLinear) -> list[nnx.Param]:
@@ -166,6 +183,7 @@ def _plain(layer: AdaptedLinear, dtype: Any) -> nnx.Linear:
             dtype=layer.dtype,
             param_dtype=dtype,
             preferred_element_type=layer.preferred_element_type,
+            precision=layer.precision,
             rngs=nnx.Rngs(0),
         )
     )

@@ -69,7 +69,8 @@ def save_fp8(model: Decoder, path: str | Path, *, dtype: DTypeLike = jnp.bfloat1
       dtype: dtype of everything else.
 
     Raises:
-      NotImplementedError: no served model type holds the model's configuration.
+      NotImplementedError: no served model type holds the model's configuration, or its weights are
+        packed.
       ImportError: the package ``safetensors`` (extra ``hf``) is not installed.
     """
     save_file = import_safetensors().numpy.save_file
@@ -79,6 +80,10 @@ def save_fp8(model: Decoder, path: str | Path, *, dtype: DTypeLike = jnp.bfloat1
         if isinstance(layer, FalqonLinear)
     }
     plain = merge(model) if adapted_layers(model) else model
+    if any(isinstance(module, PackedLinear) for _, module in nnx.iter_graph(plain)):
+        raise NotImplementedError(
+            "the model's weights are packed: use save_fp8 before quantize_weights"
+        )
     quantized = set(match_rules(linear_layers(plain), [(DECODER_LAYERS, True)]))
     params = {
         ".".join(map(str, key)): value.get_value()

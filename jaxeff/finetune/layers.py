@@ -215,6 +215,7 @@ def _take_over(layer: AdaptedLinear, linear: nnx.Linear, method: Any) -> None:
     layer.method = method
     layer.dtype, layer.param_dtype = linear.dtype, linear.param_dtype
     layer.preferred_element_type = linear.preferred_element_type
+    layer.precision = linear.precision  # of the layer that merging gives back
     layer.bias = None if linear.bias is None else Frozen(linear.bias.get_value())
     layer.base_tag = Frozen(base_tag(linear.kernel.get_value()))
 
@@ -255,6 +256,6 @@ def _flatten(layer: AdaptedLinear, inputs: jax.Array, out_sharding: Any):
             y = y.astype(layer.preferred_element_type)
         if layer.bias is not None:
             y = y + layer.bias.get_value().astype(y.dtype)
-        return y.reshape(*inputs.shape[:-1], -1)
+        return y.reshape(*inputs.shape[:-1], y.shape[-1])
 
     return x, restore

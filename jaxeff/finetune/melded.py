@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxeff.optim.falqon import Melded
 from pallas_kernels.formats import get_format, number_type, round_to
-from pallas_kernels.formats.number_types import true_divide
+from pallas_kernels.formats.number_types import FLOAT32_MIN_NORMAL, true_divide
 from pallas_kernels.ops.quantize.api import quantize
 
 INITS = ("svd", "random")
@@ -74,7 +74,7 @@ def _meld(weight, key, *, rank, init, anchored):
     a = _svd_rows(weight, rank) if init == "svd" else _random_rows(weight, rank, key)
     stack = jnp.concatenate([weight, a])
     amax = jnp.max(jnp.abs(stack))
-    scale = jnp.where(amax == 0, 1.0, amax / _E4M3.max)
+    scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / _E4M3.max, FLOAT32_MIN_NORMAL))
     codes = round_to(true_divide(stack, scale), _E4M3).astype(_E4M3.dtype)
     anchor = codes[: weight.shape[0]] if anchored else None
     return Melded(codes, scale, anchor, rank)
@@ -92,7 +92,6 @@ def _random_rows(weight: jax.Array, rank: int, key: jax.Array) -> jax.Array:
     return jnp.clip(rows, jnp.min(weight), jnp.max(weight))
 
 
-@jax.custom_vjp
 def melded_dot(
     x: jax.Array, probe: jax.Array | None, melded: Melded, scales: jax.Array | None = None
 ) -> jax.Array:
@@ -132,6 +131,13 @@ def melded_dot(
       FALQON (arXiv:2510.24061), forward and backward of a melded layer; LoRA-FA
       (arXiv:2308.03303) for the frozen ``A``; TransformerEngine for delayed scaling.
     """
+    if x.shape[0] == 0:  # no largest magnitude, and nothing to add to a gradient
+        return jnp.zeros((0, melded.shape[0]), x.dtype)
+    return _melded_dot(x, probe, melded, scales)
+
+
+@jax.custom_vjp
+def _melded_dot(x, probe, melded, scales):
     return _forward(x, probe, melded, scales)[0]
 
 
@@ -174,7 +180,7 @@ def _adapter_gradient(d, codes, scale, o_a):
     return dot8(codes, oq.qvalue, (0, 0)) * (scale * oq.scale)  # [n, r]
 
 
-melded_dot.defvjp(_forward, _backward)
+_melded_dot.defvjp(_forward, _backward)
 
 
 def adapter_output(out, n, scale, dtype):
@@ -201,7 +207,8 @@ def quantized8(value, qtype, scale):
     kind = get_format(qtype).element_type
     amax = jnp.max(jnp.abs(value)).astype(jnp.float32)
     if scale is None:
-        scale = jnp.where(amax > 0, amax / kind.max, 1.0)
+        # A scale below the normal range is flushed to 0, and its reciprocal is infinite.
+        scale = jnp.where(amax > 0, jnp.maximum(amax / kind.max, FLOAT32_MIN_NORMAL), 1.0)
         # Once the largest magnitude is known the value is read, not computed again from others,
         # which would have to be kept for the backward pass.
         value = lax.optimization_barrier(value)
@@ -229,7 +236,8 @@ def scales_of(history: jax.Array) -> jax.Array:
     """
     amax = jnp.max(history, -1)
     amax = jnp.where(amax > 0, amax, jnp.float32(_START))
-    return amax / jnp.float32([get_format(q).element_type.max for q in ("fp8_e4m3", "fp8_e5m2")])
+    tops = jnp.float32([get_format(q).element_type.max for q in ("fp8_e4m3", "fp8_e5m2")])
+    return jnp.maximum(amax / tops, FLOAT32_MIN_NORMAL)
 
 
 def dot8(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype=jnp.float32) -> jax.Array:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jaxeff.finetune.melded import INITS
-from jaxeff.optim.falqon import LEFTOVER, REQUANT, Rows
+from jaxeff.optim.falqon import LEFTOVER, REQUANT, Rows, check_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +143,11 @@ class FALQON:
 
     def __post_init__(self):
         _check_rank(self.rank)
+        check_rows(self.k)
+        if self.implementation not in (None, "mosaic", "xla"):
+            raise ValueError(
+                f"implementation must be None, 'mosaic' or 'xla', got {self.implementation!r}"
+            )
         if self.scaling not in SCALING:
             raise ValueError(f"scaling must be one of {SCALING}, got {self.scaling!r}")
         if self.requant not in REQUANT:

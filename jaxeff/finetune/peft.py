@@ -84,10 +84,14 @@ def load_adapters(
 
     Raises:
       ValueError: a file is missing or corrupt, a tensor is missing, unexpected or of another shape,
-        or the adapters belong to another base model.
+        the adapters belong to another base model, or ``model`` is adapted or packed already.
       NotImplementedError: the adapter is no plain LoRA (DoRA, biases, another PEFT type).
       ImportError: the package ``safetensors`` (extra ``hf``) is not installed.
     """
+    if not (isinstance(method, type) and issubclass(method, LoRA)):
+        raise ValueError(f"method must be LoRA, QLoRA or FP8LoRA, got {method!r}")
+    if adapted := list(adapted_layers(model)):
+        raise ValueError(f"model is adapted already, at {adapted[0]!r}: call merge first")
     path = Path(path)
     config = _read_config(path / CONFIG)
     tensors, metadata = _read_weights(path / WEIGHTS)
@@ -98,6 +102,12 @@ def load_adapters(
         for key, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
         if key[-1] == "kernel"
     }
+    _check_complete(path / WEIGHTS, config, pairs, names)
+    if packed := [names[module] for module in pairs if names[module] not in kernels]:
+        raise ValueError(
+            f"layer {packed[0]!r} of model has no kernel to adapt, as its weight is packed: load "
+            "the adapters before quantize_weights"
+        )
     options = {} if backbone == "default" else {"backbone": backbone}
     rules = []
     for module, (a, b) in pairs.items():
@@ -187,7 +197,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is missing; expected a folder that PEFT or save_adapters wrote")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        wanted = {"rank_pattern": {}, "alpha_pattern": {}} | config
+        patterns = ("rank_pattern", "alpha_pattern")
+        wanted = config | {name: config.get(name) or {} for name in patterns}
         wanted["r"], wanted["lora_alpha"] = int(config["r"]), config["lora_alpha"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is not an adapter configuration: {error!r}") from error
@@ -232,6 +243,20 @@ def _pairs(file: Path, tensors: dict[str, Any], names: dict[str, str]) -> dict[s
     if not found:
         raise ValueError(f"{file} holds no tensors")
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(found.items())}
+
+
+def _check_complete(file: Path, config: dict, pairs: dict, names: dict[str, str]) -> None:
+    """Every module that the configuration lists must have its tensors."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None:
+        return  # a regular expression, or a choice of layers: the tensors say which
+    excluded = config.get("exclude_modules") or []
+    for module in names:
+        is_target = any(module == t or module.endswith(f".{t}") for t in targets)
+        if is_target and not excluded and module not in pairs:
+            raise ValueError(
+                f"{file}: the tensors of {module} are missing; target_modules of {CONFIG} lists it"
+            )
 
 
 def _check_tags(path: Path, tags: dict[str, int], kernels: dict, names: dict[str, str]) -> None:

@@ -35,7 +35,8 @@ class FinetuneState(NamedTuple):
     Fields: ``params`` (nnx State of nnx.Param: the adapters), ``melded`` (FALQON's weights by
     layer), ``opt_state`` (of the adapters), ``falqon_state`` (FalqonState over ``[layers, n, r]``
     by shape of the weight, or None without FALQON layers), ``step`` (int32 scalar, steps done),
-    ``history`` (float32 ``[layers, 2, 16]``, magnitudes for delayed scaling, or None).
+    ``history`` (float32 ``[layers, 2, 16]``, magnitudes for delayed scaling, or None), ``noted``
+    (nnx State of what the forward pass changes: counts of dropout, statistics of BatchNorm).
     """
 
     params: Any
@@ -44,6 +45,11 @@ class FinetuneState(NamedTuple):
     falqon_state: FalqonState | None
     step: jax.Array
     history: jax.Array | None = None
+    noted: Any = None
+
+
+#: Variables that a forward pass changes.
+_NOTED = nnx.Any(nnx.RngState, nnx.BatchStat)
 
 
 class Static(NamedTuple):
@@ -104,7 +110,7 @@ def init_state(
     """
     if not adapted_layers(model):
         raise ValueError(f"model {type(model).__name__} has no adapted layer: call adapt first")
-    graph, params, melded, frozen = nnx.split(model, nnx.Param, MeldedWeight, ...)
+    graph, params, melded, noted, frozen = nnx.split(model, nnx.Param, MeldedWeight, _NOTED, ...)
     weights = _melded_dict(melded)
     transform, falqon_state, history, method = None, None, None, _common_method(model)
     if method is not None:
@@ -120,7 +126,13 @@ def init_state(
             history = jnp.zeros((len(weights), 2, _HISTORY), jnp.float32)
     requant = "rtn" if method is None else method.requant
     state = FinetuneState(
-        params, weights, optimizer.init(params), falqon_state, jnp.zeros((), jnp.int32), history
+        params,
+        weights,
+        optimizer.init(params),
+        falqon_state,
+        jnp.zeros((), jnp.int32),
+        history,
+        noted,
     )
     return Static(graph, optimizer, transform, requant, seed), state, frozen
 
@@ -145,17 +157,20 @@ def train_step(
 
     def loss_of(trained):
         params, probes, scales = trained
-        model = _merge(static.graph, params, state.melded, fold_step(frozen, state.step))
+        rest = state.noted, fold_step(frozen, state.step)
+        model = _merge(static.graph, params, state.melded, *rest)
         layers, leaders = adapted_layers(model), []
         for index, (name, probe) in enumerate(probes.items()):
             layers[name][1].probe = probe
             if scales is not None:
                 layers[name][1].scales = functools.partial(_scales, scales[index], leaders)
-        return head.loss_of(model, tokens)
+        loss = head.loss_of(model, tokens)
+        return loss, nnx.state(model, _NOTED) if jax.tree.leaves(state.noted) else state.noted
 
     scales = None if state.history is None else list(scales_of(state.history))
     trained = (state.params, _probes(state.melded), scales)
-    loss, (grads, probe_grads, seen) = jax.value_and_grad(loss_of)(trained)
+    (loss, noted), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    grads, probe_grads, seen = gradients
     probe_grads = _stacked(probe_grads, state.melded)
     metrics = {"loss": loss, "grad_norm": _norm((grads, probe_grads))}
     updates, opt_state = static.optimizer.update(grads, state.opt_state, state.params)
@@ -169,7 +184,8 @@ def train_step(
         newest = jnp.stack(seen)
         newest = jnp.where(jnp.isfinite(newest), newest, 0.0)[..., None]
         history = jnp.concatenate([newest, history[..., :-1]], -1)
-    return FinetuneState(params, melded, opt_state, falqon_state, state.step + 1, history), metrics
+    step = state.step + 1
+    return FinetuneState(params, melded, opt_state, falqon_state, step, history, noted), metrics
 
 
 _HISTORY = 16  # steps whose largest magnitude makes a scale
@@ -251,7 +267,8 @@ def fit(
     optimizer = config.optimizer() if optimizer is None else optimizer
     static, state, frozen = init_state(model, optimizer, seed=config.seed)
     # Adapters are small; donating those that the model holds would delete them.
-    state = state._replace(params=jax.tree.map(jnp.copy, state.params))
+    params, noted = jax.tree.map(jnp.copy, (state.params, state.noted))
+    state = state._replace(params=params, noted=noted)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if resume and (last := _last_checkpoint(folder)) is not None:
         state = checkpoint.restore(last, state)
@@ -346,13 +363,14 @@ def _melded_dict(state: Any) -> dict[str, Melded]:
     return {".".join(map(str, path[:-1])): variable.get_value() for path, variable in flat}
 
 
-def _merge(graph, params, melded, frozen) -> nnx.Module:
+def _merge(graph, params, melded, *rest) -> nnx.Module:
     # Only names go in: the graph knows where each variable is.
     flat = {
         (*(int(p) if p.isdigit() else p for p in name.split(".")), "weight"): MeldedWeight(value)
         for name, value in melded.items()
     }
-    return nnx.merge(graph, params, nnx.from_flat_state(flat), frozen)
+    # Copies: dropout and nnx.scan refuse variables that were made outside of this trace.
+    return nnx.merge(graph, params, nnx.from_flat_state(flat), *rest, copy=True)
 
 
 def write_back(model: nnx.Module, state: FinetuneState) -> None:
@@ -362,7 +380,7 @@ def write_back(model: nnx.Module, state: FinetuneState) -> None:
       model: the model that the state was made from; changed in place.
       state: as ``train_step`` returns it.
     """
-    nnx.update(model, state.params)
+    nnx.update(model, state.params, state.noted)
     for name, (_, layer) in adapted_layers(model).items():
         if name in state.melded:
             layer.weight.set_value(state.melded[name])

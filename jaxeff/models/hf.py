@@ -141,7 +141,8 @@ def save_pretrained(
 
     Raises:
         ValueError: ``max_shard_bytes`` is below 1.
-        NotImplementedError: no served model type holds the model's configuration.
+        NotImplementedError: no served model type holds the model's configuration, or the model is
+            adapted or packed.
         ImportError: the package ``safetensors`` (extra ``hf``) is not installed.
 
     >>> import tempfile
@@ -256,6 +257,11 @@ def _model_tensors(model: Decoder) -> dict[str, np.ndarray]:
     if extra := sorted(set(params) - set(names.values())):
         raise NotImplementedError(
             f"the model has parameters that no Hugging Face tensor holds: {_some(extra)}"
+        )
+    if missing := sorted(set(names.values()) - set(params)):
+        raise NotImplementedError(
+            f"the model has no plain parameters {_some(missing)}: packed weights and those of an "
+            "adapted model are written by jaxeff.finetune (merge, save_fp8)"
         )
     tensors = {}
     for name, ours in names.items():

@@ -197,7 +197,7 @@ class Attention(nnx.Module):
             out = attend(q, k, v, scale=self.scale, **self._mask_arguments(x.shape[1], valid))
         else:
             if hasattr(cache, "note"):  # a view that scores entries by what they add to the output
-                cache = cache.note(x, self.out_proj.kernel[...])
+                cache = cache.note(x, _kernel(self.out_proj))
             cache = cache.update(k, v, positions=positions, valid=valid, queries=q)
             few = x.shape[1] <= _FEW or getattr(cache, "attends_many", False)
             if attend is dot_product_attention and few and hasattr(cache, "attend"):
@@ -246,3 +246,8 @@ def _check_sizes(
         raise ValueError(
             f"num_kv_heads is {num_kv_heads}; num_heads ({num_heads}) must be a multiple of it"
         )
+
+
+def _kernel(layer: nnx.Module) -> Array:
+    """Kernel ``[in, out]`` of a linear layer, or of what was put in its place."""
+    return layer.kernel[...] if hasattr(layer, "kernel") else layer.merged()

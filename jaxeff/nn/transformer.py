@@ -39,7 +39,8 @@ class GatedMLP(nnx.Module):
         mlp_dim: hidden dimension ``F``.
         activation: a key of ``ACTIVATIONS``.
         use_bias: add a bias to the three projections.
-        smooth: scale the hidden channels to a maximum of 1, see above.
+        smooth: scale the hidden channels to a maximum of 1, see above; not where the down
+            projection is packed or adapted, as its weight is fixed.
         dtype: dtype of the computation.
         param_dtype: dtype of the stored parameters.
         kernel_init: initialiser of the gate and up kernels.
@@ -99,7 +100,9 @@ class GatedMLP(nnx.Module):
             if out is not None:
                 return out
         hidden = ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
-        return self._smooth_down(hidden) if self.smooth else self.down_proj(hidden)
+        # A packed or adapted layer has no kernel to scale: the same function without it.
+        is_smooth = self.smooth and hasattr(self.down_proj, "kernel")
+        return self._smooth_down(hidden) if is_smooth else self.down_proj(hidden)
 
     def _smooth_down(self, hidden: Array) -> Array:
         """``Q(h s) (diag(1 / s) W_down)`` with the product, dtype and bias of ``down_proj``."""

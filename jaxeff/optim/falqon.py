@@ -134,7 +134,7 @@ def falqon(
     References:
       FALQON (arXiv:2510.24061), row-wise proxy update; released code for ``k="rank"``.
     """
-    _check_rows(k)
+    check_rows(k)
     if requant not in REQUANT:
         raise ValueError(f"requant must be one of {REQUANT}, got {requant!r}")
     if leftover not in LEFTOVER:
@@ -372,7 +372,17 @@ def _put(b: jax.Array, rows: jax.Array, values: jax.Array | float) -> jax.Array:
     return jnp.put_along_axis(b, places, values, axis=-2, inplace=False)
 
 
-def _check_rows(k: Any) -> None:
+def check_rows(k: Any) -> None:
+    """Raises ValueError unless ``k`` is a number of rows, ``"rank"`` or ``"all"``.
+
+    Args:
+      k: as for ``falqon``.
+
+    Raises:
+      ValueError: it is none of these.
+
+    >>> check_rows("rank")
+    """
     is_count = isinstance(k, int) and not isinstance(k, bool) and k >= 1
     if not (is_count or k in ("rank", "all")):
         raise ValueError(f"k must be a positive int, 'rank' or 'all', got {k!r}")

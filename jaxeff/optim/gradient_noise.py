@@ -45,7 +45,9 @@ def monitor_gradient_noise(
       rounding to nearest too. Goes first in a chain, before anything changes the gradient.
 
     Measured is at every ``every``-th update (``is_due``); the arguments are ignored at the others
-    and their gradients need not be computed. Without them nothing but ``count`` changes.
+    and their gradients need not be computed. Without them, or where a gradient is not finite,
+    nothing but ``count`` changes. Under ``optax.masked`` and ``optax.partition`` the arguments stay
+    gradients of all parameters.
 
     Args:
       threshold: ratio below which the noise takes over; at :math:`\sqrt3` a step of optimal length
@@ -99,11 +101,14 @@ def monitor_gradient_noise(
         if noisy_pair is None and reference is None:
             return updates, state._replace(count=state.count + 1)
         if noisy_pair is not None:
-            powers = _two_key_powers(noisy_pair, signal_pair or noisy_pair)
+            signal_pair = noisy_pair if signal_pair is None else signal_pair
+            pairs = (tuple(_like(updates, g) for g in pair) for pair in (noisy_pair, signal_pair))
+            powers = _two_key_powers(*pairs)
         else:
-            powers = _reference_powers(updates, reference)
+            powers = _reference_powers(updates, _like(updates, reference))
         measured = _measured(state, powers)
-        due = is_due(state, every)
+        # One overflow must not end a phase of training, nor stay in the average.
+        due = is_due(state, every) & jnp.isfinite(sum(jax.tree.leaves(powers)))
         new = jax.tree.map(lambda old, one: jnp.where(due, one, old), state, measured)
         return updates, new._replace(count=state.count + 1)
 
@@ -148,6 +153,18 @@ def is_due(state: GradientNoiseState, every: int) -> jax.Array:
 def _ratio(signal, noise):
     ratio = jnp.sqrt(jnp.maximum(signal, 0.0) / jnp.where(noise > 0, noise, 1.0))
     return jnp.where(noise > 0, jnp.minimum(ratio, _LARGEST_RATIO), _LARGEST_RATIO)
+
+
+def _like(updates, gradient):
+    """A gradient without the leaves that ``optax.masked`` took out of the updates."""
+
+    def is_masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
+    def kept(update, leaf):
+        return update if is_masked(update) else leaf
+
+    return jax.tree.map(kept, updates, gradient, is_leaf=is_masked)
 
 
 def _inner(a, b):

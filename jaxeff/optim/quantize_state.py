@@ -18,6 +18,13 @@ from pallas_kernels.ops.quantize.api import quantize
 CODECS = ("dynamic8", "fp8_e4m3", "int8")
 # Fields of optax states that hold squares: never negative, and divided by.
 SECOND_MOMENTS = ("nu", "nu_max", "sum_of_squares", "v", "v_row", "v_col", "e_g", "e_x")
+SECOND_MOMENTS += ("exp_avg_sq", "grad_sum_sq")
+# States that use these names otherwise: SM3's nu and Adan's v are signed.
+_SECOND_MOMENTS_OF = {
+    "ScaleBySM3State": ("mu",),
+    "ScaleByAdanState": ("n",),
+    "ScaleBySimplifiedAdEMAMixState": ("n",),
+}
 # Rows shorter than this are joined: a float32 scale for fewer values would cost over 6 %.
 _MIN_BLOCK = 64
 
@@ -133,26 +140,28 @@ def quantize_state(
         raise ValueError(f"min_size must be at least 1, got {min_size}")
     inner = optax.with_extra_args_support(inner)
 
-    def encode(tree, key):
+    def encode(tree, key, params):
         leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+        squares = _second_moments(tree, params)
         coded = []
         for index, (path, leaf) in enumerate(leaves):
             if _is_large(leaf, min_size):
                 drawn = jax.random.fold_in(key, index) if stochastic else None
-                leaf = _encode(leaf, codec, _is_second_moment(path), block, drawn)
+                leaf = _encode(leaf, codec, path in squares, block, drawn)
             coded.append(leaf)
         return jax.tree.unflatten(structure, coded)
 
     def init(params):
         key_data = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-        state = encode(inner.init(params), counter_key(key_data))
+        state = encode(inner.init(params), counter_key(key_data), params)
         return QuantizeStateState(state, key_data, jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
+        like = updates
         updates, new = inner.update(updates, _decode(state.inner), params, **extra_args)
         count = state.count + 1
         key = jax.random.fold_in(counter_key(state.key_data), count)
-        return updates, QuantizeStateState(encode(new, key), state.key_data, count)
+        return updates, QuantizeStateState(encode(new, key, like), state.key_data, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -206,10 +215,33 @@ def _is_large(leaf: Any, min_size: int) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0 and leaf.size >= min_size
 
 
-def _is_second_moment(path: tuple) -> bool:
-    # Fields of named tuples only: a parameter may well be called "v".
-    names = (key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
-    return any(name in SECOND_MOMENTS for name in names)
+def _second_moments(state: Any, params: Any) -> set[tuple]:
+    """Paths of the leaves that hold squares, by the names of a state's fields.
+
+    The end of a path is the way to a parameter, which may well be called "v".
+    """
+
+    def is_special(node):
+        return type(node).__name__ in _SECOND_MOMENTS_OF
+
+    flatten = jax.tree_util.tree_flatten_with_path
+    own = {path for path, _ in flatten(params)[0]}
+    special = {
+        path: _SECOND_MOMENTS_OF[type(node).__name__]
+        for path, node in flatten(state, is_leaf=is_special)[0]
+        if is_special(node)
+    }
+
+    def is_square(path):
+        for index, key in enumerate(path):
+            if path[index:] in own:
+                return False
+            fields = special.get(path[:index], SECOND_MOMENTS)
+            if isinstance(key, jax.tree_util.GetAttrKey) and key.name in fields:
+                return True
+        return False
+
+    return {path for path, _ in flatten(state)[0] if is_square(path)}
 
 
 def _decode(tree: Any) -> Any:

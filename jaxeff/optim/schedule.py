@@ -83,7 +83,7 @@ def qaf_schedule(
       A function from the step to the learning rate, as optax takes it.
 
     Raises:
-      ValueError: as ``warmup_cosine``.
+      ValueError: ``base`` is not a function, and as ``warmup_cosine``.
 
     Example:
       >>> rate = qaf_schedule(lambda step: 1.0, 100, steps=50, peak=0.5, warmup_steps=5)
@@ -93,6 +93,8 @@ def qaf_schedule(
     References:
       "FP4 All the Way", arXiv:2505.19115, section 5 (40 steps of warm-up, cosine).
     """
+    if not callable(base):
+        raise ValueError(f"base must be a function of the step, got {base!r}")
     fresh = warmup_cosine(peak, steps, warmup_steps=warmup_steps, final_fraction=final_fraction)
 
     def rate(step):

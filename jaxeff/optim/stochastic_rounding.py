@@ -28,6 +28,8 @@ def stochastic_round_updates(seed: int = 0) -> optax.GradientTransformationExtra
 
     so that ``optax.apply_updates(p, u')`` gives exactly ``SR(p + u)`` in the dtype of ``p``. It
     must be the last transformation of a chain. Float32 parameters pass through. ``E[u'] = u``.
+    ``u'`` is float32, so ``optax.apply_if_finite``, whose two branches must have one dtype, goes
+    before it and not around it; an update of zeros leaves the parameters as they are.
 
     Args:
       seed: seed of the noise; step and leaf are folded in.

@@ -1,5 +1,6 @@
 """Put a recipe into a flax NNX model, by rules over module paths."""
 
+import math
 import re
 import warnings
 import zlib
@@ -15,7 +16,7 @@ from jax import lax
 from jaxeff.quant.delayed import AmaxHistory, init_history
 from jaxeff.quant.dot import quantized_dot_general
 from jaxeff.quant.einsum import quantized_einsum
-from jaxeff.quant.module_paths import get_module, linear_layers, match_rules
+from jaxeff.quant.module_paths import check_rules, get_module, linear_layers, match_rules
 from jaxeff.quant.recipe import RECIPES, Recipe, kept_blocks, resolve_recipe
 from pallas_kernels.formats.counter_random import counter_key
 
@@ -32,7 +33,7 @@ Rule = tuple[str, "str | Recipe | None"]
 
 
 class SRKey(nnx.Variable):
-    """Random state of one layer: uint32 ``[3]``, two key words and the training step.
+    """Random state of one layer: uint32 ``[..., 3]``, two key words and the training step.
 
     The key words never change; the step is set by :func:`fold_step`. A layer draws from
     ``fold_in(key, step)``, so a resumed run rounds as an uninterrupted one.
@@ -53,6 +54,8 @@ class QuantizedDot(nnx.Module):
       recipe: name out of ``RECIPES`` or a Recipe.
       seed: seed of the stochastic rounding; used only if the recipe draws.
       path: name of the layer, which tells its random numbers from those of others.
+      stack: leading axes of the state, for layers that ``nnx.vmap`` made and ``nnx.scan`` runs;
+        each has random numbers of its own.
 
     Example:
       >>> linear = nnx.Linear(32, 8, dot_general=lax.dot_general, rngs=nnx.Rngs(0))
@@ -61,18 +64,28 @@ class QuantizedDot(nnx.Module):
       (4, 8)
     """
 
-    def __init__(self, recipe: str | Recipe, *, seed: int = 0, path: str = ""):
+    def __init__(
+        self,
+        recipe: str | Recipe,
+        *,
+        seed: int = 0,
+        path: str = "",
+        stack: tuple[int, ...] = (),
+    ):
         self.recipe = resolve_recipe(recipe)
         self.key = self.history = self.phase = nnx.data(None)
         if self.recipe.needs_key:
             # The path and not the position names the layer: exempting one layer leaves the
             # random numbers of the others alone.
-            words = np.random.SeedSequence([seed, zlib.crc32(path.encode())]).generate_state(2)
-            self.key = SRKey(jnp.asarray([*words, 0], jnp.uint32))
+            sequence = np.random.SeedSequence([seed, zlib.crc32(path.encode())])
+            words = sequence.generate_state(2 * math.prod(stack)).reshape(*stack, 2)
+            step = np.zeros((*stack, 1), np.uint32)
+            self.key = SRKey(jnp.asarray(np.concatenate([words, step], -1), jnp.uint32))
         if self.recipe.delayed is not None:
-            self.history = AmaxHistory(init_history(self.recipe))
+            history = init_history(self.recipe)
+            self.history = AmaxHistory(jnp.zeros((*stack, *history.shape), history.dtype))
         if self.recipe.qaf is not None:
-            self.phase = QAFPhase(jnp.zeros((), bool))
+            self.phase = QAFPhase(jnp.zeros(stack, bool))
 
     def _state(self) -> dict[str, Any]:
         key = None
@@ -153,7 +166,9 @@ def apply_recipe(
     joined by dots, ``layers.0.mlp.up``). Without a rule it stays plain if it is an embedding or
     output head (``EXEMPT``) or belongs to the last ``keep_last`` of the numbered blocks, and takes
     ``recipe`` otherwise. Parameters are not touched. ``apply_recipe(model, "bf16")`` undoes it.
-    Warns where real 8-bit products (``execution="native"``) are too small to pay.
+    Warns where real 8-bit products (``execution="native"``) are too small to pay. Layers stacked by
+    ``nnx.vmap`` (kernels with leading axes) get a state for each of them, for ``nnx.scan`` over
+    their first axis.
 
     Args:
       model: any flax NNX module; ``nnx.Linear``, ``nnx.LinearGeneral`` and ``nnx.Einsum`` layers
@@ -168,8 +183,9 @@ def apply_recipe(
       Name of the recipe of every layer by path, ``"bf16"`` for plain ones.
 
     Raises:
-      ValueError: if a rule matches no layer, two rules match one layer, the model has no linear
-        layer or no numbered blocks to keep, or a layer has a product of someone else.
+      ValueError: if a rule is no pair or matches no layer, two rules match one layer, the model has
+        no linear layer or no numbered blocks to keep, or a layer has a product of someone else.
+
     Example:
       >>> model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)),
       ...                        nnx.Linear(32, 4, rngs=nnx.Rngs(1)))
@@ -180,6 +196,7 @@ def apply_recipe(
       arXiv:2505.19115, section 3; arXiv:2509.25149, section 4.1 (layers kept in BF16).
     """
     default = resolve_recipe(recipe)
+    check_rules(rules)
     rules = [(pattern, resolve_recipe(chosen)) for pattern, chosen in rules]
     paths = linear_layers(model, (nnx.Linear, nnx.LinearGeneral, nnx.Einsum))
     layers = {name: get_module(model, path) for name, path in paths.items()}
@@ -228,7 +245,7 @@ def fold_step(tree: Any, step: int | jax.Array) -> Any:
         return tree
 
     def set_step(leaf):
-        return leaf[...].at[2].set(jnp.asarray(step, jnp.uint32))
+        return leaf[...].at[..., 2].set(jnp.asarray(step, jnp.uint32))
 
     return _replace(tree, SRKey, set_step)
 
@@ -286,15 +303,20 @@ def _kept_blocks(paths: list[str], keep_last: float) -> set[int]:
 def _check_layer(path: str, layer: Any) -> None:
     name, plain, own = _product_of(layer)
     current = getattr(layer, name)
-    if current is not plain and not isinstance(current, own):
+    # None is what nnx.LinearGeneral has, and so every projection of nnx.MultiHeadAttention.
+    if current is not None and current is not plain and not isinstance(current, own):
         raise ValueError(f"layer {path!r} already has its own {name} {current!r}")
+    if getattr(layer, "dot_general_cls", None) is not None:  # would be called instead of ours
+        raise ValueError(
+            f"layer {path!r} already has its own dot_general_cls {layer.dot_general_cls!r}"
+        )
 
 
 def _warn_of_small_products(layers: dict[str, Any], plan: dict[str, Recipe]) -> None:
     small = [
         path
         for path, chosen in plan.items()
-        if chosen.execution == "native" and min(layers[path].kernel.shape) < FP8_BREAK_EVEN
+        if chosen.execution == "native" and min(_sides(layers[path])) < FP8_BREAK_EVEN
     ]
     if small:
         warnings.warn(
@@ -311,7 +333,25 @@ def _set_product(layer: Any, recipe: Recipe, seed: int, path: str) -> None:
     if recipe.is_identity:
         setattr(layer, name, nnx.static(plain))
     else:
-        setattr(layer, name, nnx.data(own(recipe, seed=seed, path=path)))
+        setattr(layer, name, nnx.data(own(recipe, seed=seed, path=path, stack=_stack(layer))))
+
+
+def _stack(layer: Any) -> tuple[int, ...]:
+    """Axes that ``nnx.vmap`` put before those of a layer's kernel."""
+    if isinstance(layer, nnx.Einsum):
+        own = len(layer.kernel_shape)
+    elif isinstance(layer, nnx.LinearGeneral):
+        own = len(layer.batch_axis) + len(layer.in_features) + len(layer.out_features)
+    else:
+        own = 2
+    return layer.kernel.shape[: layer.kernel.ndim - own]
+
+
+def _sides(layer: Any) -> tuple[int, ...]:
+    """Sizes of a layer's product, as far as its kernel tells."""
+    if isinstance(layer, nnx.LinearGeneral):
+        return math.prod(layer.in_features), math.prod(layer.out_features)
+    return layer.kernel.shape[len(_stack(layer)) :]
 
 
 def _product_of(layer: Any) -> tuple[str, Any, type]:

@@ -75,7 +75,7 @@ def quantized_dot_general(
 
     Raises:
       ValueError: if the recipe needs a key or a history and none came, a phase or a history came
-        that the recipe has no use for, or an operand is not floating.
+        that the recipe has no use for, an operand is not floating, or the axes do not fit.
       NotImplementedError: for ``out_sharding`` with a quantising recipe.
 
     Example:
@@ -320,6 +320,9 @@ def _product_of_codes(a, of_a: _Coded, b, of_b: _Coded, precision, result_type):
 def _contract_native(recipe, points, operands, given, precision, result_type):
     """Product of real 8-bit operands; tiled scales multiply partial sums, others the result."""
     axes = [_CONTRACTED[point] for point in points]
+    if not all(operand.size for operand in operands):  # no values, so no scales
+        (a, b), (a_axis, b_axis) = operands, axes
+        return _contract(a, a_axis, b, b_axis, precision, result_type)
     quantized = [
         _codes(recipe, point, operand, given)
         for point, operand in zip(points, operands, strict=True)
@@ -447,7 +450,9 @@ def _rotate(recipe: Recipe, point: str, value, given: _Given):
     # Both operands of a product share the signs, so that they cancel.
     stream = len(POINTS) + ("bwd", "upd").index(point[:3])
     key = jax.random.fold_in(counter_key(given.key_data), stream)
-    signs = jax.random.rademacher(key, (rotation.size,), value.dtype)
+    # What jax.random.rademacher draws, in float32 under jax_enable_x64 too.
+    heads = jax.random.bernoulli(key, jnp.float32(0.5), (rotation.size,))
+    signs = 2 * heads.astype(value.dtype) - 1
     signs = jnp.tile(signs, value.shape[axis] // rotation.size)
     return rht(value * jnp.expand_dims(signs, 1 - axis), axis, rotation.size, None)
 
@@ -545,6 +550,15 @@ def _check_floating(**operands) -> None:
 def _canonical(lhs, rhs, dimension_numbers):
     """Brings operands to ``[t, k]`` and ``[k, n]``, or ``[b, t, k]`` and ``[b, k, n]``."""
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    for name, operand, axes in (
+        ("lhs", lhs, (*lhs_contract, *lhs_batch)),
+        ("rhs", rhs, (*rhs_contract, *rhs_batch)),
+    ):
+        if sorted(axes) != sorted(set(axes) & set(range(operand.ndim))):
+            raise ValueError(
+                f"dimension_numbers must name axes 0 to {operand.ndim - 1} of {name} "
+                f"{list(operand.shape)} at most once, got {dimension_numbers}"
+            )
     lhs_free = _others(lhs.ndim, (*lhs_contract, *lhs_batch))
     rhs_free = _others(rhs.ndim, (*rhs_contract, *rhs_batch))
     sizes = [

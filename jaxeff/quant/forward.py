@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxeff.quant.apply import EXEMPT
 from jaxeff.quant.module_paths import get_module, linear_layers
+from pallas_kernels.formats.number_types import FLOAT32_MIN_NORMAL
 
 _LARGEST = 448.0  # of e4m3
 
@@ -32,7 +33,8 @@ def fp8_dot_general(
     """Return ``(x̂ ŵ) s_x s_w`` with ``x̂ = e4m3(x / s_x)`` and ``ŵ = e4m3(w / s_w)``.
 
     ``s = max |·| / 448`` per row of ``x`` and per column of ``w``. The product is rounded to the
-    dtype of the result before it is scaled. No gradient is meant to flow through it.
+    dtype of the result before it is scaled, but for float16, whose range it would leave. No
+    gradient is meant to flow through it.
 
     Args:
         lhs: activations ``[..., k]``, floating.
@@ -68,8 +70,9 @@ def fp8_dot_general(
     dtype = preferred_element_type or jnp.result_type(lhs, rhs)
     x, x_scale = _codes(lhs)
     w, w_scale = _codes(rhs.T)  # both operands of an 8-bit product lie along k
+    summed = jnp.float32 if dtype == jnp.float16 else dtype  # 448 · 448 is above float16
     product = lax.dot_general(x, w, (((lhs.ndim - 1,), (1,)), ((), ())),
-                              preferred_element_type=dtype)  # fmt: skip
+                              preferred_element_type=summed)  # fmt: skip
     return (product.astype(jnp.float32) * x_scale * w_scale[:, 0]).astype(dtype)
 
 
@@ -77,7 +80,8 @@ def _codes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return e4m3 codes and f32 scales ``[..., 1]`` of the rows."""
     x = x.astype(jnp.float32)
     top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scale = jnp.where(top > 0, top / _LARGEST, 1.0)
+    # A scale below the normal range is flushed to 0, and x / 0 is no code.
+    scale = jnp.where(top > 0, jnp.maximum(top / _LARGEST, FLOAT32_MIN_NORMAL), 1.0)
     return (x / scale).astype(jnp.float8_e4m3fn), scale
 
 

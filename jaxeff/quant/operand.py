@@ -187,9 +187,9 @@ def _blocks(value, axis, size):
     """``[rows, columns]`` as float32 ``[others, blocks, size]`` along an axis, zeros at the end."""
     value = (value if axis == 1 else value.T).astype(jnp.float32)
     value = jnp.pad(value, ((0, 0), (0, -value.shape[1] % size)))
-    return value.reshape(value.shape[0], -1, size)
+    return value.reshape(value.shape[0], value.shape[1] // size, size)
 
 
 def _unblock(blocks, axis, shape):
-    value = blocks.reshape(blocks.shape[0], -1)[:, : shape[axis]]
+    value = blocks.reshape(blocks.shape[0], blocks.shape[1] * blocks.shape[2])[:, : shape[axis]]
     return value if axis == 1 else value.T

@@ -165,6 +165,8 @@ class RHT:
     signs: tuple[int, ...] | Literal["random"] | None = TE_SIGNS
 
     def __post_init__(self):
+        if isinstance(self.signs, list):
+            object.__setattr__(self, "signs", tuple(self.signs))  # hashable, as jit wants it
         hadamard_matrix(self.size, None if self.is_random else self.signs)  # raises ValueError
 
     @property

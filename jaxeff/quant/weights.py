@@ -10,6 +10,8 @@ from flax import nnx
 
 from jaxeff.quant.module_paths import (
     DECODER_LAYERS,
+    check_replaceable,
+    check_rules,
     get_module,
     linear_layers,
     match_rules,
@@ -55,7 +57,7 @@ class WeightQuant:
 
     def __post_init__(self):
         get_format(self.format)  # raises ValueError with the known names
-        is_count = isinstance(self.group, int) and self.group >= 1
+        is_count = isinstance(self.group, int) and self.group is not True and self.group >= 1
         if not (self.group in ("default", None) or is_count):
             raise ValueError(f"group must be 'default', None or a positive int, got {self.group!r}")
         if self.activations not in (None, *ACTIVATIONS):
@@ -140,6 +142,10 @@ class PackedLinear(nnx.Module):
             y = y + self.bias.get_value().astype(y.dtype)
         return y.reshape(*inputs.shape[:-1], self.out_features)
 
+    def merged(self) -> jax.Array:
+        """The kernel ``[in, out]`` that the codes stand for, in float32."""
+        return self.weight.get_value().dequantize()
+
 
 def quantize_weights(
     model: nnx.Module,
@@ -159,8 +165,10 @@ def quantize_weights(
       Scheme and format by path, ``"plain"`` for layers without a rule.
 
     Raises:
-      ValueError: a name is unknown, a rule matches no layer, two rules match one layer, or an odd
-        number of inputs cannot be packed.
+      ValueError: a name is unknown, a rule is no pair or matches no layer, two rules match one
+        layer, a layer has a recipe, or an odd number of inputs cannot be packed.
+      NotImplementedError: a layer cannot be replaced, as it has a ``__call__`` of its own, is a
+        stack of layers, or lies in a tuple.
 
     >>> model = nnx.Sequential(nnx.Linear(32, 32, rngs=nnx.Rngs(0)))
     >>> quantize_weights(model, [("layers", "nvfp4")])
@@ -171,9 +179,11 @@ def quantize_weights(
     """
     if isinstance(rules, str | WeightQuant):
         rules = [(DECODER_LAYERS, rules)]
+    check_rules(rules)
     layers = linear_layers(model)
     chosen = match_rules(layers, [(pattern, _storage(choice)) for pattern, choice in rules])
     for name, quant in chosen.items():  # all of them first: a refused model is still whole
+        check_replaceable(model, layers[name])
         _check_layer(name, get_module(model, layers[name]), quant)
     for name, quant in chosen.items():
         set_module(model, layers[name], PackedLinear(get_module(model, layers[name]), quant))
@@ -193,8 +203,6 @@ def weight_bytes(model: nnx.Module) -> int:
 
 
 def _check_layer(name: str, layer: nnx.Linear, quant: WeightQuant) -> None:
-    if layer.dot_general is not jax.lax.dot_general:
-        raise ValueError(f"layer {name!r} has its own dot_general {layer.dot_general!r}")
     try:
         jax.eval_shape(quant.encode, layer.kernel.get_value())
     except ValueError as error:

@@ -99,6 +99,6 @@ def _rotate(x: jax.Array, axis: int, size: int, matrix: np.ndarray) -> jax.Array
     if x.shape[axis] % size:
         raise ValueError(f"axis {axis} has length {x.shape[axis]}, not a multiple of size {size}")
     moved = jnp.moveaxis(x, axis, -1)
-    runs = moved.reshape(*moved.shape[:-1], -1, size).astype(jnp.float32)
+    runs = moved.reshape(*moved.shape[:-1], moved.shape[-1] // size, size).astype(jnp.float32)
     rotated = jnp.matmul(runs, matrix, precision="highest")  # no tf32: rotation must be exact
     return jnp.moveaxis(rotated.reshape(moved.shape), -1, axis).astype(x.dtype)

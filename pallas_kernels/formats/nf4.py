@@ -89,7 +89,7 @@ class NF4Tensor:
             scale = scale.dequantize() + self.scale_mean
         index = unpack_codes(self.codes, jnp.uint4).astype(jnp.int32)
         value = jnp.asarray(NF4_VALUES, jnp.float32)[index] * scale.reshape(*blocks, 1)
-        return value.reshape(*blocks[:-1], -1)[..., : self.length].astype(dtype)
+        return value.reshape(*blocks[:-1], blocks[-1] * BLOCK)[..., : self.length].astype(dtype)
 
 
 def quantize_nf4(x: jax.Array, *, double: bool = True) -> NF4Tensor:
@@ -126,7 +126,7 @@ def quantize_nf4(x: jax.Array, *, double: bool = True) -> NF4Tensor:
 def _quantize(x: jax.Array, double: bool) -> NF4Tensor:
     length = x.shape[-1]
     padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -length % BLOCK)])
-    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // BLOCK, BLOCK)
     amax = jnp.max(jnp.abs(blocks), -1)
     scale, mean = _double(amax) if double else (amax, None)
     # Codes follow the exact maximum, as in the paper's code; the second rounding is extra error.

@@ -23,8 +23,8 @@ from jaxeff.finetune import (
     save_merged,
 )
 from jaxeff.models import Decoder, ModelConfig
-from jaxeff.models.hf import from_pretrained
-from jaxeff.quant import weight_bytes
+from jaxeff.models.hf import from_pretrained, save_pretrained
+from jaxeff.quant import quantize_weights, weight_bytes
 
 CONFIG = ModelConfig.qwen2(vocab_size=64, num_layers=1, embed_dim=32, num_heads=2, mlp_dim=64)
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
@@ -189,4 +189,27 @@ def test_damaged_and_unserved_adapters(tmp_path):
         load_adapters(decoder(), tmp_path)
     file.write_bytes(b"0123456789")
     with pytest.raises(ValueError, match="adapter_model.safetensors is corrupt"):
+        load_adapters(decoder(), tmp_path)
+
+
+def test_adapters_that_lack_a_module_or_meet_a_changed_model(tmp_path):
+    save_adapters(adapted([("mlp", LoRA(2))]), tmp_path)
+    with pytest.raises(ValueError, match="model is adapted already, at"):
+        load_adapters(adapted(LoRA(2)), tmp_path)
+    packed = decoder()
+    quantize_weights(packed, "int8")
+    with pytest.raises(ValueError, match="as its weight is packed: load the adapters before"):
+        load_adapters(packed, tmp_path)
+    with pytest.raises(ValueError, match="method must be LoRA, QLoRA or FP8LoRA, got"):
+        load_adapters(decoder(), tmp_path, method=FALQON)
+    for save in (save_fp8, save_pretrained):
+        with pytest.raises(NotImplementedError, match="packed"):
+            save(packed, tmp_path / "other")
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    changed = json.loads(config.read_text()) | {"rank_pattern": None}
+    config.write_text(json.dumps(changed))
+    load_adapters(decoder(), tmp_path)
+    tensors = {name: value for name, value in load_file(file).items() if "up_proj" not in name}
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="the tensors of model.layers.0.mlp.up_proj are missing"):
         load_adapters(decoder(), tmp_path)

@@ -321,3 +321,15 @@ def test_rounded_updates_learn_nothing_and_anchored_ones_follow_exact_ones():
     assert final["rtn_all"] > 1.0  # worse than no quantisation and no learning
     assert final["exact"] < 0.95
     assert final["anchored_k"] < final["exact"] + 0.04
+
+
+def test_tiny_values_give_no_nan():
+    """A scale below the normal range of float32 would be flushed to 0, and 0 / 0 is NaN."""
+    melded = meld_weight(W, 4)
+    x = jax.random.normal(KEY, (6, 16)).at[0].set(0)
+    for size in (1e-36, 1e-38):
+        y, pullback = jax.vjp(lambda x, b: melded_dot(x, b, melded), x * size, jnp.zeros((24, 4)))
+        dx, db = pullback(y)
+        assert all(np.isfinite(value).all() for value in (y, dx, db))
+    assert np.isfinite(meld_weight(W * 1e-37, 4).weight()).all()
+    assert (scales_of(jnp.full((2, 16), 1e-37)) > 0).all()

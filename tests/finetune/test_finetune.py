@@ -320,3 +320,93 @@ def test_merge_keeps_the_model_and_bias():
     assert isinstance(plain.embed.embedding, nnx.Param) and plain.up.bias is not None
     np.testing.assert_allclose(forward(plain, TOKENS), forward(model, TOKENS), atol=1e-4)
     assert list(adapted_layers(model)) and not adapted_layers(plain)
+
+
+class Shared(nnx.Module):
+    """One layer at two places, and one weight in two layers."""
+
+    def __init__(self):
+        self.first = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+        self.second = self.first
+        self.third, self.fourth = (nnx.Linear(16, 16, rngs=nnx.Rngs(i)) for i in (1, 2))
+        self.fourth.kernel = self.third.kernel
+
+    def __call__(self, x):
+        return self.fourth(self.third(self.second(self.first(x))))
+
+
+def test_shared_layers_and_weights_stay_shared():
+    model, x = Shared(), jnp.ones((2, 16))
+    expected = model(x)
+    adapt(model, [("first", LoRA(2, backbone=None))])
+    assert model.first is model.second and isinstance(model.first, LoRALinear)
+    names = [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    assert names == [("first", "lora_a"), ("first", "lora_b")]
+    assert model.third.kernel is model.fourth.kernel and isinstance(model.third.kernel, Frozen)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-6, atol=1e-6)
+    plain = merge(model)
+    assert plain.first is plain.second and plain.third.kernel is plain.fourth.kernel
+    assert isinstance(plain.third.kernel, nnx.Param)
+    np.testing.assert_allclose(plain(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_merging_gives_back_precision_and_names_of_axes():
+    init = nnx.with_metadata(nnx.initializers.lecun_normal(), my_axes=("in", "out"))
+    model = nnx.Sequential(
+        nnx.Linear(16, 16, precision="highest", rngs=nnx.Rngs(0)),
+        nnx.Linear(16, 16, kernel_init=init, rngs=nnx.Rngs(0)),
+    )
+    adapt(model, [(r"layers\.0", LoRA(2))])
+    assert model.layers[1].kernel.my_axes == ("in", "out")
+    plain = merge(model)
+    assert plain.layers[0].precision == "highest"
+    assert plain.layers[1].kernel.my_axes == ("in", "out")
+
+
+def test_methods_check_their_settings():
+    for options in ({"k": 0}, {"k": "some"}, {"k": True}, {"implementation": "cuda"}):
+        with pytest.raises(ValueError, match="k must be a positive int|implementation must be"):
+            FALQON(2, **options)
+    with pytest.raises(
+        ValueError, match="method of layer 'up' must be a LoRA or FALQON, got 'LoRA'"
+    ):
+        adapt(Small(), [("up", "LoRA")])
+
+
+@pytest.mark.parametrize("method", [LoRA(2), QLoRA(2), FP8LoRA(2), FALQON(2)])
+def test_no_rows(method):
+    model = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)))
+    adapt(model, [("layers", method)])
+    assert model(jnp.zeros((2, 0, 16))).shape == (2, 0, 8)
+
+
+class Noisy(nnx.Module):
+    """A forward pass that changes the model: dropout counts, BatchNorm averages."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(64, 16, rngs=rngs)
+        self.layer = nnx.Linear(16, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.lm_head = nnx.Linear(16, 64, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.lm_head(self.norm(self.dropout(nnx.gelu(self.layer(self.embed(tokens))))))
+
+
+def test_dropout_and_batch_norm_go_on_and_resume(tmp_path):
+    def run(steps, **options):
+        model = Noisy()
+        adapt(model, [("layer", LoRA(2))])
+        config = finetune_config(steps, 1e-3)
+        result = fit(model, batches(TEXT, batch=2, seq_len=8), config, **options)
+        return result.losses, int(model.dropout.rngs.count[...]), model.norm.mean[...]
+
+    losses, count, mean = run(4)
+    assert count == 4 and (mean != 0).any()
+    run(2, checkpoint_dir=tmp_path)
+    resumed, count, again = run(4, checkpoint_dir=tmp_path, resume=True)
+    np.testing.assert_array_equal(resumed, losses[2:])
+    np.testing.assert_array_equal(again, mean)
+    assert count == 4

@@ -55,3 +55,8 @@ def test_pytree_jit_vmap_and_sharding():
 def test_messages():
     with pytest.raises(ValueError, match=r"x must be a floating array \[..., n\], got int32 \[3\]"):
         quantize_nf4(jnp.arange(3))
+
+
+def test_empty_arrays():
+    for shape in ((0, 64), (3, 0), (2, 0, 65)):
+        assert quantize_nf4(jnp.zeros(shape)).dequantize().shape == shape

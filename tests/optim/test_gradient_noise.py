@@ -104,3 +104,34 @@ def test_schedule_starts_again_where_the_monitor_says():
     got = [float(rate(step, 30)) for step in (30, 33, 50, 80)]
     np.testing.assert_allclose(got, [0.075, 0.3, 0, 0], atol=1e-7)
     assert rate._cache_size() == 1
+
+
+def test_a_gradient_that_is_not_finite_is_left_out():
+    monitor = monitor_gradient_noise(every=1)
+    broken = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.inf), SIGNAL)
+    _, state = monitor.update(broken, monitor.init(SIGNAL), reference=SIGNAL)
+    assert not state.below and int(state.crossed_at) == -1 and int(state.num_measured) == 0
+    _, state = monitor.update(SIGNAL, state, noisy_pair=(broken, broken))
+    assert int(state.num_measured) == 0 and int(state.count) == 2
+
+
+def test_inside_masked_and_partition():
+    """The extra arguments are not masked by optax."""
+    first, second = _noisy(0), _noisy(1)
+    for outer in (
+        optax.masked(monitor_gradient_noise(every=1), {"a": True, "b": False}),
+        optax.partition(
+            {"x": monitor_gradient_noise(every=1), "y": optax.identity()}, {"a": "x", "b": "y"}
+        ),
+    ):
+        state = outer.init(SIGNAL)
+        for extra in ({"noisy_pair": (first, second)}, {"reference": SIGNAL}):
+            _, new = outer.update(first, state, **extra)
+            ratios = [leaf for leaf in jax.tree.leaves(new) if leaf.dtype == jnp.float32]
+            assert len(ratios) == 3  # all, average, and of "a"
+            np.testing.assert_allclose(ratios, 0.5, rtol=0.1)
+
+
+def test_schedule_needs_a_function():
+    with pytest.raises(ValueError, match="base must be a function of the step, got 0.1"):
+        qaf_schedule(0.1, 3, steps=50, peak=0.5)

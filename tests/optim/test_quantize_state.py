@@ -1,5 +1,7 @@
 """8-bit optimiser states: codes, bytes, composition, checkpoints, sharding, and Adam's path."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,3 +171,23 @@ def test_refused():
     ):
         with pytest.raises(ValueError, match=message):
             quantize_state(optax.adam(1e-3), **options)
+
+
+class Projections(NamedTuple):
+    q: jax.Array
+    v: jax.Array
+
+
+def test_squares_are_told_from_parameters_and_other_fields():
+    """A parameter may be called v; SM3's nu and Adan's v are signed, Adan's n is not."""
+    params = Projections(jnp.ones((64, 64)), jnp.ones((64, 64)))
+
+    def codecs(state):
+        return jax.tree.map(lambda leaf: getattr(leaf, "codec", None), state, is_leaf=_is_coded)
+
+    adam = codecs(quantize_state(optax.scale_by_adam(), "int8").init(params).inner)
+    assert set(adam.mu) == {"int8"} and set(adam.nu) == {"dynamic8_unsigned"}
+    adan = codecs(quantize_state(optax.adan(1.0)).init(params.q).inner)[0]
+    sm3 = codecs(quantize_state(optax.sm3(1.0)).init(params.q).inner)[0]
+    assert (adan.m, adan.v, adan.n) == ("dynamic8", "dynamic8", "dynamic8_unsigned")
+    assert sm3.nu == "dynamic8"

@@ -196,3 +196,53 @@ def test_fold_step_on_state_is_pure():
     merged = nnx.merge(graph, params, folded)
     np.testing.assert_array_equal(merged(TOKENS), fold_step(model, 9)(TOKENS))
     assert fold_step({"a": jnp.ones(2)}, 3)["a"].sum() == 2
+
+
+def test_projections_of_flax_attention():
+    """``nnx.LinearGeneral`` has no product until it is called."""
+    attention = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 16))
+    plain = attention(x)
+    plan = apply_recipe(attention, "fp4_rtn")
+    assert set(plan) == {"query", "key", "value", "out"} and not np.allclose(attention(x), plain)
+    apply_recipe(attention, "bf16")
+    np.testing.assert_array_equal(attention(x), plain)
+    attention.out.dot_general_cls = lambda: lax.dot_general
+    with pytest.raises(ValueError, match="'out' already has its own dot_general_cls"):
+        apply_recipe(attention, "fp4_rtn")
+
+
+@nnx.split_rngs(splits=3)
+@nnx.vmap(in_axes=0, out_axes=0)
+def _stacked(rngs):
+    return Block(16, rngs)
+
+
+@nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+def _scanned(block, x):
+    return block(x)
+
+
+@pytest.mark.parametrize("name", ["fp4_sr", "fp8_delayed"])
+def test_stacked_layers_have_a_state_each(name):
+    blocks = _stacked(nnx.Rngs(0))
+    apply_recipe(blocks, name)
+    fold_step(blocks, 7)
+    state = blocks.up.dot_general
+    if name == "fp4_sr":
+        key = np.asarray(state.key[...])
+        assert key.shape == (3, 3) and len(set(key[:, 0])) == 3 and (key[:, 2] == 7).all()
+    else:
+        assert state.history.shape == (3, 3, 1024)
+    x = expected = jax.random.normal(jax.random.key(1), (4, 16))
+    graph, arrays = nnx.split(blocks)
+    for index in range(3):
+        block = nnx.merge(graph, jax.tree.map(lambda leaf, index=index: leaf[index], arrays))
+        expected = block(expected)
+    np.testing.assert_allclose(_scanned(blocks, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rules_that_are_no_rules():
+    for rules in ("mlp", {"mlp": None}, [("mlp",)], [("(", None)]):
+        with pytest.raises(ValueError, match="rules must be pairs|is no regular expression"):
+            apply_recipe(Model(), "fp4_rtn", rules=rules)

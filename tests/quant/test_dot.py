@@ -329,3 +329,40 @@ def test_fake_quantize_equals_quantize_then_dequantize(qtype, asymmetric):
         bits = [np.asarray(value).view(np.uint32) for value in (got, expected)]
         same = (bits[0] == bits[1]) | (np.isnan(got) & np.isnan(expected))
         assert same.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "execution", "sizes"),
+    [
+        ("quartet", "emulate", (0, 32, 8)),
+        ("tetrajet2", "emulate", (4, 32, 0)),
+        ("fp8_rowwise", "native", (4, 0, 8)),
+    ],
+)
+def test_empty_operands(name, execution, sizes):
+    recipe = dataclasses.replace(RECIPES[name], execution=execution)
+    operands = _operands(*sizes)
+    outputs = _run(recipe, *operands, jax.random.key(0) if recipe.needs_key else None)
+    x, w, d = operands
+    for got, like in zip(outputs, (d, x, w), strict=True):
+        assert got.shape == like.shape and not got.any()
+
+
+def test_axes_that_do_not_fit():
+    x, w = jnp.ones((4, 32)), jnp.ones((32, 8))
+    for numbers in (
+        (((-1,), (0,)), ((), ())),
+        (((1,), (2,)), ((), ())),
+        (((1, 1), (0,)), ((), ())),
+    ):
+        with pytest.raises(ValueError, match="dimension_numbers must name axes 0 to 1"):
+            quantized_dot_general(x, w, numbers, "fp4_rtn")
+
+
+def test_random_signs_do_not_depend_on_64_bits():
+    operands, key = _operands(32, 32, 32), jax.random.key(0)
+    expected = _run(RECIPES["tetrajet2"], *operands, key)
+    with jax.enable_x64(True):
+        got = _run(RECIPES["tetrajet2"], *operands, key)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)

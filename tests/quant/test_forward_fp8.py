@@ -44,3 +44,14 @@ def test_head_and_layers_with_a_product_of_their_own_keep_it():
     assert use_fp8(model) == []
     logits = jax.jit(lambda tokens: model(tokens))(jnp.arange(8)[None])
     assert bool(jnp.isfinite(logits).all())
+
+
+def test_float16_and_tiny_values_stay_finite():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((1, 4, 64), (64, 8)))
+    exact = np.asarray(x) @ np.asarray(w)
+    got = fp8_dot_general(x.astype(jnp.float16), w.astype(jnp.float16), LINEAR)
+    assert got.dtype == jnp.float16
+    assert np.linalg.norm(got - exact) < 0.06 * np.linalg.norm(exact)
+    for size in (1e-36, 1e-38):  # a scale of their own would be subnormal
+        assert np.isfinite(fp8_dot_general(x * size, w, LINEAR)).all()

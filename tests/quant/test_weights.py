@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxeff.generate import generate
 from jaxeff.models import Decoder, ModelConfig
+from jaxeff.nn import GatedMLP
 from jaxeff.quant import WEIGHTS, PackedLinear, WeightQuant, quantize_weights, weight_bytes
 from jaxeff.quant.weights import PackedWeight
 from pallas_kernels import matmul
@@ -117,3 +118,65 @@ def test_rules_and_messages():
         WeightQuant("int4", group=0)
     with pytest.raises(ValueError, match="unknown format"):
         WeightQuant("q4")
+
+
+class Shared(nnx.Module):
+    """One layer at two places, another in a dictionary."""
+
+    def __init__(self):
+        self.first = linear(32, 32)
+        self.second = self.first
+        self.more = nnx.data({"third": linear(32, 32)})
+
+    def __call__(self, x):
+        return self.more["third"](self.second(self.first(x)))
+
+
+def test_a_shared_layer_is_packed_at_all_its_places():
+    model, x = Shared(), jnp.ones((2, 32))
+    expected = model(x)
+    assert set(quantize_weights(model, [(".", "int8")])) == {"first", "more.third"}
+    assert model.first is model.second and isinstance(model.more["third"], PackedLinear)
+    np.testing.assert_allclose(model(x), expected, rtol=0.1, atol=0.05)
+    assert weight_bytes(model) == 2 * (32 * 32 + 4 * 32 + 4 * 32)  # codes, scales and biases
+
+
+def test_layers_that_cannot_be_replaced():
+    class Capped(nnx.Linear):
+        def __call__(self, x):
+            return jnp.tanh(super().__call__(x))
+
+    capped = nnx.Sequential(Capped(32, 8, rngs=nnx.Rngs(0)))
+    with pytest.raises(NotImplementedError, match=r"'layers.0' is a Capped with a __call__ of its"):
+        quantize_weights(capped, [("layers", "int8")])
+    make = nnx.vmap(lambda rngs: linear(), in_axes=0, out_axes=0, axis_size=2)
+    stacked = nnx.Sequential(make(None))
+    with pytest.raises(NotImplementedError, match=r"kernel \[2, 64, 24\], a stack of layers"):
+        quantize_weights(stacked, [("layers", "int8")])
+    model = Shared()
+    model.more = nnx.data((linear(),))
+    with pytest.raises(NotImplementedError, match="lies in a tuple"):
+        quantize_weights(model, [(".", "int8")])
+    assert isinstance(model.first, nnx.Linear)  # refused before anything was changed
+
+
+def test_no_rows():
+    layer = PackedLinear(linear(), WEIGHTS["int8_a8"])
+    assert layer(jnp.zeros((2, 0, 64))).shape == (2, 0, 24)
+
+
+def test_packed_layers_where_a_kernel_is_asked_for():
+    """KVzip+ weighs with the output projection; Smooth-SwiGLU scales rows of the last one."""
+    model = decoder()
+    quantize_weights(model, [("out_proj", "int8")])
+    projection = model.layers[0].attention.out_proj
+    kernel = decoder().layers[0].attention.out_proj.kernel[...]
+    np.testing.assert_allclose(projection.merged(), kernel, atol=2e-3)
+    prompt, compression = jnp.arange(8, dtype=jnp.int32)[None], "kvzip(ratio=0.5, kvzip_plus=True)"
+    result = generate(model, prompt, max_new_tokens=2, compression=compression)
+    assert result.tokens.shape == (1, 2)
+    smooth, plain = (GatedMLP(32, 64, smooth=s, rngs=nnx.Rngs(0)) for s in (True, False))
+    for mlp in (smooth, plain):
+        quantize_weights(mlp, [("down", "int8")])
+    x = jax.random.normal(jax.random.key(0), (2, 32))
+    np.testing.assert_array_equal(smooth(x), plain(x))

@@ -169,3 +169,17 @@ def test_cache_round_trip(tmp_path):
         restored = checkpoint.restore(tmp_path / "c", jax.tree.map(jnp.ones_like, cache))
         jax.tree.map(np.testing.assert_array_equal, restored, cache)
         assert restored.allocated_bytes() == cache.allocated_bytes()
+
+
+def test_an_adapted_model_is_no_plain_one(tmp_path):
+    """Its nnx.Param are the adapters alone: the file would hold no weights."""
+    from flax import nnx
+
+    from jaxeff.finetune import LoRA, adapt
+    from jaxeff.models import Decoder, ModelConfig
+
+    config = ModelConfig.llama(vocab_size=16, num_layers=1, embed_dim=8, num_heads=2, mlp_dim=16)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    adapt(model, LoRA(2))
+    with pytest.raises(ValueError, match="model has other parameters than its configuration"):
+        checkpoint.save_model(tmp_path / "c", model)

@@ -225,3 +225,29 @@ def test_second_phase_and_8_bit_moments():
     np.testing.assert_allclose([rate(5), rate(6), rate(8)], [1e-2, 1e-2 / 3, 1e-2], rtol=1e-6)
     with pytest.raises(ValueError, match=r"qaf_start must lie in \[0, 12\), got 12"):
         train.TrainConfig(steps=12, learning_rate=1e-2, qaf_start=12)
+
+
+class StackedModel(nnx.Module):
+    """Two layers made by vmap and run by scan."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        make = nnx.vmap(lambda rngs: nnx.Linear(32, 32, rngs=rngs), in_axes=0, out_axes=0)
+        self.embed = nnx.Embed(128, 32, rngs=rngs)
+        self.layers = nnx.split_rngs(splits=2)(make)(rngs)
+
+    def __call__(self, tokens):
+        scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        x = scan(lambda layer, x: x + nnx.gelu(layer(x)))(self.layers, self.embed(tokens))
+        return self.embed.attend(x)
+
+
+@pytest.mark.parametrize("recipe", ["fp4_all_the_way", "fp8_delayed"])
+def test_a_scan_over_layers_trains(recipe):
+    model = StackedModel()
+    apply_recipe(model, recipe)
+    result = _fit(model, steps=4)
+    assert result.losses[-1] < result.losses[0]
+    if recipe == "fp8_delayed":
+        seen = np.asarray(model.layers.dot_general.history[...])
+        assert (seen[:, :, :4] > 0).all() and (seen[:, :, 4:] == 0).all()

@@ -67,7 +67,7 @@ def spread(scale: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
     """One scale per row from one per tile of rows; the last axis counts tiles of k."""
     scale = scale.astype(jnp.float32)
     for axis, length in enumerate(lengths):
-        scale = jnp.repeat(scale, length // scale.shape[axis], axis)
+        scale = jnp.repeat(scale, length // max(scale.shape[axis], 1), axis)  # 0 of an empty axis
     return scale
 
 
