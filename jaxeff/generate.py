@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -441,7 +441,7 @@ def sample(
         int32 ``[B]``.
 
     Raises:
-        ValueError: if ``temperature > 0`` and there is no key.
+        ValueError: if ``temperature > 0`` and there is no key, or a setting is out of range.
 
     Examples:
         >>> sample(jnp.array([[0.0, 2.0, 1.0]])).tolist()
@@ -458,6 +458,7 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if key is None:
         raise ValueError(f"key is None; temperature={temperature} needs a jax.random.key")
+    _check_shares(logits.shape[-1], temperature, top_k, top_p, min_p)
     logits = logits / temperature
     if top_k is not None:
         least = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -807,7 +808,12 @@ def _run(function: Any, static: tuple, *args: Any) -> tuple[Any, float]:
 
 def _check_prompt(model, tokens, lengths, name="tokens") -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and lengths as int32 arrays of the host, or say what is wrong with them."""
-    tokens = np.asarray(tokens)
+    try:
+        tokens = np.asarray(tokens)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} has rows of unequal length; pad them on the right and give lengths="
+        ) from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise ValueError(
             f"{name} has shape {tokens.shape} and dtype {tokens.dtype}; "
@@ -836,23 +842,33 @@ def _check_prompt(model, tokens, lengths, name="tokens") -> tuple[np.ndarray, np
 def _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens) -> _Sampling:
     """Return the sampling settings, or say which one is out of range."""
     vocabulary = model.config.vocab_size
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}; expected 0 (greedy) or more")
+    _check_shares(vocabulary, temperature, top_k, top_p, min_p)
     if temperature > 0 and key is None:
         raise ValueError(f"key is None; temperature={temperature} needs a jax.random.key")
     if temperature == 0 and (top_k, top_p, min_p) != (None, None, None):
         raise ValueError("top_k, top_p and min_p need temperature > 0; temperature=0 is greedy")
-    if top_k is not None and not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k={top_k}; expected 1 to {vocabulary}, the vocabulary")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}; expected a probability in (0, 1]")
-    if min_p is not None and not 0 < min_p <= 1:
-        raise ValueError(f"min_p={min_p}; expected a share of the largest probability in (0, 1]")
+    if not isinstance(stop_tokens, Iterable):
+        raise ValueError(f"stop_tokens={stop_tokens!r}; expected a sequence of token ids")
     stop = tuple(int(token) for token in stop_tokens)
     for token in stop:
         if not 0 <= token < vocabulary:
             raise ValueError(f"stop_tokens has {token}; the vocabulary has {vocabulary} tokens")
     return _Sampling(float(temperature), top_k, top_p, min_p, stop)
+
+
+def _check_shares(vocabulary: int, temperature, top_k, top_p, min_p) -> None:
+    """Say which number is out of range; a traced one is taken as it is."""
+    known = lambda x: x is not None and not isinstance(x, jax.core.Tracer)  # noqa: E731
+    if known(temperature) and not temperature >= 0:
+        raise ValueError(f"temperature={temperature}; expected 0 (greedy) or more")
+    if top_k is not None:
+        whole = isinstance(top_k, int | np.integer) and not isinstance(top_k, bool)
+        if not whole or not 1 <= top_k <= vocabulary:
+            raise ValueError(f"top_k={top_k}; expected 1 to {vocabulary}, the vocabulary")
+    if known(top_p) and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}; expected a probability in (0, 1]")
+    if known(min_p) and not 0 < min_p <= 1:
+        raise ValueError(f"min_p={min_p}; expected a share of the largest probability in (0, 1]")
 
 
 def _check_limits(max_new_tokens, batch: int) -> np.ndarray:

@@ -335,6 +335,8 @@ class _Tiny(Compressor):
         ({"temperature": 1}, "key is None; temperature=1 needs a jax.random.key"),
         ({"top_k": 3}, "top_k, top_p and min_p need temperature > 0"),
         ({"temperature": 1, "key": 0, "top_k": 257}, "top_k=257; expected 1 to 256"),
+        ({"temperature": 1, "key": 0, "top_k": 2.5}, "top_k=2.5; expected 1 to 256"),
+        ({"stop_tokens": 3}, "stop_tokens=3; expected a sequence of token ids"),
         ({"temperature": 1, "key": 0, "top_p": 0}, r"top_p=0; expected a probability in \(0, 1\]"),
         ({"temperature": 1, "key": 0, "min_p": 2}, "min_p=2; expected a share of the largest"),
         ({"max_new_tokens": [1, 2, 3]}, "expected a whole number, 1 or more, or 2 of them"),
@@ -359,6 +361,11 @@ def test_bad_arguments_are_named(model, prompts, options, message):
 def test_bad_tokens_are_named(model):
     with pytest.raises(ValueError, match=r"tokens has shape \(3,\) and dtype int64"):
         generate(model, np.arange(3), max_new_tokens=1)
+    with pytest.raises(ValueError, match="tokens has rows of unequal length; pad them"):
+        generate(model, [[1, 2], [3]], max_new_tokens=1)
+    for wrong in ({"top_k": 9}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2}, {"temperature": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            sample(jnp.zeros((1, 4)), jax.random.key(0), **{"temperature": 1, **wrong})
     with pytest.raises(ValueError, match="tokens has ids from 1 to 999; the vocabulary has 256"):
         generate(model, [[1, 999]], max_new_tokens=1)
     with pytest.raises(ValueError, match="question has 2 rows; the context has 1"):

@@ -28,6 +28,8 @@ from jaxeff.compress.streaming_llm import StreamingLLM
 from jaxeff.compress.tova import TOVA
 from jaxeff.compress.wrappers import AdaKV, Compose, PerLayer, Quantized
 
+random = random_eviction  # so that `compress.<method>.scores` has every method's name
+
 __all__ = [
     "COMPRESSORS",
     "H2O",
@@ -55,6 +57,7 @@ __all__ = [
     "knorm",
     "kvzip",
     "parse",
+    "random",
     "random_eviction",
     "rkv",
     "select",

@@ -194,6 +194,8 @@ def select(
         R-KV (arXiv 2505.24133), Algorithm 1.
     """
     slots = scores.shape[-1]
+    if isinstance(budget, bool) or not isinstance(budget, int | np.integer):
+        raise ValueError(f"budget={budget!r}; expected a whole number of slots")
     if not 0 <= budget <= slots:
         raise ValueError(f"budget={budget} must be in [0, {slots}], the number of scored slots")
     if slot_order not in ("time", "score"):
@@ -210,6 +212,33 @@ def select(
     order = jnp.argsort(key, axis=-1)
     kept = jnp.where(values > -jnp.inf, indices, -1)
     return jnp.take_along_axis(kept, order, axis=-1).astype(jnp.int32)
+
+
+def check_queries(queries: jax.Array, keys: jax.Array) -> None:
+    """Say how queries ``[B, A, N, H]`` do not fit keys ``[B, S, K, H]``.
+
+    Raises:
+        ValueError: if an array has not four axes, sizes differ or ``K`` does not divide ``N``.
+
+    Examples:
+        >>> check_queries(jnp.ones((1, 2, 4, 8)), jnp.ones((1, 5, 2, 8)))
+
+    References:
+        R-KV (arXiv 2505.24133), equations 2 and 3 (groups of query heads).
+    """
+    for name, x, form in (("queries", queries, "[B, A, N, H]"), ("keys", keys, "[B, S, K, H]")):
+        if jnp.ndim(x) != 4:
+            raise ValueError(f"{name} has shape {jnp.shape(x)}; expected {form}")
+    if queries.shape[::3] != keys.shape[::3]:
+        raise ValueError(
+            f"queries has shape {queries.shape}; expected [B, A, N, H] with B={keys.shape[0]} and "
+            f"H={keys.shape[3]}, as keys has"
+        )
+    if queries.shape[2] % keys.shape[2]:
+        raise ValueError(
+            f"keys has {keys.shape[2]} heads; query heads ({queries.shape[2]}) must be a multiple "
+            "of it"
+        )
 
 
 def live_slots(keys: jax.Array, length: jax.Array | None) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import live_slots, masked_softmax
+from jaxeff.compress.base import check_queries, live_slots, masked_softmax
 from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import Scorer
 
@@ -43,7 +43,7 @@ def scores(
         f32 ``[B, K, S]``, ``-inf`` on dead slots.
 
     Raises:
-        ValueError: if the statistic is unknown.
+        ValueError: if the statistic is unknown or head counts do not divide.
 
     Examples:
         >>> q, k = jnp.ones((1, 2, 1, 4)), jnp.ones((1, 2, 1, 4))
@@ -54,6 +54,7 @@ def scores(
         H2O (arXiv 2306.14048), section 4; ``mean`` as in kvpress, ``max`` as in KVzip's comparison.
     """
     _check_statistic(statistic)
+    check_queries(queries, keys)
     live = live_slots(keys, length)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(keys.shape[1]), live.shape)

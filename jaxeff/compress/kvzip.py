@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxeff.compress.base import Compressor, ContextPass
+from jaxeff.compress.base import Compressor, ContextPass, check_queries
 from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import evictable_layers, with_evictable
 from jaxeff.kv_cache import DenseLayer, KVCache, TiledLayer
@@ -88,11 +89,11 @@ def reconstruction_scores(
         raise ValueError(f"norm={norm!r}; expected 'chunk', 'full' or 'none'")
     if norm == "none" and not (value_norms is None and row_norms is None):
         raise ValueError("norm='none' gives logits; value_norms and row_norms need a softmax")
-    batch, slots, heads, _ = keys.shape
-    if queries.shape[2] % heads:
-        raise ValueError(
-            f"keys has {heads} heads; query heads ({queries.shape[2]}) must be a multiple of it"
-        )
+    check_queries(queries, keys)
+    batch, slots, heads, head_dim = keys.shape
+    own = (batch, queries.shape[1], heads, head_dim)
+    if input_keys.shape != own:
+        raise ValueError(f"input_keys has shape {input_keys.shape}; expected {own}")
     if not 0 <= num_sinks <= slots:
         raise ValueError(f"num_sinks={num_sinks} must be in [0, {slots}], the cached slots")
     start = num_sinks if start is None else start
@@ -507,7 +508,8 @@ def keep_mask(
         by_row = jnp.where(jnp.moveaxis(eligible, 1, 0), by_row, -jnp.inf)
     flat = by_row.reshape(batch, -1)
     if upstream_threshold:
-        count = _count(jnp.sum(flat > -jnp.inf, -1), ratio)
+        # int(N * ratio), as the authors' code rounds it.
+        count = _count(jnp.sum(flat > -jnp.inf, -1), ratio, slack=0.0)
         ordered = -jnp.sort(-flat, axis=-1)
         threshold = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0)[:, None], axis=-1)
         kept = (flat > threshold).reshape(by_row.shape)
@@ -521,16 +523,16 @@ def keep_mask(
 
 
 def _check_selection(ratio: float, level: str) -> None:
-    if not 0 < ratio <= 1:
+    if not isinstance(ratio, numbers.Real) or not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio} must be in (0, 1]: the share of the context that is kept")
     if level not in ("pair", "uniform", "pair-uniform", "head"):
         raise ValueError(f"level={level!r}; expected 'pair', 'uniform' ('pair-uniform') or 'head'")
 
 
-def _count(total: jax.Array, ratio: float) -> jax.Array:
+def _count(total: jax.Array, ratio: float, slack: float = 1e-6) -> jax.Array:
     """Return ``floor(total * ratio)`` per entry, on the host, where a float has 53 bits."""
     # 0.29 * 100 is 28.999…: a millionth of an entry brings the intended whole number back.
-    return jnp.asarray(np.floor(np.asarray(total, np.float64) * ratio + 1e-6), jnp.int32)
+    return jnp.asarray(np.floor(np.asarray(total, np.float64) * ratio + slack), jnp.int32)
 
 
 def _largest(scores: jax.Array, count: jax.Array) -> jax.Array:
@@ -633,8 +635,9 @@ class KVzip(Compressor):
         if self.layout not in ("dense", "tiled"):
             raise ValueError(f"layout={self.layout!r}; expected 'dense' or 'tiled'")
         for field, least in (("chunk", 1), ("bucket", 1), ("num_sinks", 0), ("num_recent", 0)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field}={getattr(self, field)}; expected {least} or more tokens")
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{field}={value!r}; expected {least} or more tokens")
         # Lists become tuples: the compressor is a static, hashable argument.
         for field in ("repeat_prompt", "repeat_prompt_later", "header"):
             value = getattr(self, field)

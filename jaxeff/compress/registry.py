@@ -150,6 +150,8 @@ def _options(cls: type[Compressor], rest: str, whole: str) -> dict[str, Any]:
         for item in filter(str.strip, _split(rest[1:-1], ",")):
             key, *value = _split(item, "=")
             if len(value) == 1 and key.strip().isidentifier():
+                if key.strip() in options:
+                    raise ValueError(f"compression={whole!r} sets {key.strip()} twice")
                 options[key.strip()] = _value(value[0])
             elif not value and names:
                 options[names.pop(0)] = _value(item)

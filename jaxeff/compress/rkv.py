@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import masked_softmax
+from jaxeff.compress.base import check_queries, masked_softmax
 from jaxeff.compress.scorer import Scorer
 from pallas_kernels import last_similar_keys
 
@@ -80,17 +80,8 @@ def importance(
         R-KV (arXiv 2505.24133), section 3.2 and appendix A.2. Rows are averaged before pooling,
         as in Algorithm 1 and the authors' code; equation 4 pools first.
     """
-    num_heads, num_kv_heads = queries.shape[2], keys.shape[2]
-    if num_heads % num_kv_heads:
-        raise ValueError(
-            f"keys has {num_kv_heads} heads; query heads ({num_heads}) must be a multiple of it"
-        )
-    if pooling not in ("max", "mean"):
-        raise ValueError(f"pooling={pooling!r}; expected 'max' or 'mean'")
-    if pool_order not in ("mean_first", "pool_first"):
-        raise ValueError(f"pool_order={pool_order!r}; expected 'mean_first' or 'pool_first'")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size}; expected an odd number of slots, 1 or more")
+    check_queries(queries, keys)
+    _check_importance(kernel_size, pooling, pool_order)
     batch, rows = queries.shape[:2]
     if query_valid is None:
         query_valid = jnp.ones((batch, rows), bool)
@@ -111,6 +102,29 @@ def importance(
         weights = pooled(weights)
     mean = jnp.sum(jnp.where(real, weights, 0.0), axis=2) / count  # [B, K, S]
     return mean if pool_order == "pool_first" else pooled(mean)
+
+
+def _check_importance(kernel_size: int, pooling: str, pool_order: str) -> None:
+    if pooling not in ("max", "mean"):
+        raise ValueError(f"pooling={pooling!r}; expected 'max' or 'mean'")
+    if pool_order not in ("mean_first", "pool_first"):
+        raise ValueError(f"pool_order={pool_order!r}; expected 'mean_first' or 'pool_first'")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size}; expected an odd number of slots, 1 or more")
+
+
+def _check_redundancy(threshold: float, beta: int, mode: str) -> None:
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold={threshold}; expected a cosine in [0, 1)")
+    if beta < 1:
+        raise ValueError(f"beta={beta}; expected 1 or more exempted entries per row")
+    if mode not in ("code", "paper"):
+        raise ValueError(f"mode={mode!r}; expected 'code' or 'paper'")
+
+
+def _check_mix(mix_lambda: float) -> None:
+    if not 0 <= mix_lambda <= 1:
+        raise ValueError(f"mix_lambda={mix_lambda}; expected a weight in [0, 1]")
 
 
 def group_logits(queries: jax.Array, keys: jax.Array, scale: float | None = None) -> jax.Array:
@@ -186,12 +200,7 @@ def redundancy(
     References:
         R-KV (arXiv 2505.24133), section 3.3; direction and column mean follow the authors' code.
     """
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold={threshold}; expected a cosine in [0, 1)")
-    if beta < 1:
-        raise ValueError(f"beta={beta}; expected 1 or more exempted entries per row")
-    if mode not in ("code", "paper"):
-        raise ValueError(f"mode={mode!r}; expected 'code' or 'paper'")
+    _check_redundancy(threshold, beta, mode)
     stored = jnp.swapaxes(keys, 1, 2)  # [B, K, S, H]
     unit = stored.astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
@@ -279,8 +288,8 @@ def scores(
     References:
         R-KV (arXiv 2505.24133), section 3, equation 8.
     """
-    if not 0 <= mix_lambda <= 1:
-        raise ValueError(f"mix_lambda={mix_lambda}; expected a weight in [0, 1]")
+    _check_mix(mix_lambda)
+    check_queries(queries, keys)
     batch, slots, heads, _ = keys.shape
     window = queries.shape[1] if window is None else window
     length = jnp.asarray(slots if length is None else length, jnp.int32)
@@ -327,7 +336,7 @@ class RKV(Scorer):
         window: last tokens whose queries score and that always stay, 1 or more.
         mix_lambda, threshold, kernel_size, pooling, pool_order, zero_col0_when_empty, beta, mode,
             scale: see :func:`scores`.
-        num_sinks: first tokens of the prompt that are never evicted; 0 as in the authors' code.
+        num_sinks: first tokens that are never evicted; 0 as in the authors' code.
         slot_order: ``"time"``: survivors keep their order. ``"score"``: descending score, as in
             the authors' code; from the second compaction on the two differ.
         scope, compress_prefill, spare_frozen, storage: see :class:`~jaxeff.compress.Scorer`.
@@ -360,6 +369,12 @@ class RKV(Scorer):
     scale: float | None = None
 
     name: ClassVar[str] = "rkv"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_mix(self.mix_lambda)
+        _check_importance(self.kernel_size, self.pooling, self.pool_order)
+        _check_redundancy(self.threshold, self.beta, self.mode)
 
     @property
     def query_window(self) -> int:

@@ -149,10 +149,27 @@ class Budgeted(Compressor):
             raise ValueError(
                 f"the cache keeps no queries; make it with query_window={self.query_window}"
             )
+        layer = self._with_own_queries(layer)
         slot = jnp.arange(layer.capacity)
         recent = slot >= layer.length[..., None] - self.window
         kept = recent | (slot < layer.frozen[..., None])
+        if self.num_sinks:  # a prompt shorter than that has no more of them frozen
+            kept = kept | (layer.positions < self.num_sinks)
         return jnp.where(layer.live, jnp.where(kept, jnp.inf, self.score(layer, index)), -jnp.inf)
+
+    def _with_own_queries(self, layer: Any) -> Any:
+        """Return a layer whose query ring shows the queries that this method scores with."""
+        if not self.query_window or layer.queries.shape[2] == self.query_window:
+            return layer
+        if layer.queries.shape[2] < self.query_window:
+            raise ValueError(
+                f"the cache keeps {layer.queries.shape[2]} queries; make it with "
+                f"query_window={self.query_window}"
+            )
+        positions = layer.query_positions
+        newest = jnp.max(positions, axis=1, keepdims=True) - self.query_window
+        positions = jnp.where(positions > newest, positions, -1)
+        return dataclasses.replace(layer, query_positions=positions)
 
     def compact(self, cache: KVCache, rows=None, *, capacity: int | None = None) -> KVCache:
         """Return the cache with the marked heads cut to ``budget`` entries.
@@ -164,10 +181,12 @@ class Budgeted(Compressor):
             capacity: slots of the new layers, in tokens; ``None``: as before.
 
         Returns:
-            The new cache. Heads that are not marked keep all their entries.
+            The new cache. Heads that are not marked keep all their entries; where these do not
+            fit a smaller capacity, the last are dropped and ``overflow`` is set.
 
         Raises:
-            ValueError: if the budget exceeds the capacity, or the cache lacks what scores need.
+            ValueError: if the budget exceeds the old or the new capacity, ``rows`` has not one
+                array per layer, or the cache lacks what scores need.
         """
         layers = evictable_layers(cache)
         budgets = self.budgets(len(layers))
@@ -176,6 +195,10 @@ class Budgeted(Compressor):
                 raise ValueError(
                     f"budget={budget} is larger than the capacity={layer.capacity} of the cache"
                 )
+            if capacity is not None and budget > capacity:
+                raise ValueError(f"capacity={capacity} cannot hold budget={budget} entries")
+        if rows is not None and len(rows) != len(layers):
+            raise ValueError(f"rows has {len(rows)} arrays; {len(layers)} layers are compressed")
         if rows is None:
             rows = [self.over(x, b, 1) for x, b in zip(layers, budgets, strict=True)]
         return self._compact(cache, rows, [capacity] * len(layers))
@@ -213,6 +236,9 @@ class Budgeted(Compressor):
             if first:
                 new.append(self.rebuild(layer, indices, budget, capacity))
                 continue
+            if capacity < width:
+                lost = jnp.any(indices[..., capacity:] >= 0, axis=(1, 2))
+                layer = dataclasses.replace(layer, overflow=layer.overflow | lost)
             indices = indices[..., :capacity]
             if less and isinstance(layer, TiledLayer):
                 new.append(_shrink(layer, indices, less))
@@ -242,7 +268,7 @@ class Scorer(Budgeted):
         budget: entries kept per head, in tokens, window and sinks included.
         buffer: fresh tokens between two compactions, 1 or more.
         window: last entries that always stay, 1 or more.
-        num_sinks: first tokens of the prompt that are never evicted.
+        num_sinks: first tokens that are never evicted.
         slot_order: ``"time"``: survivors keep their order. ``"score"``: descending score.
         scope: who shares a decision: ``"head"`` (none), ``"layer"`` (mean over the heads),
             ``"global"`` (that, summed over the layers). Shared scopes need heads of equal length.
@@ -300,6 +326,9 @@ class Scorer(Budgeted):
 def evictable_layers(cache: KVCache) -> list[Any]:
     """Return the layers that a compressor may cut: all but the rings of windowed layers.
 
+    Raises:
+        ValueError: if the cache is of another version than this code reads.
+
     Examples:
         >>> from jaxeff.kv_cache import DenseCache
         >>> cache = DenseCache.init(2, 1, 8, 1, 4, windows=(4, None))
@@ -309,6 +338,7 @@ def evictable_layers(cache: KVCache) -> list[Any]:
     References:
         KVzip (arXiv 2505.23416), section 4.1 (models with sliding windows).
     """
+    cache.check_version()
     return [layer for layer in cache.layers if getattr(layer, "evictable", True)]
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import live_slots, masked_softmax
+from jaxeff.compress.base import check_queries, live_slots, masked_softmax
 from jaxeff.compress.rkv import group_logits, importance
 from jaxeff.compress.scorer import Scorer
 
@@ -71,23 +71,9 @@ def scores(
         SnapKV (arXiv 2404.14469), section 4; the ``"rkv"`` form: R-KV (arXiv 2505.24133), equations
         2 to 4.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}; expected one of {', '.join(VARIANTS)}")
+    kernel_size, pooling, group = _settings(variant, kernel_size, pooling, group)
     chosen = VARIANTS[variant]
-    kernel_size = chosen["kernel"] if kernel_size is None else kernel_size
-    pooling = chosen["pooling"] if pooling is None else pooling
-    group = chosen["group"] if group is None else group
-    if pooling not in ("avg", "max"):
-        raise ValueError(f"pooling={pooling!r}; expected 'avg' or 'max'")
-    if group not in ("mean", "max") and group != chosen["group"]:
-        raise ValueError(f"group={group!r}; expected 'mean' or 'max'")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size}; expected an odd number of slots, 1 or more")
-    if queries.shape[2] % keys.shape[2]:
-        raise ValueError(
-            f"keys has {keys.shape[2]} heads; query heads ({queries.shape[2]}) must be a multiple "
-            "of it"
-        )
+    check_queries(queries, keys)
     rows, slots = queries.shape[1], keys.shape[1]
     window = rows if window is None else window
     live = live_slots(keys, length)
@@ -134,6 +120,25 @@ def _pool(x: jax.Array, candidates: jax.Array, kernel_size: int, pooling: str) -
     return jax.lax.reduce_window(x, 0.0, jax.lax.add, shape, ones, "SAME") / kernel_size
 
 
+def _settings(
+    variant: str, kernel_size: int | None, pooling: str | None, group: str | None
+) -> tuple[int, str, str]:
+    """Return kernel size, pooling and group of a variant, or as they are given."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}; expected one of {', '.join(VARIANTS)}")
+    chosen = VARIANTS[variant]
+    kernel_size = chosen["kernel"] if kernel_size is None else kernel_size
+    pooling = chosen["pooling"] if pooling is None else pooling
+    group = chosen["group"] if group is None else group
+    if pooling not in ("avg", "max"):
+        raise ValueError(f"pooling={pooling!r}; expected 'avg' or 'max'")
+    if group not in ("mean", "max") and group != chosen["group"]:
+        raise ValueError(f"group={group!r}; expected 'mean' or 'max'")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size}; expected an odd number of slots, 1 or more")
+    return kernel_size, pooling, group
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(Scorer):
     """Keeps the window and what it attends to, at the prompt's end and again while decoding.
@@ -165,8 +170,7 @@ class SnapKV(Scorer):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant!r}; expected one of {', '.join(VARIANTS)}")
+        _settings(self.variant, self.kernel_size, self.pooling, self.group)
 
     @property
     def query_window(self) -> int:

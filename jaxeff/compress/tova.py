@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxeff.compress.base import live_slots, masked_softmax
+from jaxeff.compress.base import check_queries, live_slots, masked_softmax
 from jaxeff.compress.rkv import group_logits
 from jaxeff.compress.scorer import Scorer
 
@@ -47,11 +47,7 @@ def scores(
     """
     if window < 0:
         raise ValueError(f"window={window}; expected 0 or more tokens")
-    if queries.shape[2] % keys.shape[2]:
-        raise ValueError(
-            f"keys has {keys.shape[2]} heads; query heads ({queries.shape[2]}) must be a multiple "
-            "of it"
-        )
+    check_queries(queries, keys)
     live = live_slots(keys, length)
     if query_valid is None:
         query_valid = jnp.ones(queries.shape[:2], bool)

@@ -31,6 +31,7 @@ class BudgetWrapper(Budgeted):
 
     Raises:
         ValueError: if the method has no budget and scores.
+        NotImplementedError: if the method is a wrapper whose budgets this one would replace.
 
     Examples:
         >>> BudgetWrapper(method="knorm:32").budget
@@ -52,9 +53,19 @@ class BudgetWrapper(Budgeted):
                 f"method={method.name!r} has no budget per head; {self.name} needs one that has, "
                 "such as 'snapkv:256'"
             )
+        if isinstance(method, BudgetWrapper) and not self._takes(method):
+            raise NotImplementedError(
+                f"method={method.name!r} inside {self.name} is not served, its budgets would be "
+                "lost; 'adakv(per_layer(snapkv:256))' has both"
+            )
         object.__setattr__(self, "method", method)
         if self.storage is None:
             object.__setattr__(self, "storage", method.storage)
+
+    def _takes(self, wrapper: BudgetWrapper) -> bool:
+        """Return whether what a wrapper decides lives on inside this one."""
+        del wrapper
+        return False
 
     budget = property(lambda self: self.method.budget, doc="Entries per head, in tokens.")
     buffer = property(lambda self: self.method.buffer, doc="Tokens between compactions.")
@@ -124,6 +135,9 @@ class AdaKV(BudgetWrapper):
             raise ValueError(f"tile={self.tile}; expected 1 or more tokens")
         if self.scope != "head":
             raise ValueError(f"scope={self.scope!r}; adakv ranks heads itself, expected 'head'")
+
+    def _takes(self, wrapper: BudgetWrapper) -> bool:
+        return isinstance(wrapper, PerLayer)  # heads share what a layer gets
 
     def over(self, layer: Any, budget: int, slack: int) -> jax.Array:
         """Return whether all heads of a row together are above their budget, bool ``[B, K]``."""

@@ -142,11 +142,7 @@ class KVCache:
             ValueError: if the number of layers or of rows changed, or the cache is of another
                 version than this code reads.
         """
-        if self.version != CACHE_VERSION:
-            raise ValueError(
-                f"the cache has version {self.version}; this code reads version {CACHE_VERSION}. "
-                "Make it anew from its tokens"
-            )
+        self.check_version()
         layers = tuple(layers)
         if len(layers) != len(self.layers):
             raise ValueError(f"layers has {len(layers)} entries; the cache has {len(self.layers)}")
@@ -158,6 +154,14 @@ class KVCache:
         layers = tuple(x.settle() if hasattr(x, "settle") else x for x in layers)
         seen = self.seen + jnp.sum(valid, axis=1, dtype=jnp.int32)
         return dataclasses.replace(self, layers=layers, seen=seen)
+
+    def check_version(self) -> None:
+        """Raise ``ValueError`` if the cache is of another version than this code reads."""
+        if self.version != CACHE_VERSION:
+            raise ValueError(
+                f"the cache has version {self.version}; this code reads version {CACHE_VERSION}. "
+                "Make it anew from its tokens"
+            )
 
     def lengths(self) -> jax.Array:
         """Return the live slots per layer, row and KV head, int32 ``[L, B, K]``."""
@@ -237,10 +241,13 @@ class KVCache:
         own, own_tree = jax.tree_util.tree_flatten_with_path(self)
         other, other_tree = jax.tree_util.tree_flatten_with_path(fork)
         if own_tree != other_tree:
-            kinds = [[type(layer).__name__ for layer in c.layers] for c in (fork, self)]
+            kinds = [
+                [f"{type(x).__name__}({getattr(x, 'store', '')})" for x in c.layers]
+                for c in (fork, self)
+            ]
             raise ValueError(
                 f"fork is laid out differently: layers {kinds[0]} where this cache has {kinds[1]}, "
-                "or another storage or observer"
+                "or another observer or query window"
             )
         for (path, mine), (_, its) in zip(own, other, strict=True):
             if mine.shape != its.shape or mine.dtype != its.dtype:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxeff.kv_cache.base import KVCache, Observer, tree_bytes
 from jaxeff.kv_cache.storage import check_head_dim, decode, encode, float_dtype, store_name
@@ -167,8 +168,7 @@ class DenseLayer:
             ValueError: if a shape does not fit the cache, or the ring is there but no queries.
         """
         batch, kv_heads, capacity = self.positions.shape
-        expected = (batch, positions.shape[-1], kv_heads, self.k.shape[-1])
-        check_tokens(k, v, expected)
+        check_tokens(k, v, (batch, kv_heads, self.k.shape[-1]), positions, valid)
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, H]
@@ -379,12 +379,15 @@ class DenseCache:
 
         if num_layers < 1:
             raise ValueError(f"num_layers={num_layers}; expected at least 1")
-        capacities = [capacity] * num_layers if isinstance(capacity, int) else list(capacity)
+        one = isinstance(capacity, int | np.integer)
+        capacities = [int(capacity)] * num_layers if one else list(capacity)
         if len(capacities) != num_layers:
             raise ValueError(f"capacity lists {len(capacities)} layers; num_layers={num_layers}")
         windows = list(windows) or [None] * num_layers
         if len(windows) != num_layers:
             raise ValueError(f"windows lists {len(windows)} layers; num_layers={num_layers}")
+        if any(window is not None and window < 1 for window in windows):
+            raise ValueError(f"windows={windows}; expected 1 or more tokens, or None, per layer")
         layers = tuple(
             DenseLayer.init(
                 batch,
@@ -457,8 +460,25 @@ def remember_queries(
     return ring, ring_positions
 
 
-def check_tokens(k: jax.Array, v: jax.Array, expected: tuple[int, ...]) -> None:
-    """Say which of the new keys and values does not have the shape ``[B, T, K, H]`` expected."""
+def check_tokens(
+    k: jax.Array,
+    v: jax.Array,
+    sizes: tuple[int, int, int],
+    positions: jax.Array,
+    valid: jax.Array | None,
+) -> None:
+    """Say which array of an update does not fit a cache of ``sizes`` ``(B, K, H)``."""
+    batch, heads, head_dim = sizes
+    for name, x, kind in (("positions", positions, jnp.integer), ("valid", valid, jnp.bool_)):
+        if x is None:
+            continue
+        shape, tokens = jnp.shape(x), jnp.shape(positions)[-1:]
+        if shape not in ((batch, *tokens), (1, *tokens)) or not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(
+                f"{name} has shape {shape} and dtype {x.dtype}; expected [B, T] with B={batch} and "
+                f"T of k, {'whole numbers' if name == 'positions' else 'bool'}"
+            )
+    expected = (batch, positions.shape[1], heads, head_dim)
     for name, value in (("k", k), ("v", v)):
         if value.shape != expected:
             raise ValueError(

@@ -92,7 +92,7 @@ class RingLayer(DenseLayer):
         slots than its window allows.
         """
         batch, heads, capacity = self.positions.shape
-        check_tokens(k, v, (batch, positions.shape[-1], heads, self.k.shape[-1]))
+        check_tokens(k, v, (batch, heads, self.k.shape[-1]), positions, valid)
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, H]

@@ -101,7 +101,8 @@ def check_head_dim(store: str, head_dim: int) -> None:
     tile = min(form.tile or head_dim, head_dim)
     if head_dim % 2 or head_dim % tile:
         raise ValueError(
-            f"head_dim={head_dim} must be a multiple of {tile} to be stored as {store}"
+            f"head_dim={head_dim} must be {'even' if head_dim % 2 else f'a multiple of {tile}'} "
+            f"to be stored as {store}"
         )
 
 

@@ -219,7 +219,7 @@ class TiledLayer:
         """
         batch, heads, tiles = self.table.shape
         tile, pool = self.tile, self.num_tiles
-        check_tokens(k, v, (batch, positions.shape[-1], heads, self.k.shape[-1]))
+        check_tokens(k, v, (batch, heads, self.k.shape[-1]), positions, valid)
         if valid is None:
             valid = jnp.ones(positions.shape, bool)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B, K, T, H]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 
 import jax
@@ -177,7 +178,7 @@ class BlockMask:
           A `BlockMask`.
 
         Raises:
-          ValueError: not exactly one of `topk` and `cdf`, or wrong shapes.
+          ValueError: not exactly one of `topk` and `cdf`, a number outside [0, 1], or wrong shapes.
 
         >>> scores = jnp.array([[0.0, 3.0, 1.0]])
         >>> BlockMask.from_scores(scores, 2, 6, block_q=2, block_kv=2, topk=0.7).to_blocks()[0, 0]
@@ -214,7 +215,8 @@ class BlockMask:
 
         Args:
           indptr: int [nq + 1], [N, nq + 1] or [B, N, nq + 1], rising from 0.
-          indices: int [nnz], [N, nnz] or [B, N, nnz]; entries past ``indptr[-1]`` are not read.
+          indices: int [nnz], [N, nnz] or [B, N, nnz], from 0 to nk - 1; entries past ``indptr[-1]``
+            are not read.
           q_len: number of queries T, tokens.
           kv_len: number of keys S, tokens.
           block_q: queries per tile, tokens.
@@ -225,7 +227,7 @@ class BlockMask:
           A `BlockMask`; tiles may come in any order.
 
         Raises:
-          ValueError: the shapes do not fit.
+          ValueError: the shapes do not fit, or (outside `jit`) a value is out of range.
 
         >>> blocks = BlockMask.from_bsr(
         ...     jnp.array([0, 1, 3]), jnp.array([0, 0, 1]), 4, 4, block_q=2, block_kv=2
@@ -245,6 +247,7 @@ class BlockMask:
                 f"indptr must be [.., {nq + 1}] and indices [.., nnz] with the same leading axes; "
                 f"got shapes {indptr.shape} and {indices.shape}"
             )
+        _check_bsr(indptr, indices, nk)
 
         def fill(indptr, indices):
             entry = jnp.arange(indices.shape[0])
@@ -537,7 +540,8 @@ def top_tiles(
       bool [B, N, nq, nk]. Equal scores: the lower index wins.
 
     Raises:
-      ValueError: not exactly one of `topk` and `cdf` is given, or it has a wrong shape.
+      ValueError: not exactly one of `topk` and `cdf` is given, it has a wrong shape, or it is a
+        number outside [0, 1].
 
     >>> top_tiles(jnp.zeros((1, 1, 1, 4)), cdf=0.5)[0, 0]
     Array([[ True,  True, False, False]], dtype=bool)
@@ -545,6 +549,8 @@ def top_tiles(
     if (topk is None) == (cdf is None):
         raise ValueError(f"exactly one of topk and cdf must be given; got topk={topk}, cdf={cdf}")
     name, share = ("topk", topk) if cdf is None else ("cdf", cdf)
+    if isinstance(share, numbers.Real) and not 0 <= share <= 1:
+        raise ValueError(f"{name} must be a share in [0, 1]; got {share}")
     share = jnp.asarray(share, jnp.float32)
     if share.shape not in ((), (scores.shape[1],)):
         raise ValueError(
@@ -572,6 +578,28 @@ def _check_tiles(name, x, q_len, kv_len, block_q, block_kv):
         raise ValueError(
             f"{name} must be [.., {want[0]}, {want[1]}] for T={q_len}, S={kv_len} in blocks "
             f"of {block_q} x {block_kv}; got shape {jnp.shape(x)}"
+        )
+
+
+def _check_bsr(indptr: jax.Array, indices: jax.Array, nk: int) -> None:
+    """Checks the values of block-sparse rows, where they are known."""
+    for name, x in (("indptr", indptr), ("indices", indices)):
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers; got {x.dtype}")
+    if isinstance(indptr, jax.core.Tracer) or isinstance(indices, jax.core.Tracer):
+        return
+    starts, tiles = np.asarray(indptr), np.asarray(indices)
+    size = tiles.shape[-1]
+    if starts[..., 0].any() or (np.diff(starts) < 0).any() or (starts[..., -1] > size).any():
+        raise ValueError(
+            f"indptr must start at 0, never fall and end at most at {size}, the number of indices; "
+            f"got {starts.tolist()}"
+        )
+    read = np.arange(size) < starts[..., -1:]
+    if (read & ((tiles < 0) | (tiles >= nk))).any():
+        raise ValueError(
+            f"indices must be from 0 to {nk - 1}, the tiles of keys; "
+            f"got {tiles[read].min()} to {tiles[read].max()}"
         )
 
 

@@ -405,6 +405,15 @@ class Mask:
             ok &= _any([mask.at(b, n, t, s, q_len, kv_len) for mask in masks])
         return ok
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether rules together may leave a token with nothing, though each alone does not."""
+        rules = [self.segments, self.arrays, self.tiles, self.predicates, self.unions]
+        bounds = [self.min_diff, self.max_diff, self.q_lengths, self.kv_lengths]
+        number = sum(map(len, rules))
+        bounded = any(bound is not None for bound in bounds)
+        return number > 1 or bool(self.unions) or (number == 1 and bounded)
+
     def _heads(self) -> tuple[jax.Array, jax.Array]:
         """Indices of batch entries [B or 1, 1, 1, 1] and heads [1, N or 1, 1, 1] of predicates."""
         shapes = [(1, 1), *(array.shape[:2] for array in self.arrays)]

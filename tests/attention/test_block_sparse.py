@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import QUANTS, BlockMask, Mask, explain, testing
 from pallas_kernels import dot_product_attention as attention
-from pallas_kernels.ops.attention import sparse
+from pallas_kernels.ops.attention import AttentionConfig, sparse
 from pallas_kernels.ops.attention.api import spec_of
 
 B, T, S, N, K, H = 2, 21, 19, 4, 2, 8
@@ -39,6 +39,27 @@ def block_masks():
         ),
         "union": make(kept, mask=Mask.causal()) | make(~kept, mask=Mask.window(2, 2)),
     }
+
+
+@pytest.mark.parametrize("way", ["reference", "xla", "chunks", "tiles"])
+def test_nan_in_tokens_that_only_two_rules_together_leave_out(way):
+    """Rows 0 and 1 may see late keys only, and these no row above 8: causality leaves nothing."""
+    t, s = jnp.arange(T)[:, None], jnp.arange(S)
+    rule = jnp.where(t < 2, s >= 12, (s < 12) | (t < 8))
+    dense = rule & (s <= t)
+    q, k, v = qkv(seed=3)
+    bad = q.at[:, :2].set(jnp.nan), k.at[:, 12:].set(jnp.nan), v.at[:, 12:].set(jnp.nan)
+    options = {"mask": BlockMask.from_dense(rule, **TILES) if way == "tiles" else rule[None]}
+    options |= {"implementation": "reference" if way == "reference" else "xla"}
+    options |= {"config": AttentionConfig(block_kv=8) if way == "chunks" else None}
+
+    def grad(arrays, **rules):
+        run = lambda *x: (attention(*x, logits_soft_cap=2.0, **rules) ** 2).sum()  # noqa: E731
+        return jax.value_and_grad(run, (0, 1, 2))(*arrays)
+
+    want = grad((q, k, v), mask=dense[None], implementation="reference")
+    got = grad(bad, is_causal=True, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("name", ["causal", "segments", "heads", "union"])

@@ -1,5 +1,6 @@
 """The rivals of R-KV and KVzip: golden data of two, hand-made cases of the others."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxeff import compress
 from jaxeff.compress import (
+    TOVA,
     AdaKV,
     PerLayer,
     SnapKV,
@@ -18,7 +21,9 @@ from jaxeff.compress import (
     h2o,
     keydiff,
     knorm,
+    kvzip,
     random_eviction,
+    rkv,
     select,
     snapkv,
     streaming_llm,
@@ -160,6 +165,7 @@ def test_tova_keydiff_knorm_follow_their_formulas():
 
 def test_random_is_uniform_and_follows_the_token():
     keys = jnp.zeros((1, 2000, 2, 4))
+    assert compress.random.scores is random_eviction.scores  # by the method's name too
     score = np.asarray(random_eviction.scores(keys, seed=3))
     assert abs(score.mean() - 0.5) < 0.02 and abs((score < 0.25).mean() - 0.25) < 0.03
     assert abs(np.corrcoef(score[0])[0, 1]) < 0.1
@@ -255,6 +261,68 @@ def test_streaming_keeps_sinks_and_the_newest():
     assert held[1, 1].tolist() == [0, 1, 2, 3, 4, 5, *[-1] * 6]
 
 
+@pytest.mark.parametrize("order", ["time", "score"])
+def test_sinks_stay_though_the_prompt_was_shorter(order):
+    method = StreamingLLM(budget=8, buffer=4, num_sinks=3, slot_order=order)
+    cache = method.after_prefill(DenseCache.init(1, 1, 1, 1, 8, dtype=jnp.float32))
+    one, real = jnp.ones((1, 1, 1, 8)), jnp.ones((1, 1), bool)
+    for place in range(24):  # through four rounds
+        layer = cache.layers[0].update(one, one, positions=cache.seen[:, None])
+        cache = method.after_step(cache.advance([layer], real))
+        held = cache.layers[0].positions[0, 0].tolist()
+        assert {p for p in (0, 1, 2, place) if p <= place} <= set(held)
+
+
+def test_a_longer_query_ring_shows_a_method_its_own_queries():
+    method = TOVA(budget=4, buffer=2)
+    keys, queries = _normal(1, 8, 2, 8), _normal(1, 8, 4, 8)
+    places = jnp.arange(8)[None]
+    found = []
+    for window in (1, 4):
+        layer = DenseCache.init(
+            1, 1, 8, 2, 8, dtype=jnp.float32, query_window=window, num_heads=4
+        ).layers[0]
+        layer = layer.update(keys, keys, positions=places, queries=queries)
+        found.append(method.protected(layer, 0))
+    np.testing.assert_array_equal(*found)
+    with pytest.raises(ValueError, match="the cache keeps 1 queries; make it with query_window=8"):
+        SnapKV(budget=16).compact(DenseCache.init(1, 1, 32, 2, 8, query_window=1, num_heads=4))
+
+
+def test_a_smaller_cache_loses_nothing_in_silence():
+    method = StreamingLLM(budget=8, buffer=4)
+    with pytest.raises(ValueError, match="capacity=6 cannot hold budget=8"):
+        method.compact(_cache(), capacity=6)
+    with pytest.raises(ValueError, match="rows has 1 arrays; 2 layers are compressed"):
+        method.compact(_cache(), [jnp.ones((2, 2), bool)])
+    kept = method.compact(_cache((24, 6)), capacity=8)
+    assert kept.overflow.tolist() == [False, False]
+    rows = [jnp.array([[False, False], [True, True]])] * 2
+    assert method.compact(_cache(), rows, capacity=8).overflow.tolist() == [True, False]
+    old = dataclasses.replace(_cache(), version=0)
+    for change in (method.compact, method.after_step, method.after_prefill):
+        with pytest.raises(ValueError, match="the cache has version 0; this code reads version 1"):
+            change(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k: (q[0], k), r"queries has shape \(2, 4, 8\); expected \[B, A, N, H\]"),
+        (lambda q, k: (q[..., :4], k), r"queries has shape .* with B=2 and H=8, as keys has"),
+        (lambda q, k: (q[:1], k), r"queries has shape .* with B=2 and H=8, as keys has"),
+        (lambda q, k: (q[:, :, :3], k), r"keys has 2 heads; query heads \(3\)"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(change, message):
+    queries, keys = change(_normal(2, 2, 4, 8), _normal(2, 6, 2, 8))
+    for method in (rkv, snapkv, h2o, tova):
+        with pytest.raises(ValueError, match=message):
+            method.scores(queries, keys)
+    with pytest.raises(ValueError, match=message):
+        kvzip.reconstruction_scores(queries, keys, keys[:, :2])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -282,6 +350,7 @@ def test_streaming_keeps_sinks_and_the_newest():
         ),
         (lambda: AdaKV(method="snapkv(budget=16, scope='layer')"), "scope='layer'; adakv ranks"),
         (lambda: PerLayer(method="rkv:16", beta=0.5), "beta=0.5; expected 1"),
+        (lambda: SnapKV(budget=16, kernel_size=4), "kernel_size=4; expected an odd number"),
     ],
 )
 def test_bad_settings_of_baselines_are_named(call, message):

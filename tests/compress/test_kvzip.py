@@ -258,6 +258,13 @@ def test_dead_slots_never_compete_and_ties_go_to_the_lower_slot():
     assert keep_mask(scores, 1.0).tolist() == (scores > -jnp.inf).tolist()
 
 
+def test_the_authors_threshold_rounds_as_their_code():
+    scores = jnp.arange(100.0).reshape(1, 1, 1, 100)
+    assert int(100 * 0.29) == 28  # 28.999…
+    assert int(keep_mask(scores, 0.29, upstream_threshold=True).sum()) == 28 - 1
+    assert int(keep_mask(scores, 0.29).sum()) == 29
+
+
 def test_passes_repeat_every_context_token_once():
     rng = np.random.default_rng(2)
     tokens = rng.integers(256, size=(2, 50)).astype(np.int32)
@@ -298,6 +305,7 @@ def test_passes_repeat_every_context_token_once():
             r"row_norms has shape \(1, 5\); expected \(1, 3\)",
         ),
         (lambda: KVzip(ratio=0.3, chunk=0), "chunk=0; expected 1 or more tokens"),
+        (lambda: KVzip(ratio=0.3, chunk=2.5), "chunk=2.5; expected 1 or more tokens"),
         (
             lambda: KVzip(ratio=0.3, repeat_prompt=[300]).context_passes(
                 np.zeros((1, 4), int), np.array([4]), vocab_size=256

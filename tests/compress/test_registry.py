@@ -33,6 +33,10 @@ def test_spellings():
         ("kvzip:0.3 + rkv(budget=16, scope='layer')", "generation.scope='layer' is not served"),
         ("full+full+full", "joins 3 methods; expected 2"),
         ("adakv(kvzip:0.3)", "method='kvzip' has no budget per head; adakv needs one"),
+        ("per_layer(adakv(rkv:16))", "method='adakv' inside per_layer is not served"),
+        ("adakv(adakv(rkv:16))", "method='adakv' inside adakv is not served"),
+        ("rkv(budget=16, budget=32)", "sets budget twice"),
+        ("kvzip:'all'", r"ratio=all must be in \(0, 1\]"),
         ("adakv(rkv:16, floor=2)", "floor=2; expected a share of the budget"),
         ("quantized(rkv:16, 'int3')", "dtype='int3' is not a cache storage format"),
         (

@@ -243,6 +243,10 @@ def test_scoring_builds_no_square_array():
         (lambda: RKV(budget=0), "budget=0; expected a whole number of tokens, 1 or more"),
         (lambda: RKV(budget=16, num_sinks=9), r"num_sinks=9 must be in \[0, 8\]"),
         (lambda: RKV(budget=16, scope="batch"), "scope='batch'; expected 'head', 'layer'"),
+        (lambda: RKV(budget=16, mix_lambda=2), r"mix_lambda=2; expected a weight in \[0, 1\]"),
+        (lambda: RKV(budget=16, kernel_size=2), "kernel_size=2; expected an odd number"),
+        (lambda: RKV(budget=16, threshold=1), "threshold=1; expected a cosine"),
+        (lambda: select(jnp.zeros((1, 1, 4)), 2.0), "budget=2.0; expected a whole number"),
         (lambda: RKV(budget=16, slot_order="best"), "slot_order='best'; expected 'time'"),
         (
             lambda: RKV(budget=64).compact(

@@ -159,6 +159,22 @@ def test_update_compiles_once_and_equals_eager():
     [
         (lambda: DenseCache.init(0, 1, 4, 1, 8), "num_layers=0; expected at least 1"),
         (lambda: DenseCache.init(2, 1, [4], 1, 8), "capacity lists 1 layers; num_layers=2"),
+        (lambda: DenseCache.init(1, 1, 4, 1, 15, dtype="int4"), "head_dim=15 must be even"),
+        (lambda: DenseCache.init(1, 1, 4, 1, 8, windows=(0,)), r"windows=\[0\]; expected 1 or"),
+        (
+            lambda: DenseLayer.init(2, 4, 1, 8).update(
+                *[jnp.ones((2, 2, 1, 8))] * 2,
+                positions=jnp.ones((2, 2), int),
+                valid=jnp.ones((2, 3), bool),
+            ),
+            r"valid has shape \(2, 3\) and dtype bool; expected \[B, T\] with B=2",
+        ),
+        (
+            lambda: DenseLayer.init(1, 4, 1, 8).update(
+                *[jnp.ones((1, 2, 1, 8))] * 2, positions=jnp.ones((1, 2))
+            ),
+            r"positions has shape \(1, 2\) and dtype float32; expected \[B, T\]",
+        ),
         (lambda: DenseCache.init(1, 1, 0, 1, 8), "capacity=0; expected at least 1"),
         (lambda: DenseCache.init(1, 1, 4, 1, 8, dtype="int3"), "'int3' is not a cache storage"),
         (lambda: DenseCache.init(1, 1, 4, 1, 8, query_window=2), "query_window=2 needs num_heads"),

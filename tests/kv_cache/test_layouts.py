@@ -238,7 +238,9 @@ def test_bad_forks_and_missing_room_are_named():
     cache = DenseCache.init(1, 1, 8, 1, 16)
     cases = {
         r"fork\.layers\[0\]\.k is bfloat16 of shape": DenseCache.init(1, 1, 9, 1, 16),
-        "laid out differently": DenseCache.init(1, 1, 8, 1, 16, dtype="int8"),
+        r"layers \['DenseLayer\(int8\)'\] where this cache has \['DenseLayer\(bf": DenseCache.init(
+            1, 1, 8, 1, 16, dtype="int8"
+        ),
         "fork has cache version 0; this cache has version 1": dataclasses.replace(cache, version=0),
         "fork is a int; expected a KVCache": 3,
     }

@@ -259,6 +259,15 @@ def test_pytrees_pass_through_jit_and_vmap():
     assert blocks.grid == (2, 2) and abs(float(blocks.sparsity()) - 0.25) < 1e-6
 
 
+def _scored(**share):
+    return BlockMask.from_scores(jnp.zeros((2, 2)), 8, 8, block_q=4, block_kv=4, **share)
+
+
+def _rows(indptr, indices):
+    pair = jnp.asarray(indptr), jnp.asarray(indices)
+    return BlockMask.from_bsr(*pair, 8, 8, block_q=4, block_kv=4)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -272,6 +281,13 @@ def test_pytrees_pass_through_jit_and_vmap():
             lambda: BlockMask.from_blocks(jnp.ones((2, 3)), 8, 8, block_q=4, block_kv=4),
             r"blocks must be \[.., 2, 2\] for T=8, S=8 in blocks of 4 x 4; got shape \(2, 3\)",
         ),
+        (lambda: _scored(topk=8), r"topk must be a share in \[0, 1\]; got 8"),
+        (lambda: _scored(cdf=-0.1), r"cdf must be a share in \[0, 1\]; got -0.1"),
+        (lambda: _rows([1, 2, 3], [0, 1, 1]), r"indptr must start at 0, .* got \[1, 2, 3\]"),
+        (lambda: _rows([0, 2, 1], [0, 1, 1]), "indptr must start at 0, never fall"),
+        (lambda: _rows([0, 1, 4], [0, 1, 1]), "end at most at 3, the number of indices"),
+        (lambda: _rows([0, 1, 2], [0, -1, 9]), "indices must be from 0 to 1, .* got -1 to 0"),
+        (lambda: _rows([0.0, 1.0, 2.0], [0, 1, 1]), "indptr must be integers; got float32"),
         (
             lambda: BlockMask.from_mask(Mask(), 8, 8, block_q=0),
             "block_q must be at least 1 token; got 0",

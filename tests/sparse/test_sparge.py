@@ -140,7 +140,7 @@ def test_published_names():
             function(q, k, v, dropout_p=0.1)
         with pytest.raises(ValueError, match="tensor_layout must be one of"):
             function(q, k, v, tensor_layout="BHND")
-    with pytest.raises(ValueError, match="exactly one of topk and cdf"):
+    with pytest.raises(ValueError, match="exactly one of topk and cdf.* got topk=0.5"):
         sage.spas_sage2_attn_meansim_topk(q, k, v, cdfthreshd=0.9)
     with pytest.raises(NotImplementedError, match="attn_mask must be boolean"):
         sage.spas_sage2_attn_meansim_topk(q, k, v, attn_mask=jnp.zeros((140, 140)))

@@ -51,7 +51,8 @@ def dot_product_attention(
     there are segment ids, `causal_offset`, a soft cap, sinks, `Mask` and `BlockMask`, quantised
     variants and QTensor keys and values. It differs from `jax.nn` in three points: a query that may
     attend to nothing gives zeros (not an average), the log-sum-exp is float32 and differentiable,
-    and NaN in keys, values or queries that take part in nothing does not spread.
+    and NaN in keys, values or queries that take part in nothing does not spread (quantised
+    variants: that some rule by itself lets take part in nothing).
 
     Memory: "reference" holds all logits; "xla" holds at most one chunk of them, also in the
     gradient. Every implementation is differentiable in query, key, value, bias and sinks;

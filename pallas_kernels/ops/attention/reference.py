@@ -54,14 +54,14 @@ def attention(
     if spec.quant is not None:
         return _quantized(query, key, value, bias, sinks, mask, spec)
     f32, high = jnp.float32, lax.Precision.HIGHEST
-    q, k, v = clean(query, key, value, mask, spec)
+    ok = mask.dense(spec.q_len, spec.kv_len)
+    q, k, v = clean(query, key, value, mask, spec, ok)
     k, v = to_heads(k.astype(f32), spec.groups), to_heads(v.astype(f32), spec.groups)
     x = jnp.einsum("btnh,bsnh->bnts", q.astype(f32), k, precision=high) * spec.scale
     if spec.soft_cap is not None:
         x = spec.soft_cap * jnp.tanh(x / spec.soft_cap)
     if bias is not None:
         x = x + bias.astype(f32)
-    ok = mask.dense(spec.q_len, spec.kv_len)
     x = jnp.where(ok, x, -jnp.inf)  # [B, N, T, S]
 
     m = lax.stop_gradient(x.max(-1, keepdims=True, initial=-jnp.inf))
@@ -195,7 +195,7 @@ def _int8_bwd(spec, saved, cotangents):
 _int8.defvjp(_int8_fwd, _int8_bwd)
 
 
-def clean(query, key, value, mask: Mask, spec: AttentionSpec):
+def clean(query, key, value, mask: Mask, spec: AttentionSpec, ok: jax.Array | None = None):
     """Zeroes queries and keys that take part in nothing, so that NaN there cannot spread.
 
     A probability of zero times NaN is NaN; selecting zeros beforehand is the only cure.
@@ -206,10 +206,14 @@ def clean(query, key, value, mask: Mask, spec: AttentionSpec):
       value: [B, S, K, H].
       mask: which pairs take part.
       spec: static facts.
+      ok: bool [B or 1, N or 1, T or 1, S or 1], the same pairs one by one; without it a token that
+        only several rules together leave with nothing may count as alive.
 
     Returns:
       The three arrays with dead rows replaced by zeros.
     """
+    if ok is not None and mask.is_joint:
+        mask = Mask(arrays=(ok,))
     keys, queries = live_keys(mask, spec), mask.live_queries(spec.q_len, spec.kv_len)
     if keys is not None:
         key = jnp.where(keys[..., None], key, 0)

@@ -288,6 +288,11 @@ def sparge_attention(
             raise ValueError("topk and cdfthreshd choose tiles; give them or blocks, not both")
     elif cdfthreshd is None and topk is None:
         topk = 0.5
+    elif cdfthreshd is not None and topk is not None:
+        raise ValueError(
+            f"exactly one of topk and cdfthreshd must be given; got topk={topk}, "
+            f"cdfthreshd={cdfthreshd}"
+        )
     tiles = (block_q, block_kv) if blocks is None else (blocks.block_q, blocks.block_kv)
     spec = dataclasses.replace(spec, tiles=tiles, mask_kinds=(*spec.mask_kinds, "tiles"))
     reasons = api._reasons(spec)

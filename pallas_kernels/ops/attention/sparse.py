@@ -174,6 +174,16 @@ def _allowed(blocks: BlockMask, i, j, live, spec: AttentionSpec):
     return ok & blocks.mask.at(b, n, t, s, spec.q_len, spec.kv_len)
 
 
+def _seen(blocks: BlockMask, x: jax.Array, ok: jax.Array, axis: int) -> jax.Array:
+    """Zeroes the tokens of a tile [B, K, G, R, tokens, H] that the token rule leaves with nothing.
+
+    Listed tiles and rule together may do that where each alone does not; see `reference.clean`.
+    """
+    if blocks.mask is None or blocks.mask.is_trivial:
+        return x
+    return jnp.where(ok.any(axis)[..., None], x, 0)
+
+
 def _split(x: jax.Array, block: int) -> jax.Array:
     """[B, K, G, L, ...] -> [B, K, G, ceil(L / block), block, ...], padded with zeros."""
     pad = [(0, 0)] * x.ndim
@@ -250,10 +260,12 @@ def _forward(query, key, value, sinks, blocks, pv_threshold, spec: AttentionSpec
     def step(state, own, i, j, turn):
         m, l, acc, skipped = state
         kj, vj = _tiles((k, v), j)
+        ok = _allowed(blocks, i, j, turn[0], spec)
+        vj = _seen(blocks, vj, ok, -2)
         logits = _dot("bkgrth,bkgrch->bkgrtc", own["q"], kj) * spec.scale
         if capped:
             logits = logits + own["const"][..., None]
-        logits, _ = xla._finish(logits, None, _allowed(blocks, i, j, turn[0], spec), spec)
+        logits, _ = xla._finish(logits, None, ok, spec)
         top = logits.max(-1)
         m_new = jnp.maximum(m, top)
         m_safe = xla._zero_if_inf(m_new)
@@ -321,9 +333,14 @@ def _backward(spec: AttentionSpec, saved, cotangents):
         ds = p * (dp - queries["delta"][..., None])
         return p, ds if slope is None else ds * slope
 
+    def seen(queries, keys, ok):
+        queries = queries | {"q": _seen(blocks, queries["q"], ok, -1)}
+        return queries, {name: _seen(blocks, y, ok, -2) for name, y in keys.items()}
+
     def for_queries(dq, own, i, j, turn):
-        theirs = _tiles(keys, j)
-        _, ds = tile(own, theirs, _allowed(blocks, i, j, turn[0], spec))
+        ok = _allowed(blocks, i, j, turn[0], spec)
+        own, theirs = seen(own, _tiles(keys, j), ok)
+        _, ds = tile(own, theirs, ok)
         ds = (low(ds) * spec.scale).astype(own["q"].dtype)
         return dq + _dot("bkgrtc,bkgrch->bkgrth", ds, theirs["k"])
 
@@ -331,7 +348,9 @@ def _backward(spec: AttentionSpec, saved, cotangents):
         dk, dv = state
         theirs = _tiles(queries, i)
         own = {name: jnp.broadcast_to(y, (*i.shape, *y.shape[4:])) for name, y in own.items()}
-        p, ds = tile(theirs, own, _allowed(blocks, i, j, turn[0], spec))
+        ok = _allowed(blocks, i, j, turn[0], spec)
+        theirs, own = seen(theirs, own, ok)
+        p, ds = tile(theirs, own, ok)
         ds = (low(ds) * spec.scale).astype(theirs["q"].dtype)
         g = theirs["low_g"] if rounded else theirs["g"]
         dk = dk + _dot("bkgrtc,bkgrth->bkgrch", ds, theirs["q"])

@@ -55,8 +55,9 @@ def attention(
     fits = spec.batch * spec.num_heads * logits <= 2 * _CHUNK_LOGITS
     single = block_kv is None and logits <= SINGLE_CHUNK and (fits or spec.q_len == 1)
     if spec.quant is None and single:
-        q, k, v = clean(query, key, value, mask, spec)
-        return _single(q, k, v, bias, sinks, mask, spec)
+        ok = None if mask.is_trivial else mask.dense(spec.q_len, spec.kv_len)
+        q, k, v = clean(query, key, value, mask, spec, ok)
+        return _single(q, k, v, bias, sinks, ok, spec)
     if block_kv is None:
         block_kv = _heuristic_block_kv(spec)
     arrays = same_axes((query, key, value, bias, sinks, mask))
@@ -161,15 +162,31 @@ def _finish(x, bias, ok, spec: AttentionSpec):
     return (x if ok is None else jnp.where(ok, x, -jnp.inf)), slope
 
 
+def _seen(ok, mask: Mask, rows, keys):
+    """Zeroes what takes part in no pair of a chunk, where several rules decide that together.
+
+    Args:
+      ok: bool [B or 1, K or 1, G or 1, T, C], or None for all.
+      mask: the rules.
+      rows: tuple of [B, K, G, T, H].
+      keys: tuple of [B, K, C, H].
+    """
+    if ok is None or not mask.is_joint:
+        return *rows, *keys
+    some = ok.any(4)[..., None], ok.any((2, 3))[..., None]
+    zero = lambda x, live: jnp.where(live, x, 0)  # noqa: E731
+    return *(zero(x, some[0]) for x in rows), *(zero(x, some[1]) for x in keys)
+
+
 def _zero_if_inf(m):
     return jnp.where(jnp.isneginf(m), 0.0, m)
 
 
-def _single(q, k, v, bias, sinks, mask, spec: AttentionSpec):
+def _single(q, k, v, bias, sinks, ok, spec: AttentionSpec):
     """Everything at once; differentiated by JAX."""
     q = _grouped_query(q, spec)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
-    ok = None if mask.is_trivial else _grouped_pairs(mask.dense(spec.q_len, spec.kv_len), spec)
+    ok = None if ok is None else _grouped_pairs(ok, spec)
     bias = None if bias is None else _grouped_pairs(bias, spec)
     x, _ = _finish(_scores(q, k) * spec.scale, bias, ok, spec)
     m = lax.stop_gradient(x.max(-1, keepdims=True, initial=-jnp.inf))
@@ -242,6 +259,7 @@ def _forward(query, key, value, bias, sinks, mask, spec, block_kv):
         start = j * size
         kj, vj = _slice(k, start, size, 2), _slice(v, start, size, 2)
         ok = _allowed(mask, start, size, padded, spec)
+        (vj,) = _seen(ok, mask, (), (vj,))
         x, _ = _finish(_scores(q, kj) * spec.scale, _slice(bias, start, size, 4), ok, spec)
         m_new = jnp.maximum(m, x.max(-1))
         m_safe = _zero_if_inf(m_new)
@@ -398,7 +416,8 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
         kj, vj = _slice(k, start, size, 2), _slice(v, start, size, 2)
         ok = _allowed(mask, start, size, padded, spec)
         bj = _slice(bias_g, start, size, 4)
-        x, slope = _finish(_scores(q, kj) * spec.scale, bj, ok, spec)
+        qj, kj, vj = _seen(ok, mask, (q,), (kj, vj))
+        x, slope = _finish(_scores(qj, kj) * spec.scale, bj, ok, spec)
         p = jnp.exp(x - lse[..., None])  # [B, K, G, T, C]
         dp = jnp.einsum("bkgth,bkch->bkgtc", g, vj, preferred_element_type=f32)
         ds = p * (dp - delta[..., None])
@@ -410,7 +429,7 @@ def _flash_bwd(spec, block_kv, saved, cotangents):
         ds = (ds if slope is None else ds * slope) * spec.scale
         ds = ds.astype(q.dtype)
         dq = dq + jnp.einsum("bkgtc,bkch->bkgth", ds, kj, preferred_element_type=f32)
-        dkj = jnp.einsum("bkgtc,bkgth->bkch", ds, q, preferred_element_type=f32)
+        dkj = jnp.einsum("bkgtc,bkgth->bkch", ds, qj, preferred_element_type=f32)
         dvj = jnp.einsum("bkgtc,bkgth->bkch", p.astype(g.dtype), g, preferred_element_type=f32)
         dk = lax.dynamic_update_slice_in_dim(dk, dkj.astype(dk.dtype), start, 2)
         dv = lax.dynamic_update_slice_in_dim(dv, dvj.astype(dv.dtype), start, 2)
