@@ -223,7 +223,7 @@ class PerLayer(BudgetWrapper):
         least = self.budget / self.beta
         steps = (
             np.linspace(2 * self.budget - least, least, num_layers)
-            if num_layers > 1
+            if num_layers != 1  # none where every layer has a window
             else [self.budget]
         )
         floor = self.window + self.num_sinks

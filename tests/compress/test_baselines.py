@@ -246,6 +246,9 @@ def test_adakv_ranks_the_heads_of_a_layer_together():
 def test_pyramid_budgets_fall_with_the_same_mean():
     method = PerLayer(method="streaming_llm(budget=10, buffer=4)", beta=5)
     assert method.budgets(3) == (18, 10, 5)  # the last: 2, but sinks and window take 5
+    assert method.budgets(1) == (10,) and method.budgets(0) == ()
+    rings = DenseCache.init(2, 1, 6, 2, 8, windows=(4, 4))
+    assert method.after_step(method.after_prefill(rings)).layers[0].capacity == 4
     small = method.after_prefill(_cache())
     assert [int(layer.length.max()) for layer in small.layers] == [18, 5]
     assert [layer.capacity for layer in small.layers] == [22, 9]
