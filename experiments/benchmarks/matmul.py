@@ -39,14 +39,18 @@ FORMATS = {
     "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
     "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
-    "int8": lambda w: quantize(w, "int8", axis=0, tile=None),  # with INT8 rows
+    "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
 }
-FORMATS["int4_a8"] = FORMATS["int4"]  # with INT8 rows
-ROWS_OF_8_BITS = ("int8", "int4_a8")
+FORMATS["int4_a8"], FORMATS["nvfp4_a8"] = FORMATS["int4"], FORMATS["nvfp4"]
+FORMATS["mxfp4_a8"] = lambda w: quantize(w, "mxfp4_narrow", axis=0).pack(0)
+FORMATS["fp8_a8"] = lambda w: quantize(w, "fp8_e4m3", axis=0, tile=None)
+ROWS_OF_8_BITS = {"int8": "int8", "int4_a8": "int8"}  # formats of rows
+ROWS_OF_8_BITS |= dict.fromkeys(("nvfp4_a8", "mxfp4_a8", "fp8_a8"), "fp8_e4m3")
 KERNELS = {"rows": mosaic_sm90_rows, "tokens": mosaic_sm90_tokens}
 LARGE = {"k": 8192, "n": 8192}
 # Of sum |x| |w|: float32 sums of exact products; weights rounded to bfloat16 before them.
-BOUNDS = {"rows": 1e-5, "tokens": 5e-5, "tokens int4": 2.0**-8}
+BOUNDS = {"rows": 1e-5, "tokens": 5e-5, "tokens int4": 2.0**-8, "tokens int4_a8": 2.0**-8}
+BOUNDS["tokens mxfp4_a8"] = 2.0**-8  # FP8 sums of about 14 bits
 
 
 # --- cases ---------------------------------------------------------------------------------------
@@ -89,11 +93,24 @@ def cases() -> list[Case]:
                     {"outputs": 128, "table": True})),
         *(fast("int4", m, "rows", **whole) for m in (16, 1)),
         *(fast("mxfp4", m, "rows", **whole, table=True) for m in (16, 1)),
-        right("tokens", "int4_a8", 300, 1024, 512),
-        fast("int4_a8", 4096, "tokens"),
+        *(right("tokens", name, 300, 1024, 512) for name in ("mxfp4_a8", "nvfp4_a8", "int4_a8")),
+        right("rows", "nvfp4_a8", 5, 1024, 512),
+        *(fast(name, 4096, "tokens") for name in ("mxfp4_a8", "nvfp4_a8", "int4_a8")),
+        *(fast(name, 4096) for name in ("mxfp4_a8", "fp8_a8")),
+        *(fast(f"{name} from bf16", 4096) for name in ("mxfp4_a8", "nvfp4_a8")),
+        *(fast(name, m, "rows") for name in ("mxfp4_a8", "nvfp4_a8") for m in (1, 16)),
         *(fast("int4", m, "rows", **whole, units=4) for m in (16, 1)),
         right("tokens", "int4_a8", 77, 300, 200, kind="groups"),
-        right("tokens", "int4_a8", 4096, 8192, 8192),
+        right("tokens", "mxfp4_a8", 77, 300, 200, kind="groups"),
+        right("tokens", "mxfp4_a8", 513, 2080, 144, kind="positive"),
+        right("tokens", "mxfp4_a8", 4096, 8192, 8192),
+        right("tokens", "mxfp4_a8", 4096, 8192, 8192, kind="positive"),
+        right("rows", "nvfp4_a8", 17, 300, 136, kind="groups"),
+        *(fast("mxfp4_a8", 4096, "tokens", **c)
+          for c in ({"num_stages": 3}, {"num_stages": 5}, {"cluster": 1}, {"across": 16})),
+        *(fast(name, 64, "tokens") for name in ("mxfp4_a8", "mxfp4")),
+        *(case for m in (128, 512, 1024) for case in (
+            fast("bf16", m), fast("mxfp4_a8", m, "tokens"), fast("mxfp4", m, "tokens"))),
         right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
         right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
         right("rows", "mxfp4", 9, 1024, 512, config=whole),
@@ -143,8 +160,13 @@ def on_host(function):
 
 
 def weights(k: int, n: int, kind: str = "normal") -> jax.Array:
-    """Normal numbers; "groups" has groups of zeros and of numbers far larger and smaller."""
+    """Normal numbers; "groups" has groups of zeros and of numbers far larger and smaller.
+
+    "positive" ones have sums that grow, as do those of the activations of that kind.
+    """
     w = jax.random.normal(jax.random.key(0), (k, n))
+    if kind == "positive":
+        return jnp.abs(w)
     if kind == "groups":
         w = w.at[: k // 2, : n // 2].set(0).at[k // 2, ::3].set(3e4).at[-16:, 1::2].multiply(1e-6)
     return w
@@ -160,16 +182,17 @@ def packed(name: str, k: int, n: int, kind: str = "normal"):
 
 @functools.lru_cache(8)
 @on_host
-def activations(m: int, k: int, name: str = "") -> Any:
-    """Normal numbers in bfloat16; for INT8 weights as INT8 with a scale per row."""
+def activations(m: int, k: int, name: str = "", kind: str = "normal") -> Any:
+    """Normal numbers in bfloat16; for some weights in 8 bits with a scale per row."""
     x = jax.random.normal(jax.random.key(1), (m, k)).astype(jnp.bfloat16)
-    return per_row(x) if name in ROWS_OF_8_BITS else x
+    x = jnp.abs(x) if kind == "positive" else x
+    return per_row(x, ROWS_OF_8_BITS[name]) if name in ROWS_OF_8_BITS else x
 
 
-@jax.jit
-def per_row(x: jax.Array):
-    """INT8 with a scale per row."""
-    return quantize(x, "int8", axis=-1, tile=None)
+@functools.partial(jax.jit, static_argnames="qtype")
+def per_row(x: jax.Array, qtype: str):
+    """8 bits with a scale per row."""
+    return quantize(x, qtype, axis=-1, tile=None)
 
 
 @on_host
@@ -198,7 +221,8 @@ def kernel_call(case: Case, x, w, out_dtype=None):
 def run_correct(case: Case) -> dict[str, Any]:
     """Worst error against the oracle on the same codes, relative to sum |x| |w|; and two runs."""
     m, k, n, name = (case[key] for key in ("m", "k", "n", "format"))
-    x, w = activations(m, k, name), packed(name, k, n, case.get("kind", "normal"))
+    kind = case.get("kind", "normal")
+    x, w = activations(m, k, name, kind), packed(name, k, n, kind)
     call = jax.jit(kernel_call(case, x, w, jnp.float32))
     out = jax.block_until_ready(call(x, w))
     same = bool((out == call(x, w)).all())
@@ -264,11 +288,12 @@ def fast_call(case: Case):
         if " with " in what:
             return functools.partial(matmul, implementation="xla"), (x, packed("nvfp4", k, n))
         return lambda x, w: x @ w.dequantize(x.dtype), (x, packed("nvfp4", k, n))
-    if what == "int8 from bf16":
+    if what.endswith(" from bf16"):
+        name = what.removesuffix(" from bf16")
         call = functools.partial(
             matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16
         )
-        return lambda x, w: call(per_row(x), w), (x, packed("int8", k, n))
+        return lambda x, w: call(per_row(x, ROWS_OF_8_BITS[name]), w), (x, packed(name, k, n))
     assert what == "int8 codes, both K-major", what
 
     def codes_only(a, b):
@@ -276,7 +301,7 @@ def fast_call(case: Case):
             a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         )  # fmt: skip
 
-    return codes_only, (per_row(x).qvalue, jnp.array(packed("int8", k, n).qvalue.T))
+    return codes_only, (per_row(x, "int8").qvalue, jnp.array(packed("int8", k, n).qvalue.T))
 
 
 def torch_timing(case: Case):
@@ -295,7 +320,8 @@ def lower(case: Case) -> dict[str, str]:
     m, k, n = (case[key] for key in ("m", "k", "n"))
     name = case.get("format", case.get("what"))
     x, make = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), FORMATS[name]
-    x = jax.eval_shape(per_row, x) if name in ROWS_OF_8_BITS else x
+    if name in ROWS_OF_8_BITS:
+        x = jax.eval_shape(functools.partial(per_row, qtype=ROWS_OF_8_BITS[name]), x)
     w = jax.eval_shape(make, jax.ShapeDtypeStruct((k, n), jnp.float32))
     with abstract_gpu():
         call = jax.jit(kernel_call(case, x, w))

@@ -22,7 +22,7 @@ SCALE_RULES = ("nearest", "floor", "ceil", "qwix")
 _ELEMENTS = ("int4", "int8", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
 _NAME = re.compile(
     r"(?P<element>int[48]|e\dm\d)_b(?P<block>axis|[1-9]\d*)_(?P<scale>float32|bfloat16|float16|e\dm\d)"
-    r"(_(?P<rule>floor|ceil|qwix|nearest))?(?P<two_level>_x2)?"
+    r"(_(?P<rule>floor|ceil|qwix|nearest))?(?P<two_level>_x2)?(_o(?P<octaves>[1-9]\d*))?"
 )
 
 
@@ -42,6 +42,8 @@ class BlockFormat:
             e8m0 and ``"nearest"`` otherwise.
         two_level: whether a float32 scale per tensor brings the block scales into the range of
             their type.
+        scale_octaves: bound on how far scales along the quantised axes lie apart, see
+            ``raise_scales``; ``None`` for no bound.
 
     Raises:
         ValueError: an argument is none of the above, or ``two_level`` is asked of a scale type that
@@ -61,6 +63,7 @@ class BlockFormat:
     scale: str = "float32"
     scale_rule: str | None = None
     two_level: bool = False
+    scale_octaves: int | None = None
 
     def __post_init__(self):
         if self.element not in _ELEMENTS:
@@ -73,6 +76,8 @@ class BlockFormat:
             object.__setattr__(self, "scale_rule", _default_rule(self.scale))
         check_scale_rule(self.scale_rule)
         check_two_level(self.scale, self.two_level)
+        if self.scale_octaves is not None and self.scale_octaves < 1:
+            raise ValueError(f"scale_octaves must be at least 1 or None, got {self.scale_octaves}")
 
     @property
     def element_type(self) -> NumberType:
@@ -92,7 +97,9 @@ class BlockFormat:
             return registered[0]
         rule = "" if self.scale_rule == _default_rule(self.scale) else f"_{self.scale_rule}"
         block = "axis" if self.block is None else self.block
-        return f"{self.element}_b{block}_{self.scale}{rule}{'_x2' if self.two_level else ''}"
+        octaves = "" if self.scale_octaves is None else f"_o{self.scale_octaves}"
+        levels = "_x2" if self.two_level else ""
+        return f"{self.element}_b{block}_{self.scale}{rule}{levels}{octaves}"
 
 
 #: Formats by name; the family files fill it.
@@ -125,8 +132,8 @@ def get_format(qtype: str | BlockFormat) -> BlockFormat:
 
     Args:
         qtype: a registered name, a structural name such as ``"e2m1_b32_e3m4_x2"``
-            (element, block or ``axis``, scale, optional scale rule, ``x2`` for two levels), or a
-            ``BlockFormat``, which is returned as it is.
+            (element, block or ``axis``, scale, optional scale rule, ``x2`` for two levels, ``o11``
+            for eleven ``scale_octaves``), or a ``BlockFormat``, which is returned as it is.
 
     Returns:
         The format.
@@ -153,9 +160,11 @@ def _format_by_name(name: str) -> BlockFormat:
             "or element_b<block>_scale such as 'e2m1_b32_e3m4'"
         )
     block = None if match["block"] == "axis" else int(match["block"])
+    octaves = match["octaves"] and int(match["octaves"])
     return BlockFormat(
-        match["element"], block, match["scale"], match["rule"], match["two_level"] is not None
-    )
+        match["element"], block, match["scale"], match["rule"], match["two_level"] is not None,
+        octaves,
+    )  # fmt: skip
 
 
 def _default_rule(scale: str) -> str:
@@ -258,6 +267,36 @@ def _scale_exponent(amax: jax.Array, element: NumberType, rule: str) -> jax.Arra
         return float_exponent(ratio * (2 * (2 - ulp) / (2 - ulp / 2)))
     exponent = float_exponent(ratio)
     return exponent + (ratio > power_of_two(jnp.clip(exponent, -126, 127)))
+
+
+def raise_scales(
+    scale: jax.Array, amax: jax.Array, octaves: int, axes: tuple[int, ...]
+) -> jax.Array:
+    """Raises scales that lie more than so many octaves below the largest along some axes.
+
+        s = max(s, 2^-octaves · max s)        and max s for a tile of zeros
+
+    So ``code · s / max s`` needs few exponents. A block whose scale is raised is rounded as
+    coarsely as one 2^octaves times below the largest.
+
+    Args:
+        scale: float32, from ``scale_from_amax``; NaN is left out and left as it is.
+        amax: largest magnitude of each tile, shape of ``scale``.
+        octaves: the bound.
+        axes: axes of ``scale`` among which scales are compared.
+
+    Returns:
+        float32 array of the shape of ``scale``.
+
+    >>> scale = jnp.float32([1.0, 2.0**-12, 2.0**-11])
+    >>> jnp.log2(raise_scales(scale, scale, 11, (0,))).tolist()
+    [0.0, -11.0, -11.0]
+    """
+    is_used = (amax > 0) & jnp.isfinite(scale)
+    top = jnp.max(jnp.where(is_used, scale, 0.0), axis=axes, keepdims=True, initial=0.0)
+    top = jnp.where(top == 0, 1.0, top)  # nothing but zeros
+    raised = jnp.where(amax == 0, top, jnp.maximum(scale, top * 2.0**-octaves))
+    return jnp.where(jnp.isnan(scale), jnp.nan, raised)
 
 
 def tensor_encode_scale(amax: jax.Array, element: NumberType, scale_type: NumberType) -> jax.Array:

@@ -207,6 +207,7 @@ INTS = {
     "sub.s32": np.subtract,
     # What is shifted by more than there are bits keeps its sign only.
     "shr.s32": lambda a, b: a >> np.minimum(b.view(np.uint32), 31).astype(np.int32),
+    "mul.lo.s32": lambda a, b: quiet(np.multiply, a, b),
     "mul.hi.s32": lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32),
     "shr.u32": lambda a, b: (a.view(np.uint32) >> b.view(np.uint32)).view(np.int32),
     "and.b32": np.bitwise_and,

@@ -30,6 +30,9 @@ FORMATS = {
     "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
     "nvfp4_one_level": lambda w: quantize(w, "nvfp4", axis=0, two_level=False).pack(0),
     "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
+    "narrow": lambda w: quantize(w, "mxfp4_narrow", axis=0).pack(0),
+    "narrow_64": lambda w: quantize(w, "mxfp4_narrow", axis=0, tile=64).pack(0),
+    "narrow_whole": lambda w: quantize(w, "mxfp4_narrow", axis=0, tile=None).pack(0),
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
     "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
     "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
@@ -38,6 +41,7 @@ FORMATS = {
 
 
 PER_ROW = functools.partial(quantize, qtype="int8", axis=-1, tile=None)
+FP8_ROWS = functools.partial(quantize, qtype="fp8_e4m3", axis=-1, tile=None)
 
 
 def weights(k, n, kind="normal"):
@@ -98,16 +102,23 @@ def on_numpy(monkeypatch):
         ("nvfp4", 7, 200, 128, "groups", {"table": True}),
         ("int4", 13, 1056, 64, "groups", {"groups": 4, "outputs": 64}),
         ("mxfp4", 12, 4096, 64, "normal", {"groups": 4, "outputs": 64, "blocks": 3}),
+        ("nvfp4 int8", 9, 130, 40, "groups", {}),
+        ("nvfp4 fp8_e4m3", 3, 1100, 136, "normal", {"own": 8, "groups": 4, "outputs": 64}),
+        ("int4 int8", 1, 300, 40, "normal", {}),
+        ("narrow fp8_e4m3", 2, 96, 144, "groups", {"blocks": 9}),
     ],
 )
 def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_numpy):
+    name, *rows = name.split()  # and the format of the rows
     w, x = FORMATS[name](weights(k, n, kind)), activations(m, k)
+    x = quantize(x, *rows, axis=-1, tile=None) if rows else x
     spec = api._prepare(x, w, jnp.float32)[2]
     assert spec_lib.unsupported_reason(spec, GPU, "mosaic") is None
     config = mosaic_sm90_rows.Config(**config)
     out = np.asarray(jax.jit(lambda x, w: mosaic_sm90_rows.matmul(x, w, spec, config))(x, w))
     want = np.asarray(reference.matmul(x, w, jnp.float32))
-    bound = np.abs(np.asarray(x, np.float32)) @ np.abs(np.asarray(w.dequantize()))
+    x = np.asarray(x.dequantize() if rows else x, np.float32)
+    bound = np.abs(x) @ np.abs(np.asarray(w.dequantize()))
     assert (np.abs(out - want) <= 2e-6 * bound + 1e-30).all()
 
 
@@ -132,22 +143,36 @@ def test_the_int8_operand_is_the_transposed_weight(wg):
     np.testing.assert_array_equal(got, w[:, 64 * wg : 64 * wg + 64].T[ORDER])
 
 
+def narrow_weights(name):
+    """Groups of every size from the largest of their output down to 2^-14 of it, and of zeros."""
+    w = np.array(weights(128, 128))
+    w *= 2.0 ** -np.arange(128 * 128).reshape(128, 128) // 16 % 15
+    w[:, 5], w[:32, 7], w[96:, 9] = 0, 0, 2.0**-127
+    return FORMATS[name](jnp.asarray(w))
+
+
 @pytest.mark.parametrize("wg", [0, 1])
-def test_the_int8_operand_of_int4_weights_is_sixteen_times_their_codes(wg):
-    w = FORMATS["int4"](weights(128, 128))
-    kernel = mosaic_sm90_tokens.Int4Int8(128, 2)
-    codes, scale = np.array(w.qvalue), np.array(w.scale)
+@pytest.mark.parametrize("name", ["narrow", "narrow_64", "narrow_whole"])
+def test_narrow_weights_are_fp8_numbers(name, wg):
+    w = narrow_weights(name).validate(check_values=True)
+    x = FP8_ROWS(activations(2, 128))
+    spec = api._prepare(x, w, jnp.bfloat16)[2]
+    kernel, arrays = mosaic_sm90_tokens._narrow(x, w, spec)
+    arrays = {name: np.array(array) for name, array in arrays.items()}
     with warpgroup.installed():
-        words, scales = kernel.fetch(swizzled(codes), scale, np.full(128, wg, np.int32))
-        a = kernel.finish(words, scales)
-        # Sums of 3 in every place of a tile of 16 rows, which begin at the magic number.
-        acc = [np.full(128, 0x4B400003, np.int32)] * 8
-        total = kernel.add([np.ones(128, np.float32)] * 8, acc, scales)
+        given = swizzled(arrays["codes"]), arrays["scale"], arrays["lowest"]
+        a = kernel.finish(*kernel.fetch(*given, np.full(128, wg, np.int32)))
+    got = warpgroup.from_operand(a, np.dtype(ml_dtypes.float8_e4m3fn)).astype(np.float32)
     here = slice(64 * wg, 64 * wg + 64)
-    want = np.asarray(w.unpack().qvalue).astype(np.int32)[:, here].T[ORDER]
-    np.testing.assert_array_equal(warpgroup.from_operand(a, np.dtype(np.int8)), 16 * want)
-    want = 1 + 3 * scale[0, here][ORDER][:, None] + np.zeros((64, 16))
-    np.testing.assert_allclose(warpgroup.from_accumulator(total, 16), want, rtol=1e-6)
+    got = got * arrays["column_scale"][here][ORDER][:, None] * 2.0**-6
+    np.testing.assert_array_equal(got, np.asarray(w.dequantize())[:, here].T[ORDER])
+
+
+def test_a_narrow_scale_that_is_nan_makes_its_output_nan():
+    w = FORMATS["narrow"](weights(64, 128).at[3, 4].set(jnp.nan))
+    x = FP8_ROWS(activations(2, 64))
+    arrays = mosaic_sm90_tokens._narrow(x, w, api._prepare(x, w, None)[2])[1]
+    assert np.flatnonzero(np.isnan(arrays["column_scale"])).tolist() == [4]
 
 
 @pytest.mark.parametrize("wg", [0, 1])
@@ -156,7 +181,7 @@ def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
     w = FORMATS[name](weights(64, 128, "groups"))
     spec = api._prepare(activations(2, 64), w, jnp.bfloat16)[2]
     facts, arrays = mosaic_sm90_codes.prepare(activations(2, 64), w, spec, (8, 64, 128))
-    kernel = mosaic_sm90_tokens.FourBit(facts)
+    kernel = mosaic_sm90_tokens.FourBit(facts, 2)
     codes, scale = np.array(arrays["codes"]), np.array(arrays["scale"])
     with warpgroup.installed():
         words, scales = kernel.fetch(swizzled(codes), scale, np.full(128, wg, np.int32))
@@ -171,7 +196,7 @@ def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
 
 
 def test_blocks_take_the_whole_contraction_where_they_fill_the_multiprocessors():
-    facts = lambda n, scale="e4m3": Weights("e2m1", scale, 16, 64, n, True)  # noqa: E731
+    facts = lambda n, scale="e4m3": Weights("e2m1", scale, 16, 64, n, None)  # noqa: E731
     chosen = mosaic_sm90_rows.heuristic
     with abstract_gpu():
         assert chosen(facts(8192), 16).groups == chosen(facts(16384), 1).groups == 4
@@ -228,19 +253,31 @@ def test_int8_lowers_for_cuda_with_its_gradient(m):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
-@pytest.mark.parametrize(("name", "m", "k"), [("int4", 4096, 512), ("int4_whole", 70, 300)])
-def test_int4_weights_times_int8_rows_lower_for_cuda(name, m, k):
-    x = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, k), jnp.bfloat16))
-    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((k, 200), jnp.float32))
+@pytest.mark.parametrize(
+    ("name", "rows", "m", "note"),
+    [
+        ("nvfp4", FP8_ROWS, 4096, "to bfloat16,"),
+        ("int4", PER_ROW, 70, "to bfloat16,"),
+        ("mxfp4", FP8_ROWS, 3, "in registers within"),
+        ("narrow", FP8_ROWS, 3, "in registers within"),
+        ("narrow", FP8_ROWS, 4096, "become FP8 numbers"),
+        ("narrow", PER_ROW, 4096, "to bfloat16,"),
+        ("narrow_64", FP8_ROWS, 70, "become FP8 numbers"),
+        ("narrow_whole", FP8_ROWS, 70, "become FP8 numbers"),
+    ],
+)
+def test_four_bit_weights_times_eight_bit_rows_lower_for_cuda(name, rows, m, note, monkeypatch):
+    x = jax.eval_shape(rows, jax.ShapeDtypeStruct((m, 300), jnp.bfloat16))
+    w = jax.eval_shape(FORMATS[name], jax.ShapeDtypeStruct((300, 200), jnp.float32))
     call = functools.partial(matmul, implementation="mosaic", preferred_element_type=jnp.bfloat16)
     assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    many = jax.eval_shape(rows, jax.ShapeDtypeStruct((5, m, 300), jnp.bfloat16))
+    text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+    assert text.count("custom_call @mosaic_gpu") == 1
     with abstract_gpu():
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
         choice = explain("matmul", x, w)
-        assert choice.implementation == "xla" and "not measured" in choice.rejected["mosaic"]
-        narrow = jax.eval_shape(FORMATS["int4_32"], jax.ShapeDtypeStruct((k, 200), jnp.float32))
-        if k % 32 == 0:
-            refused = explain("matmul", x, narrow).rejected["mosaic"]
-            assert "INT4 groups of a multiple of 128 inputs" in refused
+    assert choice.implementation == "mosaic" and note in choice.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -291,13 +328,15 @@ def test_explain_says_why(monkeypatch):
     assert many.implementation == "mosaic"
     assert many.notes == ("w8a8: the int8 codes are multiplied directly and summed in int32",)
     assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
-    assert "takes bfloat16 activations; got float32" in reason(
+    assert "takes bfloat16 or 8-bit activations; got float32" in reason(
         *shapes("nvfp4", 4, 64, 32, "float32")
     )
     assert "kernel for w8a16 is not part" in reason(x, quantize(jnp.ones((64, 32)), "int8", axis=0))
     assert "packed along the inputs" in reason(x, quantize(jnp.ones((64, 32)), "nvfp4", axis=0))
     shifted = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=16, asymmetric=True).pack(0)
     assert "no zero points" in reason(x, shifted)
+    tiles = quantize(jnp.ones((4, 64)), "int8", axis=-1, tile=16)
+    assert "with one scale per row" in reason(tiles, w)
     odd = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=8).pack(0)
     assert "groups of 16, 32 or a multiple of 64 inputs; got 8" in reason(x, odd)
     assert "no empty products" in reason(jax.ShapeDtypeStruct((0, 64), jnp.bfloat16), w)

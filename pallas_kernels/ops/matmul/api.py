@@ -32,7 +32,9 @@ def matmul(
     result. Two fp8 operands with equal tiles along k, multiples of 128 (1×128 and 128×128 blocks),
     are multiplied tile by tile, and the sums are scaled and added in float32. Otherwise it
     dequantises for this product only, so that no copy of the weights in 16 bits outlives it, in a
-    loop either. On an sm90 GPU "mosaic" reads packed 4-bit weights and widens them in registers.
+    loop either. On an sm90 GPU "mosaic" reads packed 4-bit weights and widens them in registers,
+    for INT8 and FP8 activations with one scale a row too, whose codes are bfloat16 numbers; weights
+    of "mxfp4_narrow" and many FP8 rows are multiplied at the rate of FP8.
     `explain` says which way a call takes, and its scheme: "w4a16" for a 4-bit `rhs` and a plain
     `lhs`, "w4a8", "w8a8" and so on. Differentiable in plain operands and in scales.
 
@@ -128,6 +130,7 @@ def _operand(name: str, x, k_axis: int) -> OperandSpec:
             n_tiles=x.scale.shape[-1 if k_axis == 0 else -2],
             stored_k=x.stored_shape[k_axis],
             zero_point=x.zero_point is not None,
+            scale_octaves=get_format(x.qtype).scale_octaves,
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point or a QTensor; got dtype {x.dtype}")

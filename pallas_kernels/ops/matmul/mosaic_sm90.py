@@ -19,12 +19,12 @@ from pallas_kernels.ops.matmul.spec import FEW_ROWS, MatmulSpec
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Array:
-    """Multiplies bfloat16 activations with packed 4-bit weights, INT8 with INT8, or FP8 blocks.
+    """Multiplies activations with packed 4-bit weights, INT8 with INT8, or FP8 blocks.
 
     The derivative is that of `xla.matmul`.
 
     Args:
-      lhs: bfloat16, or INT8 or FP8 QTensor [..., m, k].
+      lhs: bfloat16 (for 4-bit weights), or INT8 or FP8 QTensor [..., m, k].
       rhs: packed 4-bit, INT8 or FP8 QTensor [k, n].
       spec: static facts.
 
@@ -37,7 +37,7 @@ def matmul(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Arra
 def _forward(lhs, rhs, spec):
     @custom_vmap
     def call(lhs, rhs):
-        few = spec.scheme == "w4a16" and spec.m <= FEW_ROWS
+        few = spec.widened and spec.m <= FEW_ROWS
         kernel = blocks if spec.block_scaled else rows if few else tokens
         return kernel.matmul(lhs, rhs, spec)
 

@@ -26,6 +26,7 @@ from jax import lax
 
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.formats import QTensor
+from pallas_kernels.ops.matmul import xla
 from pallas_kernels.ops.matmul.spec import CODES, SCALES, UNIT, MatmulSpec
 
 
@@ -39,7 +40,7 @@ class Weights:
         group: inputs that share a scale.
         rows: rows of bytes, a multiple of eight.
         n: outputs, padded.
-        tensor_scale: there is a scale of the tensor.
+        factor: what the sums of a row are multiplied by: "row_scale", "tensor_scale" or nothing.
     """
 
     code: str
@@ -47,7 +48,7 @@ class Weights:
     group: int
     rows: int
     n: int
-    tensor_scale: bool
+    factor: str | None
 
     @property
     def scale_bytes(self) -> int:
@@ -55,22 +56,24 @@ class Weights:
         return 4 if self.scale == "float32" else 1
 
 
-def prepare(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, units: tuple[int, int, int]):
+def prepare(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec, units: tuple[int, int, int]):
     """Arrays as the kernels take them, padded with zeros, which copies what has to be padded.
 
     Args:
-        lhs: bfloat16 ``[..., m, k]``.
+        lhs: bfloat16 ``[..., m, k]``, or INT8 or FP8 with a scale per row: its codes are bfloat16
+            numbers.
         rhs: packed QTensor ``[k, n]``.
         spec: static facts.
         units: what rows and inputs of x and outputs become multiples of.
 
     Returns:
         `Weights`, and the arrays "x" ``[m, k]``, "codes", "scale" (bytes where it is narrow)
-        and maybe "tensor_scale" ``[1]``.
+        and maybe "row_scale" ``[m]`` or "tensor_scale" ``[1]``.
     """
     stored = spec.rhs.stored_k
     m, k, n = (-(-a // b) * b for a, b in zip((spec.m, stored, spec.n), units, strict=True))
-    x = lhs.reshape(spec.m, spec.k)
+    x = lhs.qvalue.astype(jnp.bfloat16) if isinstance(lhs, QTensor) else lhs
+    x = x.reshape(spec.m, spec.k)
     x = jnp.pad(x, ((0, m - spec.m), (0, k - spec.k)))
     scale = rhs.scale
     if scale.dtype != jnp.float32:
@@ -78,15 +81,19 @@ def prepare(lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, units: tuple[int, in
     codes, scale = (jnp.pad(a, ((0, 0), (0, n - spec.n))) for a in (rhs.qvalue, scale))
     codes = jnp.pad(codes, ((0, -codes.shape[0] % (UNIT // 2)), (0, 0)))
     arrays = {"x": x, "codes": codes, "scale": scale}
-    if rhs.tensor_scale is not None:
-        arrays["tensor_scale"] = rhs.tensor_scale.reshape(1)
+    factor = None if rhs.tensor_scale is None else rhs.tensor_scale.reshape(1)
+    if isinstance(lhs, QTensor):
+        scales = xla.row_scales(lhs)
+        arrays["row_scale"] = scales if factor is None else scales * factor
+    elif factor is not None:
+        arrays["tensor_scale"] = factor
     weights = Weights(
         CODES[spec.rhs.packed],
         SCALES[spec.rhs.scale_dtype],
-        stored // spec.rhs.k_tiles if spec.rhs.k_tiles > 1 else 2 * codes.shape[0],
+        spec.rhs.group if spec.rhs.k_tiles > 1 else 2 * codes.shape[0],
         codes.shape[0],
         n,
-        rhs.tensor_scale is not None,
+        next((name for name in ("row_scale", "tensor_scale") if name in arrays), None),
     )
     return weights, arrays
 
@@ -216,6 +223,20 @@ def times(pair, scale):
         return ptx.asm("mul.rn.bf16x2 $0, $1, $2;", "r", [pair, high])[0]
     text = "{ .reg .b32 t; mul.rn.bf16x2 t, $1, $3; fma.rn.bf16x2 $0, $1, $2, t; }"
     return ptx.asm(text, "r", [pair, high, rest])[0]
+
+
+def row_factor(ref, row, rows: int):
+    """The factor of a row of x, float32: its own, or the one there is.
+
+    Args:
+        ref: float32 ``[rows]`` or ``[1]``, in global memory.
+        row: i32, may lie beyond the last one.
+        rows: how many factors there are.
+    """
+    place = ptx.i64(0)
+    if rows > 1:
+        place = ptx.mul(ptx.widen(ptx.imin(row, ptx.i32(rows - 1))), ptx.i64(4))
+    return ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [ptx.address(ref, place)])[0]
 
 
 def shared_units(group: int, units: int) -> int:

@@ -342,9 +342,8 @@ class _Thread:
 
     def _write_result(self, row, column, values, ok):
         plan = self.plan
-        if plan.weights.tensor_scale:
-            where = ptx.address(self.refs["tensor_scale"], ptx.i64(0))
-            factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
+        if name := plan.weights.factor:
+            factor = codes.row_factor(self.refs[name], row, plan.m if name == "row_scale" else 1)
             values = [ptx.fmul(x, factor) for x in values]
         size = 4 if plan.out_dtype == "float32" else 2
         if size == 2:
@@ -369,12 +368,12 @@ def _body(plan: Plan, refs, axes):
 
 
 def matmul(
-    lhs: jax.Array, rhs: QTensor, spec: MatmulSpec, config: Config | None = None
+    lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec, config: Config | None = None
 ) -> jax.Array:
     """Computes the same as `reference.matmul` for a few rows.
 
     Args:
-      lhs: bfloat16 [..., m, k].
+      lhs: bfloat16 [..., m, k], or INT8 or FP8 with a scale per row.
       rhs: packed 4-bit QTensor [k, n].
       spec: static facts.
       config: sizes; None chooses.
@@ -391,7 +390,7 @@ def matmul(
         str(spec.out_dtype),
     )
     split = plan.splits > 1
-    factor = arrays.pop("tensor_scale", None) if split else None
+    factor = arrays.pop(weights.factor, None) if split else None
     shape = (plan.splits, spec.m, weights.n) if split else (spec.m, weights.n)
     out = call(
         functools.partial(_body, plan),
@@ -403,5 +402,5 @@ def matmul(
     )["out"]
     if split:
         out = out.sum(0)
-        out = (out if factor is None else out * factor).astype(spec.out_dtype)
+        out = (out if factor is None else out * factor[:, None]).astype(spec.out_dtype)
     return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)

@@ -7,16 +7,19 @@ compute warpgroup starts the products of this step, reads the next step's codes 
 the products, and finishes the operand. So the weights are widened once for a whole tile of x, in
 the shadow of the tensor cores, and never written anywhere.
 
-* `FourBit`: packed 4-bit weights times bfloat16. Codes are widened in the shadow and multiplied by
-  their scale after the wait: were the whole operand made there, ptxas would let one group of
-  products wait for the other.
+* `FourBit`: packed 4-bit weights times bfloat16, which the codes of INT8 and FP8 rows are too.
+  Weights are widened in the shadow and multiplied by their scale after the wait: were the whole
+  operand made there, ptxas would let one group of products wait for the other.
 * `Int8`: INT8 weights ``[k, n]`` times INT8 rows, in int32. The 8-bit ``wgmma`` wants neighbours
   along the contraction in a register, which weights with outputs side by side do not have:
   ``ldmatrix`` transposes pairs of them, and a byte permutation the rest.
-* `Int4Int8`: packed INT4 weights times INT8 rows, a step's sums in int32, which are scaled by their
-  group's scale and added in float32. Two codes of a byte are neighbours along the contraction, so
-  nothing is transposed. (Groups of 16 or 32 inputs would be scaled so often that the float32 units
-  took longer than the tensor cores win over bfloat16; they are not served.)
+* `Fp8`: FP8 likewise.
+* `Narrow`: packed E2M1 weights whose E8M0 scales lie within 11 octaves, times FP8 rows. Divided by
+  a power of two of its output each weight is an E4M3 number: a scale is a shift of the exponents in
+  a table of eight bytes, and a byte permutation looks four codes up. (NVFP4's scales have
+  mantissas, INT4's groups float32 ones: in 8 bits their sums would be scaled every 16 to 128
+  inputs, for which the float32 units take longer than the tensor cores win over bfloat16. INT4 in
+  groups of 128 with INT8 rows took twice bfloat16's time.)
 
 The rows of an operand are outputs in an order that puts neighbours into one thread, which then
 reads the codes of both with one load and writes them as one word. Blocks of a cluster work on the
@@ -47,13 +50,12 @@ from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul import xla
 from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
 from pallas_kernels.ops.matmul.mosaic_sm90_groups import COMPUTE, launch, warpgroups
-from pallas_kernels.ops.matmul.spec import FP8_KINDS, UNIT, MatmulSpec
+from pallas_kernels.ops.matmul.spec import FP8_KINDS, NARROW_OCTAVES, UNIT, MatmulSpec
 
 OWN = 64  # outputs of a warpgroup
 COLUMNS = COMPUTE * OWN  # outputs of a block
 ROW_BYTES = 128  # of x in a step; rows of all tiles in shared memory are so wide
 GROUPS = ROW_BYTES // 32  # products of a step, 32 bytes of a row each
-_MAGIC, _MAGIC_BITS = 1.5 * 2**23, 0x4B400000  # whose last place is 1
 _ACC = plgpu.Layout._WGMMA_ACC_32BIT
 _SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -146,9 +148,11 @@ class FourBit:
 
     Args:
         weights: facts.
+        m: rows.
     """
 
     weights: Weights
+    m: int
     step = ROW_BYTES // 2  # inputs
     copies = 2
     x_dtype, acc_dtype = jnp.bfloat16, jnp.float32
@@ -239,16 +243,16 @@ class FourBit:
 
     def factors(self, refs):
         """References that `scaled` reads."""
-        return [refs["tensor_scale"]] if self.weights.tensor_scale else []
+        return [refs[self.weights.factor]] if self.weights.factor else []
 
-    def scaled(self, values, row, column, tensor_scale=None):
+    def scaled(self, values, row, column, factor=None):
         """Two neighbouring outputs of a row."""
-        del row, column
-        if tensor_scale is None:
+        del column
+        if factor is None:
             return values
-        where = ptx.address(tensor_scale, ptx.i64(0))
-        factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
-        return [ptx.fmul(x, factor) for x in values]
+        rows = self.m if self.weights.factor == "row_scale" else 1
+        number = codes.row_factor(factor, row, rows)
+        return [ptx.fmul(x, number) for x in values]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,9 +321,7 @@ class Int8:
 
     def scaled(self, values, row, column, row_scale, column_scale):
         """Two neighbouring outputs of a row."""
-        row = ptx.imin(row, ptx.i32(self.m - 1))
-        where = ptx.address(row_scale, ptx.mul(ptx.widen(row), ptx.i64(4)))
-        factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
+        factor = codes.row_factor(row_scale, row, self.m)
         where = ptx.address(column_scale, ptx.mul(ptx.widen(column), ptx.i64(4)))
         pair = ptx.asm("ld.global.nc.v2.b32 {$0, $1}, [$2];", "ff", [where])
         values = [ptx.fmul(self.number(x), factor) for x in values]
@@ -328,99 +330,6 @@ class Int8:
     def number(self, x):
         """A sum as float32."""
         return ptx.to_float(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class Int4Int8(Int8):
-    """Packed INT4 weights with a float32 scale per group of inputs and output, INT8 rows.
-
-    The 8-bit operand is 16 times the code, a nibble moved to the upper half of its byte; the
-    scale of the row makes up for it.
-
-    Args:
-        k: inputs, a multiple of 128.
-        m: rows.
-        groups: rows of scales.
-    """
-
-    groups: int = 1
-    copies = 2
-
-    @property
-    def types(self):
-        """Operand A before and after `finish`, and the scales of its outputs."""
-        scales = _array((OWN, UNIT), jnp.bfloat16, plgpu.Layout.WGMMA)
-        return [*super().types, scales]
-
-    def smem(self, stages: int):
-        """What the ring holds beside x."""
-        shape = (stages, self.step // 2, COLUMNS)
-        return {
-            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
-            "scale": plgpu.SMEM((stages, 1, COLUMNS), jnp.float32),
-        }
-
-    def load(self, refs, smem, slot, step, column, barrier):
-        """Starts the copies of a step."""
-        size, columns = self.step // 2, pl.ds(column, COLUMNS)
-        source = refs["codes"].at[pl.ds(step * size, size), columns]
-        plgpu.copy_gmem_to_smem(source, smem["codes"].at[slot], barrier)
-        # A scale serves whole steps.
-        group = lax.div(step, jnp.int32(self.k // self.step // self.groups))
-        plgpu.copy_gmem_to_smem(
-            refs["scale"].at[pl.ds(group, 1), columns], smem["scale"].at[slot], barrier
-        )
-
-    def refs(self, smem, slot):
-        """References that `fetch` reads, with their transforms."""
-        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
-
-    def fetch(self, w, s, wg):
-        """Bytes of one step's operand, each twice, and the scales of the thread's outputs."""
-        i32 = ptx.i32
-        first, c = _place(wg)
-        piece, within = ptx.div(first, i32(16)), ptx.rem(first, i32(16))
-        offsets = [8 * ROW_BYTES * i for i in range(2 * GROUPS)]
-        rows = []
-        for odd in range(2):
-            start = _swizzled(ptx.add(ptx.mul(c, i32(2)), i32(odd)), piece)
-            out = "r" * len(offsets)
-            rows.append(_loads(w, ptx.add(start, within), offsets, "ld.shared.u16", out))
-        words = [
-            ptx.asm(f"prmt.b32 $0, $1, $2, {selector};", "r", pair)[0]
-            for pair in zip(*rows, strict=True)
-            for selector in (0x4400, 0x5511)
-        ]
-        pair = _loads(s, ptx.mul(first, i32(4)), [0], "ld.shared.v2.b32", "ff")
-        return [words, [ptx.bits(x) for x in (*pair, *pair)]]
-
-    def finish(self, words, scales):
-        """The operand: four neighbours along the contraction in a register."""
-        del scales
-        text = "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 t, t, $2; and.b32 $0, $1, $3; "
-        text += "or.b32 $0, $0, t; }"
-        masks = [codes.word(0x00F000F0), codes.word(0xF000F000)]
-        return [ptx.asm(text, "r", [word, *masks])[0] for word in words]
-
-    def add(self, total, acc, scales):
-        """``total + acc · scale``; the sums began at the number whose float has integers below."""
-        out = []
-        for i, (x, y) in enumerate(zip(total, acc, strict=True)):
-            number = ptx.fsub(ptx.from_bits(y), ptx.f32(_MAGIC))
-            out.append(ptx.fma(number, ptx.from_bits(scales[i // 2 % 2]), x))
-        return out
-
-    def factors(self, refs):
-        """References that `scaled` reads."""
-        return [refs["row_scale"]]
-
-    def scaled(self, values, row, column, row_scale):
-        """Two neighbouring outputs of a row."""
-        del column
-        row = ptx.imin(row, ptx.i32(self.m - 1))
-        where = ptx.address(row_scale, ptx.mul(ptx.widen(row), ptx.i64(4)))
-        factor = ptx.asm("ld.global.nc.b32 $0, [$1];", "f", [where])[0]
-        return [ptx.fmul(x, factor) for x in values]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,6 +355,113 @@ class Fp8(Int8):
         return x
 
 
+@dataclasses.dataclass(frozen=True)
+class Narrow(Fp8):
+    """Packed E2M1 weights whose E8M0 scales of an output lie within 11 octaves, FP8 rows.
+
+    With E the bits of a scale and L those of the lowest one that its output may have, a code's
+    magnitude is the byte ``table[code] + 8 (E - L)``, where ``table`` has the E4M3 numbers 0, 2^-6,
+    2^-5, 1.5 · 2^-5, ... 1.5 · 2^-3. What this leaves out is a factor of the output.
+
+    Args:
+        k: inputs, padded to a multiple of 128.
+        m: rows.
+        kinds: "e4m3", and that of the rows.
+        group: inputs that share a scale: 32, 64 or a multiple of 128, or all of them.
+        scales: rows of scales.
+    """
+
+    group: int = 32
+    scales: int = 1
+    copies = 3
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step: rows of scales."""
+        return max(self.step // self.group, 1)
+
+    @property
+    def types(self):
+        """Operand A, as magnitudes and as signs."""
+        return super().types * 2
+
+    def smem(self, stages: int):
+        """What the ring holds beside x."""
+        shape = (stages, self.step // 2, COLUMNS)
+        return {
+            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
+            "scale": plgpu.SMEM((stages, self.groups, COLUMNS), jnp.uint8),
+            "lowest": plgpu.SMEM((stages, 1, COLUMNS), jnp.uint8),
+        }
+
+    def load(self, refs, smem, slot, step, column, barrier):
+        """Starts the copies of a step."""
+        columns, size = pl.ds(column, COLUMNS), self.step // 2
+        row = step * self.groups
+        if self.group > self.step:
+            row = jnp.minimum(lax.div(step * self.step, jnp.int32(self.group)), self.scales - 1)
+        for name, rows in (
+            ("codes", pl.ds(step * size, size)),
+            ("scale", pl.ds(row, self.groups)),
+            ("lowest", pl.ds(0, 1)),
+        ):
+            plgpu.copy_gmem_to_smem(refs[name].at[rows, columns], smem[name].at[slot], barrier)
+
+    def refs(self, smem, slot):
+        """References that `fetch` reads, with their transforms."""
+        rest = [(smem[name].at[slot], ()) for name in ("scale", "lowest")]
+        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), *rest]
+
+    def fetch(self, w, s, lowest, wg):
+        """Magnitudes of one step's operand, and bytes with their signs."""
+        i32 = ptx.i32
+        first, c = _place(wg)
+        piece, within = ptx.div(first, i32(16)), ptx.rem(first, i32(16))
+        offsets = [8 * ROW_BYTES * i for i in range(2 * GROUPS)]
+        rows = []
+        for odd in range(2):
+            start = _swizzled(ptx.add(ptx.mul(c, i32(2)), i32(odd)), piece)
+            out = "r" * len(offsets)
+            rows.append(_loads(w, ptx.add(start, within), offsets, "ld.shared.u16", out))
+        offsets = [COLUMNS * i for i in range(self.groups)]
+        scales = _loads(s, first, offsets, "ld.shared.u16", "r" * self.groups)
+        low = _loads(lowest, first, [0], "ld.shared.u16", "r")
+        tables = [self._tables(ptx.sub(pair, *low)) for pair in scales]
+        magnitudes, signs = [], []
+        for i, pair in enumerate(zip(*rows, strict=True)):
+            found = self._looked_up(pair, tables[i * self.groups // (2 * GROUPS)])
+            magnitudes += found[:2]
+            signs += found[2:]
+        return [magnitudes, signs]
+
+    def _tables(self, shifts):
+        """Bytes of the magnitudes of two outputs, by the bytes of a word."""
+        text = (
+            "{ .reg .b32 i; and.b32 i, $4, 255;\n"
+            "mul.lo.s32 $0, i, $5; add.s32 $0, $0, $6; mul.lo.s32 $1, i, $7; add.s32 $1, $1, $8;\n"
+            "shr.u32 i, $4, 8; mul.lo.s32 $2, i, $5; add.s32 $2, $2, $6;\n"
+            "mul.lo.s32 $3, i, $7; add.s32 $3, $3, $8; }"
+        )
+        constants = (0x08080800, 0x14100800, 0x08080808, 0x24201C18)
+        return ptx.asm(text, "rrrr", [shifts, *map(codes.word, constants)])
+
+    def _looked_up(self, pair, tables):
+        """Four magnitudes of either output, and four bytes of either that begin with their sign."""
+        text = (
+            "{ .reg .b32 w, o, s; prmt.b32 w, $4, $5, 20800;\n"  # 0x5140: two bytes an output
+            "and.b32 s, w, $10; prmt.b32 $0, $6, $7, s;\n"
+            "shr.u32 s, s, 16; prmt.b32 $1, $8, $9, s;\n"
+            "shl.b32 o, w, 4; prmt.b32 $2, w, o, 5380; prmt.b32 $3, w, o, 14118; }"  # 1504, 3726
+        )
+        return ptx.asm(text, "rrrr", [*pair, *tables, codes.word(0x77777777)])
+
+    def finish(self, magnitudes, signs):
+        """The operand."""
+        text = "{ .reg .b32 t; and.b32 t, $2, $3; or.b32 $0, $1, t; }"
+        mask = codes.word(0x80808080)
+        return [ptx.asm(text, "r", [*two, mask])[0] for two in zip(magnitudes, signs, strict=True)]
+
+
 # -- the kernel ------------------------------------------------------------------------------------
 
 
@@ -461,7 +477,7 @@ class Plan:
         config: sizes.
     """
 
-    weights: FourBit | Int8 | Int4Int8 | Fp8
+    weights: FourBit | Int8 | Fp8 | Narrow
     m: int
     n: int
     out_dtype: str
@@ -581,40 +597,15 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
             plgpu.barrier_arrive(free.at[slot])
             return acc, finish(words)
 
-        def filled(value, kind=acc_type):
-            make = ptx.f32 if kind.dtype == jnp.float32 else ptx.i32
-            return _inline(lambda: [[make(value)] * (tile_m // 2)], [], [kind])[0]
+        def zeros():
+            make = ptx.f32 if acc_type.dtype == jnp.float32 else ptx.i32
+            return _inline(lambda: [[make(0)] * (tile_m // 2)], [], [acc_type])[0]
 
-        def add(total, acc, scales):
-            body = lambda *given: [weights.add(*given)]  # noqa: E731
-            inputs = [(total, _ACC), (acc, _ACC), (scales, types[1].layout)]
-            return _inline(body, inputs, [total_type])[0]
-
-        def one_scaled_step(step, state):
-            total, a, scales = state
-            slot, then = lax.rem(step, i32(stages)), lax.rem(step + 1, i32(stages))
-            with jax.named_scope("wgmma"):
-                acc = multiply(filled(_MAGIC_BITS), a, slot)
-            plgpu.barrier_wait(ready.at[then])
-            with jax.named_scope("dequant"):
-                words = fetch(then)
-            acc = wait(acc, a)
-            plgpu.barrier_arrive(free.at[slot])
-            return add(total, acc, scales), finish(words), words[1]
-
-        total_type = _array((OWN, tile_m), jnp.float32, _ACC)
         plgpu.barrier_wait(ready.at[0])
-        words = fetch(i32(0))
+        state = (zeros(), finish(fetch(i32(0))))
+        acc, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
         slot = (plan.steps - 1) % stages
-        if isinstance(weights, Int4Int8):
-            state = (filled(0, total_type), finish(words), words[1])
-            state = lax.fori_loop(i32(0), i32(plan.steps - 1), one_scaled_step, state)
-            total, a, scales = state
-            acc = add(total, wait(multiply(filled(_MAGIC_BITS), a, slot), a), scales)
-        else:
-            state = (filled(0), finish(words))
-            acc, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
-            acc = wait(multiply(acc, a, slot), a)
+        acc = wait(multiply(acc, a, slot), a)
         plgpu.barrier_arrive(free.at[slot])
 
         def body(out, acc, row, column, wg, *factors):
@@ -648,13 +639,9 @@ def _launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
 
 
 def heuristic(spec: MatmulSpec) -> Config:
-    """Sizes: the largest tile of x of which three quarters of the multiprocessors get one.
-
-    With two sums a tile of 256 rows does not fit into the registers.
-    """
+    """Sizes: the largest tile of x of which three quarters of the multiprocessors get one."""
     wanted = 3 * (current_device().num_sms or 132) // 4
-    tiles = (128,) if spec.scheme == "w4a8" else (256, 128)
-    fits = [t for t in tiles if pl.cdiv(spec.m, t) * pl.cdiv(spec.n, COLUMNS) >= wanted]
+    fits = [t for t in (256, 128) if pl.cdiv(spec.m, t) * pl.cdiv(spec.n, COLUMNS) >= wanted]
     return Config(tile_m=fits[0] if fits else 64)
 
 
@@ -663,9 +650,10 @@ def matmul(
 ) -> jax.Array:
     """Computes the same as `reference.matmul`, with 4-bit weights rounded to bfloat16.
 
+    Weights that are FP8 numbers (``spec.narrow``) are not rounded.
+
     Args:
-      lhs: bfloat16 [..., m, k]; for 8-bit weights an INT8 or FP8 QTensor with a scale per row; for
-        INT4 weights either bfloat16 or INT8.
+      lhs: bfloat16 [..., m, k], or an INT8 or FP8 QTensor with a scale per row.
       rhs: packed 4-bit QTensor [k, n], or INT8 or FP8 with a scale per output.
       spec: static facts.
       config: sizes; None chooses.
@@ -673,48 +661,66 @@ def matmul(
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
-    weights: FourBit | Int8 | Int4Int8 | Fp8
-    config = config or heuristic(spec)
-    if spec.scheme == "w4a8":
-        arrays = _int4_int8(lhs, rhs, spec)
-        k, n = 2 * arrays["codes"].shape[0], arrays["codes"].shape[1]
-        weights = Int4Int8(k, spec.m, arrays["scale"].shape[0])
-    elif spec.scheme == "w8a8":
-        k, n = (-(-size // 128) * 128 for size in (spec.k, spec.n))
-        w, x = (lax.bitcast_convert_type(qt.qvalue, jnp.int8) for qt in (rhs, lhs))
-        x = x.reshape(spec.m, spec.k)
-        row_scale = xla.spread(lhs.scale, lhs.qvalue.shape[:-1]).reshape(spec.m)
-        column_scale = xla.spread(rhs.scale.T, rhs.qvalue.shape[1:]).reshape(spec.n)
-        for operand in (lhs, rhs):
-            if operand.tensor_scale is not None:
-                row_scale = row_scale * operand.tensor_scale.reshape(())
-        arrays = {
-            "x": jnp.pad(x, ((0, -spec.m % 8), (0, k - spec.k))),
-            "codes": jnp.pad(w, ((0, k - spec.k), (0, n - spec.n))),
-            "row_scale": row_scale,
-            "column_scale": jnp.pad(column_scale, (0, n - spec.n)),
-        }
-        weights = Int8(k, spec.m)
-        if spec.direct == "fp8":
-            kinds = (FP8_KINDS[spec.rhs.code_dtype], FP8_KINDS[spec.lhs.code_dtype])
-            weights = Fp8(k, spec.m, kinds)
-    else:
+    weights: FourBit | Int8 | Fp8 | Narrow
+    if spec.narrow:
+        weights, arrays = _narrow(lhs, rhs, spec)
+    elif spec.widened:
         packed, arrays = codes.prepare(lhs, rhs, spec, (8, FourBit.step, COLUMNS))
-        weights, n = FourBit(packed), packed.n
-    plan = Plan(weights, spec.m, n, spec.out_dtype, config)
-    out = _launch(plan, arrays)
+        weights = FourBit(packed, spec.m)
+    else:
+        weights, arrays = _eight_bit(lhs, rhs, spec)
+    n = arrays["codes"].shape[1]
+    out = _launch(Plan(weights, spec.m, n, spec.out_dtype, config or heuristic(spec)), arrays)
     return out[:, : spec.n].reshape(*lhs.shape[:-1], spec.n)
 
 
-def _int4_int8(lhs: QTensor, rhs: QTensor, spec: MatmulSpec) -> dict[str, jax.Array]:
-    """Arrays as `Int4Int8` takes them, padded with zeros."""
-    k, n = (-(-size // 128) * 128 for size in (2 * rhs.qvalue.shape[0], spec.n))
-    columns = ((0, 0), (0, n - spec.n))
-    x = lhs.qvalue.reshape(spec.m, spec.k)
-    row_scale = xla.spread(lhs.scale, lhs.qvalue.shape[:-1]).reshape(spec.m)
-    return {
-        "x": jnp.pad(x, ((0, -spec.m % 8), (0, k - spec.k))),
-        "codes": jnp.pad(rhs.qvalue, ((0, k // 2 - rhs.qvalue.shape[0]), columns[1])),
-        "scale": jnp.pad(rhs.scale, columns),
-        "row_scale": row_scale / 16,  # of codes that are moved by four bits
+def _eight_bit(lhs: QTensor, rhs: QTensor, spec: MatmulSpec):
+    """8-bit weights and their arrays, padded with zeros."""
+    k, n = (-(-size // 128) * 128 for size in (spec.k, spec.n))
+    column_scale = xla.spread(rhs.scale.T, rhs.qvalue.shape[1:]).reshape(spec.n)
+    if rhs.tensor_scale is not None:
+        column_scale = column_scale * rhs.tensor_scale.reshape(())
+    arrays = {
+        "x": _rows_of_bytes(lhs, spec, k),
+        "codes": jnp.pad(_bytes(rhs.qvalue), ((0, k - spec.k), (0, n - spec.n))),
+        "row_scale": xla.row_scales(lhs),
+        "column_scale": jnp.pad(column_scale, (0, n - spec.n)),
     }
+    if spec.direct == "int8":
+        return Int8(k, spec.m), arrays
+    return Fp8(k, spec.m, (FP8_KINDS[spec.rhs.code_dtype], FP8_KINDS[spec.lhs.code_dtype])), arrays
+
+
+def _narrow(lhs: QTensor, rhs: QTensor, spec: MatmulSpec):
+    """Weights that become FP8 numbers and their arrays, padded with zeros.
+
+    With the largest scale of an output a code 6 becomes 6 · 2^6: the output's factor is 2^-6 of
+    that scale. A scale that is NaN makes its output NaN, whatever its codes.
+    """
+    k, n = (-(-size // 128) * 128 for size in (spec.rhs.stored_k, spec.n))
+    columns = (0, n - spec.n)
+    scale = lax.bitcast_convert_type(rhs.scale, jnp.uint8)
+    is_nan = scale == 255
+    top = jnp.max(jnp.where(is_nan, 0, scale), axis=0)  # 127 more than its logarithm
+    top = jnp.maximum(top.astype(jnp.int32), NARROW_OCTAVES)
+    factor = lax.bitcast_convert_type(top << 23, jnp.float32)
+    arrays = {
+        "x": _rows_of_bytes(lhs, spec, k),
+        "codes": jnp.pad(rhs.qvalue, ((0, k // 2 - rhs.qvalue.shape[0]), columns)),
+        "scale": jnp.pad(scale, ((0, 0), columns)),
+        "lowest": jnp.pad((top - NARROW_OCTAVES).astype(jnp.uint8), columns)[None],
+        "row_scale": xla.row_scales(lhs) * 2.0**-6,
+        "column_scale": jnp.pad(jnp.where(is_nan.any(0), jnp.nan, factor), columns),
+    }
+    kinds = ("e4m3", FP8_KINDS[spec.lhs.code_dtype])
+    group = k if spec.rhs.k_tiles == 1 else spec.rhs.group
+    return Narrow(k, spec.m, kinds, group, spec.rhs.k_tiles), arrays
+
+
+def _rows_of_bytes(lhs: QTensor, spec: MatmulSpec, k: int) -> jax.Array:
+    x = _bytes(lhs.qvalue).reshape(spec.m, spec.k)
+    return jnp.pad(x, ((0, -spec.m % 8), (0, k - spec.k)))
+
+
+def _bytes(codes: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(codes, jnp.int8)

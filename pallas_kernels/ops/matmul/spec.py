@@ -17,6 +17,7 @@ CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
 _INT8_ROWS = 64
+NARROW_OCTAVES = 11  # between scales, for which E2M1 codes times scales are E4M3 numbers
 FP8_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
 
@@ -46,6 +47,7 @@ class OperandSpec:
       n_tiles: scales along the other axis.
       stored_k: contracted length with padding.
       zero_point: codes have zero points.
+      scale_octaves: bound on how far scales of a column lie apart; None without one.
     """
 
     dtype: str
@@ -58,6 +60,12 @@ class OperandSpec:
     n_tiles: int = 1
     stored_k: int = 0
     zero_point: bool = False
+    scale_octaves: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale, padding included."""
+        return self.stored_k // max(self.k_tiles, 1)
 
     @property
     def code_dtype(self) -> str:
@@ -122,6 +130,23 @@ class MatmulSpec:
         return self.lhs.kind if self.lhs.kind == self.rhs.kind else None
 
     @property
+    def widened(self) -> bool:
+        """Whether an sm90 kernel widens packed 4-bit weights, for rows of 16 or 8 bits."""
+        return self.scheme in ("w4a16", "w4a8")
+
+    @property
+    def narrow(self) -> bool:
+        """Whether packed 4-bit weights are FP8 numbers, up to a power of two of their output."""
+        rhs, octaves = self.rhs, self.rhs.scale_octaves
+        return (
+            (self.scheme, self.lhs.kind, rhs.packed) == ("w4a8", "fp8", "float4_e2m1fn")
+            and rhs.scale_dtype == "float8_e8m0fnu"
+            and octaves is not None
+            and octaves <= NARROW_OCTAVES
+            and (rhs.k_tiles == 1 or rhs.group in (32, 64) or rhs.group % BLOCK_K == 0)
+        )
+
+    @property
     def block_scaled(self) -> bool:
         """Whether fp8 codes are multiplied tile by tile of k, each sum scaled into float32."""
         tiles = self.lhs.k_tiles
@@ -161,14 +186,10 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return _fp8_reason(spec)
     if spec.scheme == "w8a8" and spec.direct is not None:
         return None
-    if spec.scheme == "w4a8" and spec.rhs.packed == "int4" and spec.lhs.dtype == "int8":
-        return _int4_int8_reason(spec)
-    if spec.scheme != "w4a16":
-        kinds = (
-            "" if spec.scheme != "w8a8" else " but INT8 or FP8 with one scale per row and output"
-        )
-        return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
-    return _four_bit_reason(spec)
+    if spec.widened:
+        return _four_bit_reason(spec)
+    kinds = "" if spec.scheme != "w8a8" else " but INT8 or FP8 with one scale per row and output"
+    return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
 
 
 def _fp8_reason(spec: MatmulSpec) -> str | None:
@@ -189,30 +210,16 @@ def _fp8_reason(spec: MatmulSpec) -> str | None:
     return None
 
 
-def _int4_int8_reason(spec: MatmulSpec) -> str | None:
-    """Why the sm90 kernel does not serve INT4 weights times INT8 rows, or None."""
-    lhs, rhs = spec.lhs, spec.rhs
-    if not (lhs.plain and lhs.k_tiles == 1):
-        return "the sm90 kernel takes INT8 rows with one scale each and no zero point"
-    if rhs.packed_axis != -2 or rhs.zero_point or rhs.n_tiles != spec.n:
-        return (
-            "the sm90 kernel takes INT4 weights packed along the inputs, with one scale per group "
-            "of inputs and output and no zero points"
-        )
-    group = rhs.stored_k // max(rhs.k_tiles, 1)
-    if rhs.scale_dtype != "float32" or (rhs.k_tiles > 1 and group % BLOCK_K):
-        return (
-            f"the sm90 kernel takes INT4 groups of a multiple of {BLOCK_K} inputs with float32 "
-            f"scales; got {group} with {rhs.scale_dtype}"
-        )
-    return None
-
-
 def _four_bit_reason(spec: MatmulSpec) -> str | None:
     """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
     rhs = spec.rhs
-    if spec.lhs.dtype != "bfloat16":
-        return f"the sm90 kernel takes bfloat16 activations; got {spec.lhs.dtype}"
+    if spec.lhs.quantized and spec.lhs.kind is None:
+        return (
+            "the sm90 kernel takes bfloat16 activations, or INT8 or FP8 with one scale per row and "
+            "no zero point"
+        )
+    if not spec.lhs.quantized and spec.lhs.dtype != "bfloat16":
+        return f"the sm90 kernel takes bfloat16 or 8-bit activations; got {spec.lhs.dtype}"
     if rhs.packed not in CODES or rhs.packed_axis != -2:
         return "the sm90 kernel takes 4-bit weights packed along the inputs, as pack(0) makes them"
     if rhs.zero_point or rhs.scale_dtype not in SCALES or rhs.n_tiles != spec.n:
@@ -220,7 +227,7 @@ def _four_bit_reason(spec: MatmulSpec) -> str | None:
             "the sm90 kernel takes one float32, e4m3 or e8m0 scale per group of inputs and output, "
             "and no zero points"
         )
-    group = rhs.stored_k // max(rhs.k_tiles, 1)
+    group = rhs.group
     if rhs.k_tiles != 1 and (group % UNIT or (64 % group and group % 64)):
         return f"the sm90 kernel takes groups of 16, 32 or a multiple of 64 inputs; got {group}"
     return None
@@ -240,8 +247,6 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
             "cuBLASLt multiplies FP8 codes faster: 1545 against 1468 TFLOP/s at 8192³ on an H200; "
             "implementation='mosaic' runs the sm90 kernel"
         )
-    if spec.scheme == "w4a8":
-        return "the sm90 kernel for w4a8 was checked, not measured; implementation='mosaic' runs it"
     if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (
@@ -279,9 +284,14 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
     if implementation == "mosaic" and spec.block_scaled:
         return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
-    if implementation == "mosaic" and spec.direct:
+    if implementation == "mosaic" and spec.direct and not spec.widened:
         total = "int32" if spec.direct == "int8" else "the tensor core, to about 14 bits"
         return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in {total}",)
+    if implementation == "mosaic" and spec.narrow and spec.m > FEW_ROWS:
+        return (
+            f"{prefix}the weights are read packed and become FP8 numbers in registers, without a "
+            "rounding; sums stay in the tensor core, to about 14 bits",
+        )
     if implementation == "mosaic":
         where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
         return (f"{prefix}the weights are read packed and widened {where} within the product",)

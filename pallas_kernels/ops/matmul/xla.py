@@ -71,6 +71,14 @@ def spread(scale: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
     return scale
 
 
+def row_scales(lhs: QTensor) -> jax.Array:
+    """One float32 factor per row, from codes whose scales have one entry along k."""
+    scale = spread(lhs.scale, lhs.qvalue.shape[:-1])
+    if lhs.tensor_scale is not None:
+        scale = scale * lhs.tensor_scale
+    return scale.reshape(-1)
+
+
 def _dot(a, b, total):
     return lax.dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), preferred_element_type=total)
 

@@ -158,6 +158,7 @@ def matrix_reason(
     kind, block = spec.format, spec.format.block
     two_level = (kind.scale, spec.scale_rule, spec.two_level) == ("e4m3", "nearest", True)
     power = kind.scale == "e8m0" and spec.scale_rule in ("floor", "ceil")
+    power = power and kind.scale_octaves is None
     if (reason := _device_reason(device)) is not None:
         return reason
     if isinstance(kind.element_type, IntType) or block not in (16, 32) or not (two_level or power):
