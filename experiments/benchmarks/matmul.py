@@ -41,16 +41,18 @@ FORMATS = {
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
     "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
 }
-FORMATS["int4_a8"], FORMATS["nvfp4_a8"] = FORMATS["int4"], FORMATS["nvfp4"]
-FORMATS["mxfp4_a8"] = lambda w: quantize(w, "mxfp4_narrow", axis=0).pack(0)
+FORMATS["mxfp4_a8"] = lambda w: quantize(w, "mxfp4_int8", axis=0).pack(0)
+FORMATS["int4_a8"] = lambda w: quantize(w, "int4_int8", axis=0).pack(0)
+FORMATS["nvfp4_a8"] = FORMATS["nvfp4"]
 FORMATS["fp8_a8"] = lambda w: quantize(w, "fp8_e4m3", axis=0, tile=None)
-ROWS_OF_8_BITS = {"int8": "int8", "int4_a8": "int8"}  # formats of rows
-ROWS_OF_8_BITS |= dict.fromkeys(("nvfp4_a8", "mxfp4_a8", "fp8_a8"), "fp8_e4m3")
+ROWS_OF_8_BITS = dict.fromkeys(("int8", "int4_a8", "mxfp4_a8"), "int8")  # formats of rows
+ROWS_OF_8_BITS |= dict.fromkeys(("nvfp4_a8", "fp8_a8"), "fp8_e4m3")
+EIGHT = ("mxfp4_a8", "int4_a8", "nvfp4_a8", "fp8_a8")  # with the kernels for many rows
 KERNELS = {"rows": mosaic_sm90_rows, "tokens": mosaic_sm90_tokens}
 LARGE = {"k": 8192, "n": 8192}
 # Of sum |x| |w|: float32 sums of exact products; weights rounded to bfloat16 before them.
-BOUNDS = {"rows": 1e-5, "tokens": 5e-5, "tokens int4": 2.0**-8, "tokens int4_a8": 2.0**-8}
-BOUNDS["tokens mxfp4_a8"] = 2.0**-8  # FP8 sums of about 14 bits
+BOUNDS = {"rows": 1e-5, "tokens": 5e-5, "tokens int4": 2.0**-8}
+BOUNDS["tokens fp8_a8"] = 2.0**-9  # the tensor core's sums over 128 inputs have about 14 bits
 
 
 # --- cases ---------------------------------------------------------------------------------------
@@ -93,24 +95,29 @@ def cases() -> list[Case]:
                     {"outputs": 128, "table": True})),
         *(fast("int4", m, "rows", **whole) for m in (16, 1)),
         *(fast("mxfp4", m, "rows", **whole, table=True) for m in (16, 1)),
-        *(right("tokens", name, 300, 1024, 512) for name in ("mxfp4_a8", "nvfp4_a8", "int4_a8")),
+        *(right("tokens", name, 300, 1024, 512) for name in EIGHT),
         right("rows", "nvfp4_a8", 5, 1024, 512),
-        *(fast(name, 4096, "tokens") for name in ("mxfp4_a8", "nvfp4_a8", "int4_a8")),
+        *(fast(name, 4096, "tokens") for name in EIGHT),
         *(fast(name, 4096) for name in ("mxfp4_a8", "fp8_a8")),
-        *(fast(f"{name} from bf16", 4096) for name in ("mxfp4_a8", "nvfp4_a8")),
-        *(fast(name, m, "rows") for name in ("mxfp4_a8", "nvfp4_a8") for m in (1, 16)),
-        *(fast("int4", m, "rows", **whole, units=4) for m in (16, 1)),
+        *(fast(f"{name} from bf16", 4096) for name in EIGHT),
+        *(fast(name, m, "rows") for name in ("mxfp4_a8", "int4_a8", "nvfp4_a8") for m in (1, 16)),
+        *(fast("int4", m, "rows", **whole, units=units) for units in (4, 8) for m in (16, 1)),
         right("tokens", "int4_a8", 77, 300, 200, kind="groups"),
-        right("tokens", "mxfp4_a8", 77, 300, 200, kind="groups"),
-        right("tokens", "mxfp4_a8", 513, 2080, 144, kind="positive"),
+        *(right("tokens", name, 77, 300, 200, kind="groups")
+          for name in ("mxfp4_a8", "nvfp4_a8", "fp8_a8")),
+        *(right("tokens", name, 513, 2080, 144, kind="positive") for name in EIGHT),
+        *(right("tokens", name, 4096, 8192, 8192, kind="positive")
+          for name in ("mxfp4_a8", "fp8_a8")),
         right("tokens", "mxfp4_a8", 4096, 8192, 8192),
-        right("tokens", "mxfp4_a8", 4096, 8192, 8192, kind="positive"),
         right("rows", "nvfp4_a8", 17, 300, 136, kind="groups"),
         *(fast("mxfp4_a8", 4096, "tokens", **c)
           for c in ({"num_stages": 3}, {"num_stages": 5}, {"cluster": 1}, {"across": 16})),
         *(fast(name, 64, "tokens") for name in ("mxfp4_a8", "mxfp4")),
         *(case for m in (128, 512, 1024) for case in (
             fast("bf16", m), fast("mxfp4_a8", m, "tokens"), fast("mxfp4", m, "tokens"))),
+        *(fast("fp8_a8", 4096, "tokens", **c)
+          for c in ({"tile_m": 128}, {"tile_m": 128, "cluster": 1})),
+        *(fast("mxfp4", m, "rows", **whole, units=4, table=True) for m in (1, 16)),
         right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
         right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
         right("rows", "mxfp4", 9, 1024, 512, config=whole),
@@ -211,7 +218,7 @@ def dense(x: Any) -> jax.Array:
 def kernel_call(case: Case, x, w, out_dtype=None):
     """A kernel with the case's sizes, as a function of x and w."""
     spec, module = api._prepare(x, w, out_dtype)[2], KERNELS[case["kernel"]]
-    config = module.Config(**case.get("config", {}))
+    config = module.Config(**case["config"]) if "config" in case else None  # the usual sizes
     return lambda x, w: module.matmul(x, w, spec, config)
 
 

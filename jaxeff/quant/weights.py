@@ -34,9 +34,10 @@ class WeightQuant:
 
     Args:
       format: ``"nvfp4"``, ``"mxfp4"``, ``"int4"``, ``"int8"``, ``"fp8_e4m3"``, or another name of
-        ``pallas_kernels.get_format``.
+        ``pallas_kernels.get_format``. ``"mxfp4_int8"`` and ``"int4_int8"`` are INT8 numbers times
+        one scale of an output: with INT8 activations an sm90 GPU multiplies them as such.
       group: inputs that share a scale; ``"default"``: 16 for nvfp4, 32 for the MX formats, 128 for
-        int4, all inputs of an output for the 8-bit ones. None: all inputs.
+        the int4 ones, all inputs of an output for the 8-bit ones. None: all inputs.
       activations: ``None`` (16 bits), ``"int8"`` or ``"fp8_e4m3"``, one current scale per token.
       asymmetric: whether integer groups have a zero point.
 
@@ -47,7 +48,8 @@ class WeightQuant:
     ('w4a8', 'w4a16')
 
     References: GPTQ (arXiv:2210.17323), section 5 (groups of 128); Pretraining LLMs with NVFP4
-    (arXiv:2509.25149), appendix B.
+    (arXiv:2509.25149), appendix B; QServe (arXiv:2405.04532), section 4.1 (4-bit codes that are
+    INT8 numbers).
     """
 
     format: str
@@ -79,7 +81,7 @@ class WeightQuant:
         76
         """
         tile = self.group
-        if tile == "default" and self.format == "int4":
+        if tile == "default" and self.format in ("int4", "int4_int8"):
             tile = 128
         if isinstance(tile, int):
             tile = min(tile, kernel.shape[0])
@@ -87,16 +89,16 @@ class WeightQuant:
         return codes.pack(0)
 
 
-#: Weight storage by name; activations in 16 bits unless the name says otherwise.
+#: Weight storage by name; activations in 16 bits unless it ends in ``_a8``.
 WEIGHTS = {
     "nvfp4": WeightQuant("nvfp4"),
     "mxfp4": WeightQuant("mxfp4"),
     "int4": WeightQuant("int4"),
     "int8": WeightQuant("int8"),
     "fp8": WeightQuant("fp8_e4m3"),
-    "int4_a8": WeightQuant("int4", activations="int8"),
+    "int4_a8": WeightQuant("int4_int8", activations="int8"),
     "nvfp4_a8": WeightQuant("nvfp4", activations="fp8_e4m3"),
-    "mxfp4_a8": WeightQuant("mxfp4", activations="fp8_e4m3"),
+    "mxfp4_a8": WeightQuant("mxfp4_int8", activations="int8"),
     "int8_a8": WeightQuant("int8", activations="int8"),
     "fp8_a8": WeightQuant("fp8_e4m3", activations="fp8_e4m3"),
 }

@@ -6,8 +6,8 @@ The operation that turns arrays into a ``QTensor`` is ``pallas_kernels.quantize`
 from pallas_kernels.formats.block_format import FORMATS, SCALE_RULES, BlockFormat, get_format
 from pallas_kernels.formats.fp8 import FP8_E4M3, FP8_E5M2
 from pallas_kernels.formats.hadamard import TE_SIGNS, hadamard_matrix, inverse_rht, rht
-from pallas_kernels.formats.integer import INT4, INT8
-from pallas_kernels.formats.mx import MXFP4, MXFP4_NARROW, MXFP8
+from pallas_kernels.formats.integer import INT4, INT4_INT8, INT8
+from pallas_kernels.formats.mx import MXFP4, MXFP4_INT8, MXFP8
 from pallas_kernels.formats.nf4 import NF4_VALUES, NF4Tensor, quantize_nf4
 from pallas_kernels.formats.number_types import FloatType, IntType, number_type, number_type_of
 from pallas_kernels.formats.nvfp4 import NVFP4
@@ -20,9 +20,10 @@ __all__ = [
     "FP8_E4M3",
     "FP8_E5M2",
     "INT4",
+    "INT4_INT8",
     "INT8",
     "MXFP4",
-    "MXFP4_NARROW",
+    "MXFP4_INT8",
     "MXFP8",
     "NF4_VALUES",
     "NVFP4",

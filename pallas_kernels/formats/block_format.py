@@ -22,7 +22,7 @@ SCALE_RULES = ("nearest", "floor", "ceil", "qwix")
 _ELEMENTS = ("int4", "int8", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
 _NAME = re.compile(
     r"(?P<element>int[48]|e\dm\d)_b(?P<block>axis|[1-9]\d*)_(?P<scale>float32|bfloat16|float16|e\dm\d)"
-    r"(_(?P<rule>floor|ceil|qwix|nearest))?(?P<two_level>_x2)?(_o(?P<octaves>[1-9]\d*))?"
+    r"(_(?P<rule>floor|ceil|qwix|nearest))?(?P<two_level>_x2)?(_s(?P<steps>[1-9]\d*))?"
 )
 
 
@@ -42,8 +42,8 @@ class BlockFormat:
             e8m0 and ``"nearest"`` otherwise.
         two_level: whether a float32 scale per tensor brings the block scales into the range of
             their type.
-        scale_octaves: bound on how far scales along the quantised axes lie apart, see
-            ``raise_scales``; ``None`` for no bound.
+        scale_steps: scales along the quantised axes are multiples of the largest over this number,
+            see ``stepped_scales``; ``None`` for no such rule. For float32 and e8m0 scales.
 
     Raises:
         ValueError: an argument is none of the above, or ``two_level`` is asked of a scale type that
@@ -63,7 +63,7 @@ class BlockFormat:
     scale: str = "float32"
     scale_rule: str | None = None
     two_level: bool = False
-    scale_octaves: int | None = None
+    scale_steps: int | None = None
 
     def __post_init__(self):
         if self.element not in _ELEMENTS:
@@ -76,8 +76,7 @@ class BlockFormat:
             object.__setattr__(self, "scale_rule", _default_rule(self.scale))
         check_scale_rule(self.scale_rule)
         check_two_level(self.scale, self.two_level)
-        if self.scale_octaves is not None and self.scale_octaves < 1:
-            raise ValueError(f"scale_octaves must be at least 1 or None, got {self.scale_octaves}")
+        check_scale_steps(self.scale, self.scale_steps)
 
     @property
     def element_type(self) -> NumberType:
@@ -97,9 +96,9 @@ class BlockFormat:
             return registered[0]
         rule = "" if self.scale_rule == _default_rule(self.scale) else f"_{self.scale_rule}"
         block = "axis" if self.block is None else self.block
-        octaves = "" if self.scale_octaves is None else f"_o{self.scale_octaves}"
+        steps = "" if self.scale_steps is None else f"_s{self.scale_steps}"
         levels = "_x2" if self.two_level else ""
-        return f"{self.element}_b{block}_{self.scale}{rule}{levels}{octaves}"
+        return f"{self.element}_b{block}_{self.scale}{rule}{levels}{steps}"
 
 
 #: Formats by name; the family files fill it.
@@ -132,8 +131,8 @@ def get_format(qtype: str | BlockFormat) -> BlockFormat:
 
     Args:
         qtype: a registered name, a structural name such as ``"e2m1_b32_e3m4_x2"``
-            (element, block or ``axis``, scale, optional scale rule, ``x2`` for two levels, ``o11``
-            for eleven ``scale_octaves``), or a ``BlockFormat``, which is returned as it is.
+            (element, block or ``axis``, scale, optional scale rule, ``x2`` for two levels, ``s8``
+            for eight ``scale_steps``), or a ``BlockFormat``, which is returned as it is.
 
     Returns:
         The format.
@@ -160,10 +159,10 @@ def _format_by_name(name: str) -> BlockFormat:
             "or element_b<block>_scale such as 'e2m1_b32_e3m4'"
         )
     block = None if match["block"] == "axis" else int(match["block"])
-    octaves = match["octaves"] and int(match["octaves"])
+    steps = match["steps"] and int(match["steps"])
     return BlockFormat(
         match["element"], block, match["scale"], match["rule"], match["two_level"] is not None,
-        octaves,
+        steps,
     )  # fmt: skip
 
 
@@ -203,6 +202,27 @@ def check_two_level(scale: str, two_level: bool) -> None:
             "two_level=True needs a scale type narrower than float32, such as e4m3; "
             f"{scale} has the range of float32 already"
         )
+
+
+def check_scale_steps(scale: str, steps: int | None) -> None:
+    """Raises ValueError if scales of a type cannot be multiples of the largest over ``steps``.
+
+    Args:
+        scale: name of the scale type.
+        steps: how many, or None.
+
+    Raises:
+        ValueError: neither float32 nor e8m0, less than one step, or for e8m0 no power of two.
+
+    >>> check_scale_steps("e8m0", 8)
+    """
+    if steps is None:
+        return
+    if scale not in ("float32", "e8m0"):
+        raise ValueError(f"scale_steps needs float32 or e8m0 scales, got {scale}")
+    if steps < 1 or (scale == "e8m0" and steps & (steps - 1)):
+        kind = "a power of two" if scale == "e8m0" else "at least 1"
+        raise ValueError(f"scale_steps of {scale} scales must be {kind}, got {steps}")
 
 
 def scale_from_amax(
@@ -269,34 +289,41 @@ def _scale_exponent(amax: jax.Array, element: NumberType, rule: str) -> jax.Arra
     return exponent + (ratio > power_of_two(jnp.clip(exponent, -126, 127)))
 
 
-def raise_scales(
-    scale: jax.Array, amax: jax.Array, octaves: int, axes: tuple[int, ...]
+def stepped_scales(
+    scale: jax.Array, amax: jax.Array, steps: int, axes: tuple[int, ...]
 ) -> jax.Array:
-    """Raises scales that lie more than so many octaves below the largest along some axes.
+    """Raises scales to the next multiple of the largest one along some axes, over ``steps``.
 
-        s = max(s, 2^-octaves · max s)        and max s for a tile of zeros
+        s = ceil(s · steps / max s) · max s / steps
 
-    So ``code · s / max s`` needs few exponents. A block whose scale is raised is rounded as
-    coarsely as one 2^octaves times below the largest.
+    and max s for a tile of zeros, and where the steps would be subnormal numbers.
+
+    So ``code · s`` is an integer of few bits times one number. The second level of a weight in two
+    levels, of a group below that of its output.
 
     Args:
         scale: float32, from ``scale_from_amax``; NaN is left out and left as it is.
         amax: largest magnitude of each tile, shape of ``scale``.
-        octaves: the bound.
+        steps: how many; for powers of two a power of two, so that they stay what they are.
         axes: axes of ``scale`` among which scales are compared.
 
     Returns:
         float32 array of the shape of ``scale``.
 
-    >>> scale = jnp.float32([1.0, 2.0**-12, 2.0**-11])
-    >>> jnp.log2(raise_scales(scale, scale, 11, (0,))).tolist()
-    [0.0, -11.0, -11.0]
+    >>> scale = jnp.float32([1.0, 0.3, 0.01])
+    >>> stepped_scales(scale, scale, 8, (0,)).tolist()
+    [1.0, 0.375, 0.125]
+
+    References: QServe (arXiv:2405.04532), section 4.1 (progressive group quantisation).
     """
     is_used = (amax > 0) & jnp.isfinite(scale)
     top = jnp.max(jnp.where(is_used, scale, 0.0), axis=axes, keepdims=True, initial=0.0)
     top = jnp.where(top == 0, 1.0, top)  # nothing but zeros
-    raised = jnp.where(amax == 0, top, jnp.maximum(scale, top * 2.0**-octaves))
-    return jnp.where(jnp.isnan(scale), jnp.nan, raised)
+    # A quotient may be a rounding above the whole number that it is.
+    count = jnp.ceil(true_divide(scale, top) * steps * (1 - 2.0**-20))
+    stepped = jnp.clip(count, 1, steps) * true_divide(top, steps)
+    stepped = jnp.where((amax == 0) | (top < steps * FLOAT32_MIN_NORMAL), top, stepped)
+    return jnp.where(jnp.isnan(scale), jnp.nan, stepped)
 
 
 def tensor_encode_scale(amax: jax.Array, element: NumberType, scale_type: NumberType) -> jax.Array:

@@ -162,8 +162,8 @@ class QTensor:
         """Checks every rule of the class; returns the QTensor.
 
         Args:
-            check_values: also check that scales are positive numbers, within the octaves of the
-                format, which needs concrete arrays.
+            check_values: also check that scales are positive numbers, in the steps of the format,
+                which needs concrete arrays.
 
         Returns:
             ``self``.
@@ -186,21 +186,22 @@ class QTensor:
             _check_scale_values("scale", self.scale)
             if self.tensor_scale is not None:
                 _check_scale_values("tensor_scale", self.tensor_scale)
-            self._check_octaves()
+            self._check_steps()
         return self
 
-    def _check_octaves(self):
-        octaves = get_format(self.qtype).scale_octaves
+    def _check_steps(self):
+        steps = get_format(self.qtype).scale_steps
         pairs = zip(self.scale.shape, self.stored_shape, strict=True)
         axes = tuple(axis for axis, (count, length) in enumerate(pairs) if count < length)
-        if octaves is None or not axes or not self.scale.size:
+        if steps is None or not axes or not self.scale.size:
             return
-        powers = np.log2(np.asarray(self.scale).astype(np.float32))
-        apart = (powers.max(axes) - powers.min(axes)).max()
-        if apart > octaves:
+        scale = np.asarray(self.scale).astype(np.float32)
+        counts = scale / scale.max(axes, keepdims=True) * steps
+        wrong = (np.abs(counts - np.rint(counts)) > 1e-4) | (counts < 0.5)
+        if wrong.any():
             raise ValueError(
-                f"scales of {self.qtype!r} must lie within {octaves} octaves along axes {axes}, "
-                f"got {apart:.4g}"
+                f"scales of {self.qtype!r} must be multiples of the largest along axes {axes} over "
+                f"{steps}, but {int(wrong.sum())} of {scale.size} are not"
             )
 
     def _check_packing(self):

@@ -1,5 +1,7 @@
 """quantize: published vectors, the oracle, format errors, and what happens to odd values."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from pallas_kernels.formats import FORMATS, BlockFormat, get_format
 from pallas_kernels.ops.quantize.api import dequantize, fake_quantize, quantize
 
-NAMES = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "mxfp8", "mxfp4", "nvfp4")
+SINGLE = ("int8", "int4", "fp8_e4m3", "fp8_e5m2", "mxfp8", "mxfp4", "nvfp4")
+STEPPED = ("mxfp4_int8", "int4_int8")  # tiles depend on the largest scale of their line
+NAMES = SINGLE + STEPPED
 V = np.float32(
     [0.11, -0.52, 1.37, -2.9, 0, 0.033, 3.6, -0.75, 1, -1, 2.2, 0.4, -0.2, 0.9, -3.1, 0.06]
 )
@@ -154,9 +158,9 @@ def _awkward():
         ("fp8_e5m2", {"scale_rule": "ceil"}),
         ("mxfp8", {"scale_rule": "qwix"}),
         ("mxfp4", {"axis": 0}),
-        ("mxfp4_narrow", {"axis": 0}),
-        ("e2m1_b4_e8m0_ceil_o3", {}),
-        ("e2m1_b4_e4m3_x2_o2", {"axis": (0, 1)}),
+        ("mxfp4_int8", {"axis": 0}),
+        ("e2m1_b4_e8m0_ceil_s4", {}),
+        ("int4_b5_float32_s15", {"axis": (0, 1)}),
         ("nvfp4", {"overrange": 17 / 16}),
         ("nvfp4", {"two_level": False, "scale_min": 2.0**-6}),
         ("e3m2_b8_e3m4_x2", {}),
@@ -199,7 +203,7 @@ def test_zeros_stay_zero(name):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_a_bad_value_poisons_its_tile_and_no_other(name, bad):
     clean = NORMAL[:4, :64].copy()
     clean[1, 40], clean[0, 0] = 0, 9  # the largest value of the tensor is elsewhere
@@ -210,6 +214,40 @@ def test_a_bad_value_poisons_its_tile_and_no_other(name, bad):
     assert np.isnan(got[1, 32:]).all()
     got[1, 32:] = expected[1, 32:]
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_bad_value_leaves_the_steps_of_the_other_tiles(name, bad):
+    dirty = NORMAL[:4, :64].copy()
+    dirty[1, 40] = bad
+    got = np.array(fake_quantize(dirty, name, tile=32))
+    assert np.isnan(got[1, 32:]).all()
+    expected = np.array(fake_quantize(dirty, name, tile=32))
+    expected[1, :32] = fake_quantize(dirty[1:2, :32], name, tile=32)  # the only one of its line
+    got[1, 32:] = expected[1, 32:] = 0
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_steps_of_scales():
+    """Whole steps from a part of the largest scale of a line up to it, never below amax."""
+    x = NORMAL * np.exp2(-np.arange(256) // 32).astype(np.float32)
+    for name, steps in (("mxfp4_int8", 8), ("int4_int8", 15)):
+        qt = quantize(x, name, tile=32, scale_rule=None).validate(check_values=True)
+        scale = np.asarray(qt.scale, np.float32)
+        counts = scale / scale.max(1, keepdims=True) * steps
+        np.testing.assert_allclose(counts, np.rint(counts), rtol=1e-6)
+        assert np.rint(counts).min() == 1 and counts.max() == steps
+    loose = quantize(x, "int4", tile=32)
+    assert (np.asarray(qt.scale) >= np.asarray(loose.scale) * (1 - 1e-6)).all()
+    wrong = dataclasses.replace(qt, scale=qt.scale.at[0, 3].multiply(1.5))
+    with pytest.raises(ValueError, match="must be multiples of the largest"):
+        wrong.validate(check_values=True)
+    for scale, steps in (("e4m3", 8), ("e8m0", 6), ("float32", 0)):
+        with pytest.raises(ValueError, match="scale_steps"):
+            BlockFormat("e2m1", 32, scale, scale_steps=steps)
+    with pytest.raises(ValueError, match="has steps"):
+        quantize(x, "int4_int8", asymmetric=True)
 
 
 def test_poison_of_an_asymmetric_tile():
@@ -228,7 +266,7 @@ def test_extreme_magnitudes_stay_finite(name):
     rows = slice(0, 3)
     error = np.abs(np.asarray(y)[rows] / magnitudes[rows, None] - x[rows] / magnitudes[rows, None])
     # Half the widest step of e2m1 is 1/6 of amax; the floor rule of mxfp4 saturates 8 to 6.
-    assert error.max() < (0.25 if name == "mxfp4" else 0.17)
+    assert error.max() < (0.25 if "mxfp4" in name else 0.17)
 
 
 def test_asymmetric_keeps_the_ends_and_an_offset():

@@ -109,7 +109,8 @@ def test_one_scale_lowers_and_scales_float_sums(gradient):
         call = jax.jit(lambda a, b: matmul(a, b, implementation="mosaic"))
         text = call.trace(lhs, rhs).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
-        assert "cuBLASLt multiplies FP8 codes faster" in str(explain("matmul", lhs, rhs))
+        choice = explain("matmul", lhs, rhs, implementation="mosaic")
+        assert "summed in float32, 128 of k at a time" in choice.notes[0]
     kernel = mosaic_sm90_tokens.Fp8(384, 200, ("e4m3", "e5m2"))
     assert kernel.kind == "f32.e4m3.e5m2"
     rng = np.random.default_rng(0)
@@ -129,5 +130,5 @@ def test_one_scale_on_a_gpu(gradient):
     lhs, rhs = one_scale(200, 304, 4096, gradient)
     got = jax.jit(lambda a, b: matmul(a, b, implementation="mosaic"))(lhs, rhs)
     want = matmul(lhs, rhs, implementation="reference")
-    # 14 bits of the running sum.
-    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 3e-3
+    # About 14 bits of a sum over 128 inputs.
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 5e-4

@@ -30,9 +30,11 @@ FORMATS = {
     "nvfp4": lambda w: quantize(w, "nvfp4", axis=0).pack(0),
     "nvfp4_one_level": lambda w: quantize(w, "nvfp4", axis=0, two_level=False).pack(0),
     "mxfp4": lambda w: quantize(w, "mxfp4", axis=0).pack(0),
-    "narrow": lambda w: quantize(w, "mxfp4_narrow", axis=0).pack(0),
-    "narrow_64": lambda w: quantize(w, "mxfp4_narrow", axis=0, tile=64).pack(0),
-    "narrow_whole": lambda w: quantize(w, "mxfp4_narrow", axis=0, tile=None).pack(0),
+    "mxfp4_int8": lambda w: quantize(w, "mxfp4_int8", axis=0).pack(0),
+    "mxfp4_int8_64": lambda w: quantize(w, "mxfp4_int8", axis=0, tile=64).pack(0),
+    "mxfp4_int8_whole": lambda w: quantize(w, "mxfp4_int8", axis=0, tile=None).pack(0),
+    "int4_int8": lambda w: quantize(w, "int4_int8", axis=0).pack(0),
+    "int4_int8_32": lambda w: quantize(w, "int4_int8", axis=0, tile=32).pack(0),
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
     "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
     "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
@@ -105,7 +107,7 @@ def on_numpy(monkeypatch):
         ("nvfp4 int8", 9, 130, 40, "groups", {}),
         ("nvfp4 fp8_e4m3", 3, 1100, 136, "normal", {"own": 8, "groups": 4, "outputs": 64}),
         ("int4 int8", 1, 300, 40, "normal", {}),
-        ("narrow fp8_e4m3", 2, 96, 144, "groups", {"blocks": 9}),
+        ("mxfp4_int8 int8", 2, 96, 144, "groups", {"blocks": 9}),
     ],
 )
 def test_few_rows_equal_the_oracle_on_the_same_codes(name, m, k, n, kind, config, on_numpy):
@@ -143,35 +145,40 @@ def test_the_int8_operand_is_the_transposed_weight(wg):
     np.testing.assert_array_equal(got, w[:, 64 * wg : 64 * wg + 64].T[ORDER])
 
 
-def narrow_weights(name):
-    """Groups of every size from the largest of their output down to 2^-14 of it, and of zeros."""
+def stepped_weights(name):
+    """Groups of every size from the largest of their output down to 2^-6 of it, and of zeros."""
     w = np.array(weights(128, 128))
-    w *= 2.0 ** -np.arange(128 * 128).reshape(128, 128) // 16 % 15
-    w[:, 5], w[:32, 7], w[96:, 9] = 0, 0, 2.0**-127
+    w *= 2.0 ** -(np.arange(128)[:, None] // 32 + np.arange(128) % 7 - 3).clip(0)
+    w[:, 5], w[:32, 7], w[96:, 9] = 0, 0, 2.0**-126
     return FORMATS[name](jnp.asarray(w))
 
 
 @pytest.mark.parametrize("wg", [0, 1])
-@pytest.mark.parametrize("name", ["narrow", "narrow_64", "narrow_whole"])
-def test_narrow_weights_are_fp8_numbers(name, wg):
-    w = narrow_weights(name).validate(check_values=True)
-    x = FP8_ROWS(activations(2, 128))
+@pytest.mark.parametrize(
+    "name", ["mxfp4_int8", "mxfp4_int8_64", "mxfp4_int8_whole", "int4_int8", "int4_int8_32"]
+)
+def test_stepped_weights_are_int8_numbers(name, wg):
+    w = stepped_weights(name).validate(check_values=True)
+    lowest = w.qvalue.at[3, :64].set(0x88)  # -8 twice, or -0
+    w = dataclasses.replace(w, qvalue=lowest)
+    x = PER_ROW(activations(2, 128))
     spec = api._prepare(x, w, jnp.bfloat16)[2]
-    kernel, arrays = mosaic_sm90_tokens._narrow(x, w, spec)
+    kernel, arrays = mosaic_sm90_tokens._integer(x, w, spec)
     arrays = {name: np.array(array) for name, array in arrays.items()}
     with warpgroup.installed():
-        given = swizzled(arrays["codes"]), arrays["scale"], arrays["lowest"]
-        a = kernel.finish(*kernel.fetch(*given, np.full(128, wg, np.int32)))
-    got = warpgroup.from_operand(a, np.dtype(ml_dtypes.float8_e4m3fn)).astype(np.float32)
+        given = swizzled(arrays["codes"]), arrays["scale"], np.full(128, wg, np.int32)
+        a = kernel.finish(*kernel.fetch(*given))
     here = slice(64 * wg, 64 * wg + 64)
-    got = got * arrays["column_scale"][here][ORDER][:, None] * 2.0**-6
-    np.testing.assert_array_equal(got, np.asarray(w.dequantize())[:, here].T[ORDER])
+    got = warpgroup.from_operand(a, np.dtype(np.int8)).astype(np.float32)
+    got = got * arrays["column_scale"][here][ORDER][:, None]
+    want = np.asarray(w.dequantize())[:, here].T[ORDER]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_a_narrow_scale_that_is_nan_makes_its_output_nan():
-    w = FORMATS["narrow"](weights(64, 128).at[3, 4].set(jnp.nan))
-    x = FP8_ROWS(activations(2, 64))
-    arrays = mosaic_sm90_tokens._narrow(x, w, api._prepare(x, w, None)[2])[1]
+def test_a_stepped_scale_that_is_nan_makes_its_output_nan():
+    w = FORMATS["mxfp4_int8"](weights(64, 128).at[3, 4].set(jnp.nan))
+    x = PER_ROW(activations(2, 64))
+    arrays = mosaic_sm90_tokens._integer(x, w, api._prepare(x, w, None)[2])[1]
     assert np.flatnonzero(np.isnan(arrays["column_scale"])).tolist() == [4]
 
 
@@ -196,13 +203,14 @@ def test_the_operand_of_many_rows_is_the_weight_rounded_once(name, wg):
 
 
 def test_blocks_take_the_whole_contraction_where_they_fill_the_multiprocessors():
-    facts = lambda n, scale="e4m3": Weights("e2m1", scale, 16, 64, n, None)  # noqa: E731
-    chosen = mosaic_sm90_rows.heuristic
+    def chosen(n, m, group=16):
+        return mosaic_sm90_rows.heuristic(Weights("e2m1", "e4m3", group, 64, n, None), m)
+
     with abstract_gpu():
-        assert chosen(facts(8192), 16).groups == chosen(facts(16384), 1).groups == 4
-        for other in ((facts(4096), 1), (facts(11008), 1), (facts(8192), 17)):
+        assert chosen(8192, 16).groups == chosen(16384, 1).groups == 4
+        for other in ((4096, 1), (11008, 1), (8192, 17)):
             assert chosen(*other) == mosaic_sm90_rows.Config()
-        assert chosen(facts(8192, "e8m0"), 1) == mosaic_sm90_rows.Config()
+        assert [chosen(8192, 1, group).units for group in (16, 32, 128)] == [2, 2, 4]
     text = lowered(
         functools.partial(matmul, implementation="mosaic"), *shapes("nvfp4", 9, 64, 8192)
     )
@@ -259,11 +267,12 @@ def test_int8_lowers_for_cuda_with_its_gradient(m):
         ("nvfp4", FP8_ROWS, 4096, "to bfloat16,"),
         ("int4", PER_ROW, 70, "to bfloat16,"),
         ("mxfp4", FP8_ROWS, 3, "in registers within"),
-        ("narrow", FP8_ROWS, 3, "in registers within"),
-        ("narrow", FP8_ROWS, 4096, "become FP8 numbers"),
-        ("narrow", PER_ROW, 4096, "to bfloat16,"),
-        ("narrow_64", FP8_ROWS, 70, "become FP8 numbers"),
-        ("narrow_whole", FP8_ROWS, 70, "become FP8 numbers"),
+        ("mxfp4_int8", PER_ROW, 3, "in registers within"),
+        ("mxfp4_int8", PER_ROW, 4096, "become INT8 numbers"),
+        ("mxfp4_int8", FP8_ROWS, 4096, "to bfloat16,"),
+        ("mxfp4_int8_64", PER_ROW, 70, "become INT8 numbers"),
+        ("mxfp4_int8_whole", PER_ROW, 70, "become INT8 numbers"),
+        ("int4_int8", PER_ROW, 70, "become INT8 numbers"),
     ],
 )
 def test_four_bit_weights_times_eight_bit_rows_lower_for_cuda(name, rows, m, note, monkeypatch):

@@ -83,7 +83,7 @@ def test_a_decoder_generates_with_packed_weights_and_a_compressed_cache():
     model = decoder()
     full = weight_bytes(model.layers)
     plan = quantize_weights(model, "int4_a8")
-    assert plan.pop("lm_head") == "plain" and set(plan.values()) == {"w4a8 int4"}
+    assert plan.pop("lm_head") == "plain" and set(plan.values()) == {"w4a8 int4_int8"}
     assert weight_bytes(model.layers) < 0.25 * full  # 4.5 bits, biases and norms, of 32
     assert not [v for v in jax.tree.leaves(nnx.state(model.layers, nnx.Param)) if v.ndim == 2]
     prompt = jnp.arange(16, dtype=jnp.int32)[None]

@@ -13,13 +13,12 @@ the shadow of the tensor cores, and never written anywhere.
 * `Int8`: INT8 weights ``[k, n]`` times INT8 rows, in int32. The 8-bit ``wgmma`` wants neighbours
   along the contraction in a register, which weights with outputs side by side do not have:
   ``ldmatrix`` transposes pairs of them, and a byte permutation the rest.
-* `Fp8`: FP8 likewise.
-* `Narrow`: packed E2M1 weights whose E8M0 scales lie within 11 octaves, times FP8 rows. Divided by
-  a power of two of its output each weight is an E4M3 number: a scale is a shift of the exponents in
-  a table of eight bytes, and a byte permutation looks four codes up. (NVFP4's scales have
-  mantissas, INT4's groups float32 ones: in 8 bits their sums would be scaled every 16 to 128
-  inputs, for which the float32 units take longer than the tensor cores win over bfloat16. INT4 in
-  groups of 128 with INT8 rows took twice bfloat16's time.)
+* `Fp8`: FP8 likewise. The tensor core drops what of a product lies 14 bits below the sum, so each
+  step's sums are added to others in float32.
+* `Packed`: packed 4-bit weights whose scales of an output are whole multiples of one number, times
+  INT8 rows. A byte permutation looks codes up among their eight multiples, once among those without
+  and once among those with a sign. (NVFP4's scales of a tensor have too many values for that, FP8
+  rows of such weights would lose bits in the sum; both are multiplied as bfloat16.)
 
 The rows of an operand are outputs in an order that puts neighbours into one thread, which then
 reads the codes of both with one load and writes them as one word. Blocks of a cluster work on the
@@ -50,7 +49,7 @@ from pallas_kernels.ops.matmul import mosaic_sm90_codes as codes
 from pallas_kernels.ops.matmul import xla
 from pallas_kernels.ops.matmul.mosaic_sm90_codes import Weights
 from pallas_kernels.ops.matmul.mosaic_sm90_groups import COMPUTE, launch, warpgroups
-from pallas_kernels.ops.matmul.spec import FP8_KINDS, NARROW_OCTAVES, UNIT, MatmulSpec
+from pallas_kernels.ops.matmul.spec import CODE_RANGE, CODES, FP8_KINDS, UNIT, MatmulSpec
 
 OWN = 64  # outputs of a warpgroup
 COLUMNS = COMPUTE * OWN  # outputs of a block
@@ -85,27 +84,33 @@ def _array(shape, dtype, layout):
 
 
 def _multiply(acc, a, x, rows: int, kind: str):
-    """Starts ``acc += A @ x^T`` for a step; A in registers, x [rows, 128 bytes] in memory."""
+    """Starts ``acc += A @ x^T`` for a step; A in registers, x [rows, 128 bytes] in memory.
+
+    Without ``acc`` (None) the sums start from zero.
+    """
     base = mma_utils.encode_descriptor(
         x, leading_byte_offset=0, stride_byte_offset=8 * ROW_BYTES, swizzle=ROW_BYTES
     )
     k = 16 if "bf16" in kind else 32
     flags = "" if kind.startswith("s32") else ", 1, 1, 0" if k == 16 else ", 1, 1"
-    count = len(acc)
+    count = rows // 2
+    first = count if acc is None else 2 * count
     tile = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     lines, operands = [], []
     for group in range(GROUPS):
-        names = [f"${2 * count + 5 * group + i}" for i in range(5)]
+        names = [f"${first + 5 * group + i}" for i in range(5)]
+        more = "no" if acc is None and group == 0 else "yes"
         operands += [*a[4 * group : 4 * group + 4], ptx.add(base, ptx.i64(32 * group >> 4))]
         lines.append(
             f"wgmma.mma_async.sync.aligned.m64n{rows}k{k}.{kind} {tile}, "
-            f"{{{','.join(names[:4])}}}, {names[4]}, yes{flags};"
+            f"{{{','.join(names[:4])}}}, {names[4]}, {more}{flags};"
         )
     text = "\n".join(
-        ["{ .reg .pred yes;", "setp.ne.b32 yes, 1, 0;", "wgmma.fence.sync.aligned;", *lines,
-         "wgmma.commit_group.sync.aligned;", "}"]
+        ["{ .reg .pred yes, no;", "setp.ne.b32 yes, 1, 0;", "setp.ne.b32 no, 0, 0;",
+         "wgmma.fence.sync.aligned;", *lines, "wgmma.commit_group.sync.aligned;", "}"]
     )  # fmt: skip
-    return ptx.asm(text, "", operands, tied=acc, effects=True)
+    fresh = "f" * count if acc is None else ""
+    return ptx.asm(text, fresh, operands, tied=acc or (), effects=True)
 
 
 def _wait(acc, a):
@@ -157,6 +162,7 @@ class FourBit:
     copies = 2
     x_dtype, acc_dtype = jnp.bfloat16, jnp.float32
     kind = "f32.bf16.bf16"
+    promotes = False
 
     @property
     def k(self) -> int:
@@ -270,6 +276,7 @@ class Int8:
     copies = 1
     x_dtype, acc_dtype = jnp.int8, jnp.int32
     kind = "s32.s8.s8"
+    promotes = False  # a step's sums are added to others in float32
 
     @property
     def types(self):
@@ -340,9 +347,11 @@ class Fp8(Int8):
         k: inputs.
         m: rows.
         kinds: "e4m3" or "e5m2", of the weights and of the rows.
+        promotes: whether each step's sums are added to others in float32.
     """
 
     kinds: tuple[str, str] = ("e4m3", "e4m3")
+    promotes: bool = True
     acc_dtype = jnp.float32
 
     @property
@@ -356,34 +365,26 @@ class Fp8(Int8):
 
 
 @dataclasses.dataclass(frozen=True)
-class Narrow(Fp8):
-    """Packed E2M1 weights whose E8M0 scales of an output lie within 11 octaves, FP8 rows.
-
-    With E the bits of a scale and L those of the lowest one that its output may have, a code's
-    magnitude is the byte ``table[code] + 8 (E - L)``, where ``table`` has the E4M3 numbers 0, 2^-6,
-    2^-5, 1.5 · 2^-5, ... 1.5 · 2^-3. What this leaves out is a factor of the output.
+class Packed(Int8):
+    """Packed 4-bit weights with an integer per group of inputs and output, INT8 rows.
 
     Args:
         k: inputs, padded to a multiple of 128.
         m: rows.
-        kinds: "e4m3", and that of the rows.
-        group: inputs that share a scale: 32, 64 or a multiple of 128, or all of them.
-        scales: rows of scales.
+        code: "e2m1", whose codes are taken twice, or "int4".
+        group: inputs that share a multiplier: 32, 64 or a multiple of 128, or all of them.
+        scales: rows of multipliers.
     """
 
+    code: str = "e2m1"
     group: int = 32
     scales: int = 1
-    copies = 3
+    copies = 2
 
     @property
     def groups(self) -> int:
-        """Groups of a step: rows of scales."""
+        """Groups of a step: rows of multipliers."""
         return max(self.step // self.group, 1)
-
-    @property
-    def types(self):
-        """Operand A, as magnitudes and as signs."""
-        return super().types * 2
 
     def smem(self, stages: int):
         """What the ring holds beside x."""
@@ -391,7 +392,6 @@ class Narrow(Fp8):
         return {
             "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
             "scale": plgpu.SMEM((stages, self.groups, COLUMNS), jnp.uint8),
-            "lowest": plgpu.SMEM((stages, 1, COLUMNS), jnp.uint8),
         }
 
     def load(self, refs, smem, slot, step, column, barrier):
@@ -400,20 +400,15 @@ class Narrow(Fp8):
         row = step * self.groups
         if self.group > self.step:
             row = jnp.minimum(lax.div(step * self.step, jnp.int32(self.group)), self.scales - 1)
-        for name, rows in (
-            ("codes", pl.ds(step * size, size)),
-            ("scale", pl.ds(row, self.groups)),
-            ("lowest", pl.ds(0, 1)),
-        ):
+        for name, rows in (("codes", pl.ds(step * size, size)), ("scale", pl.ds(row, self.groups))):
             plgpu.copy_gmem_to_smem(refs[name].at[rows, columns], smem[name].at[slot], barrier)
 
     def refs(self, smem, slot):
         """References that `fetch` reads, with their transforms."""
-        rest = [(smem[name].at[slot], ()) for name in ("scale", "lowest")]
-        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), *rest]
+        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
 
-    def fetch(self, w, s, lowest, wg):
-        """Magnitudes of one step's operand, and bytes with their signs."""
+    def fetch(self, w, s, wg):
+        """One step's operand, each byte 128 too large: `finish` has something to do."""
         i32 = ptx.i32
         first, c = _place(wg)
         piece, within = ptx.div(first, i32(16)), ptx.rem(first, i32(16))
@@ -424,42 +419,52 @@ class Narrow(Fp8):
             out = "r" * len(offsets)
             rows.append(_loads(w, ptx.add(start, within), offsets, "ld.shared.u16", out))
         offsets = [COLUMNS * i for i in range(self.groups)]
-        scales = _loads(s, first, offsets, "ld.shared.u16", "r" * self.groups)
-        low = _loads(lowest, first, [0], "ld.shared.u16", "r")
-        tables = [self._tables(ptx.sub(pair, *low)) for pair in scales]
-        magnitudes, signs = [], []
+        pairs = _loads(s, first, offsets, "ld.shared.u16", "r" * self.groups)
+        tables = [self._tables(pair) for pair in pairs]
+        words = []
         for i, pair in enumerate(zip(*rows, strict=True)):
-            found = self._looked_up(pair, tables[i * self.groups // (2 * GROUPS)])
-            magnitudes += found[:2]
-            signs += found[2:]
-        return [magnitudes, signs]
+            words += self._looked_up(pair, tables[i * self.groups // (2 * GROUPS)])
+        return [words]
 
-    def _tables(self, shifts):
-        """Bytes of the magnitudes of two outputs, by the bytes of a word."""
-        text = (
-            "{ .reg .b32 i; and.b32 i, $4, 255;\n"
-            "mul.lo.s32 $0, i, $5; add.s32 $0, $0, $6; mul.lo.s32 $1, i, $7; add.s32 $1, $1, $8;\n"
-            "shr.u32 i, $4, 8; mul.lo.s32 $2, i, $5; add.s32 $2, $2, $6;\n"
-            "mul.lo.s32 $3, i, $7; add.s32 $3, $3, $8; }"
-        )
-        constants = (0x08080800, 0x14100800, 0x08080808, 0x24201C18)
-        return ptx.asm(text, "rrrr", [shifts, *map(codes.word, constants)])
+    def _tables(self, pair):
+        """For two outputs, bytes of 128 and the multiples of codes 0 to 7, then of 8 to 15."""
+        if self.code == "e2m1":  # twice the number; the upper half has the sign
+            values = (0x03020100, 0x0C080604), (-0x03020100, -0x0C080604)
+        else:
+            values = (0x03020100, 0x07060504), (-0x05060708, -0x01020304)
+        text, constants = "{ .reg .b32 i;\n", []
+        for output, take in enumerate(("and.b32 i, $8, 255;", "shr.u32 i, $8, 8;")):
+            text += take + "\n"
+            for entry, value in enumerate((*values[0], *values[1])):
+                name = 4 * output + entry
+                text += f"mul.lo.s32 ${name}, i, ${9 + entry}; "
+                text += f"add.s32 ${name}, ${name}, $13;\n"
+                constants.append(value % 2**32)
+        constants = [*map(codes.word, constants[:4]), codes.word(0x80808080)]
+        return ptx.asm(text + "}", "r" * 8, [pair, *constants])
 
     def _looked_up(self, pair, tables):
-        """Four magnitudes of either output, and four bytes of either that begin with their sign."""
+        """Four codes of either output, from two bytes of either."""
         text = (
-            "{ .reg .b32 w, o, s; prmt.b32 w, $4, $5, 20800;\n"  # 0x5140: two bytes an output
-            "and.b32 s, w, $10; prmt.b32 $0, $6, $7, s;\n"
-            "shr.u32 s, s, 16; prmt.b32 $1, $8, $9, s;\n"
-            "shl.b32 o, w, 4; prmt.b32 $2, w, o, 5380; prmt.b32 $3, w, o, 14118; }"  # 1504, 3726
+            "{ .reg .b32 w, o, s, p, n, m;\n"
+            "prmt.b32 w, $2, $3, 20800; shl.b32 o, w, 4; and.b32 s, w, $12;\n"  # 0x5140
         )
-        return ptx.asm(text, "rrrr", [*pair, *tables, codes.word(0x77777777)])
+        for output, signs in enumerate((0x9D8C, 0xBFAE)):  # the sign of a byte, eight times
+            if output:
+                text += "shr.u32 s, s, 16;\n"
+            first = 4 + 4 * output
+            text += (
+                f"prmt.b32 p, ${first}, ${first + 1}, s; "
+                f"prmt.b32 n, ${first + 2}, ${first + 3}, s;\n"
+                f"prmt.b32 m, w, o, {signs}; xor.b32 n, n, p; and.b32 n, n, m;\n"
+                f"xor.b32 ${output}, p, n;\n"
+            )
+        return ptx.asm(text + "}", "rr", [*pair, *tables, codes.word(0x77777777)])
 
-    def finish(self, magnitudes, signs):
+    def finish(self, words):
         """The operand."""
-        text = "{ .reg .b32 t; and.b32 t, $2, $3; or.b32 $0, $1, t; }"
-        mask = codes.word(0x80808080)
-        return [ptx.asm(text, "r", [*two, mask])[0] for two in zip(magnitudes, signs, strict=True)]
+        offset = codes.word(0x80808080)
+        return [ptx.xor(word, offset) for word in words]
 
 
 # -- the kernel ------------------------------------------------------------------------------------
@@ -477,7 +482,7 @@ class Plan:
         config: sizes.
     """
 
-    weights: FourBit | Int8 | Fp8 | Narrow
+    weights: FourBit | Int8 | Fp8 | Packed
     m: int
     n: int
     out_dtype: str
@@ -573,29 +578,32 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
             return _inline(body, inputs, types[:1])[0]
 
         def multiply(acc, a, slot):
-            body = lambda acc, a, x: [_multiply(acc, a, x, tile_m, weights.kind)]  # noqa: E731
-            inputs = [
-                (acc, _ACC),
-                (a, a_layout),
-                (smem["x"].at[slot], _transforms(ROW_BYTES, itemsize)),
-            ]
-            return _inline(body, inputs, [acc_type])[0]
+            def body(a, x, *acc):
+                return [_multiply(acc[0] if acc else None, a, x, tile_m, weights.kind)]
+
+            x = (smem["x"].at[slot], _transforms(ROW_BYTES, itemsize))
+            sums = [] if acc is None else [(acc, _ACC)]
+            return _inline(body, [(a, a_layout), x, *sums], [acc_type])[0]
 
         def wait(acc, a):
             body = lambda acc, a: [_wait(acc, a)]  # noqa: E731
             return _inline(body, [(acc, _ACC), (a, a_layout)], [acc_type])[0]
 
+        def added(total, acc):
+            body = lambda *pair: [[ptx.fadd(x, y) for x, y in zip(*pair, strict=True)]]  # noqa: E731
+            return _inline(body, [(total, _ACC), (acc, _ACC)], [acc_type])[0]
+
         def one_step(step, state):
-            acc, a = state
+            total, a = state
             slot, then = lax.rem(step, i32(stages)), lax.rem(step + 1, i32(stages))
             with jax.named_scope("wgmma"):
-                acc = multiply(acc, a, slot)
+                acc = multiply(None if weights.promotes else total, a, slot)
             plgpu.barrier_wait(ready.at[then])
             with jax.named_scope("dequant"):
                 words = fetch(then)
             acc = wait(acc, a)
             plgpu.barrier_arrive(free.at[slot])
-            return acc, finish(words)
+            return added(total, acc) if weights.promotes else acc, finish(words)
 
         def zeros():
             make = ptx.f32 if acc_type.dtype == jnp.float32 else ptx.i32
@@ -603,9 +611,10 @@ def _kernel(plan: Plan, names: tuple[str, ...]):
 
         plgpu.barrier_wait(ready.at[0])
         state = (zeros(), finish(fetch(i32(0))))
-        acc, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
+        total, a = lax.fori_loop(i32(0), i32(plan.steps - 1), one_step, state)
         slot = (plan.steps - 1) % stages
-        acc = wait(multiply(acc, a, slot), a)
+        acc = wait(multiply(None if weights.promotes else total, a, slot), a)
+        acc = added(total, acc) if weights.promotes else acc
         plgpu.barrier_arrive(free.at[slot])
 
         def body(out, acc, row, column, wg, *factors):
@@ -639,9 +648,13 @@ def _launch(plan: Plan, arrays: dict[str, jax.Array]) -> jax.Array:
 
 
 def heuristic(spec: MatmulSpec) -> Config:
-    """Sizes: the largest tile of x of which three quarters of the multiprocessors get one."""
+    """Sizes: the largest tile of x of which three quarters of the multiprocessors get one.
+
+    With two sums, those of FP8, a tile of more than 160 rows does not fit into the registers.
+    """
     wanted = 3 * (current_device().num_sms or 132) // 4
-    fits = [t for t in (256, 128) if pl.cdiv(spec.m, t) * pl.cdiv(spec.n, COLUMNS) >= wanted]
+    tiles = (160, 128) if spec.direct == "fp8" else (256, 128)
+    fits = [t for t in tiles if pl.cdiv(spec.m, t) * pl.cdiv(spec.n, COLUMNS) >= wanted]
     return Config(tile_m=fits[0] if fits else 64)
 
 
@@ -650,7 +663,7 @@ def matmul(
 ) -> jax.Array:
     """Computes the same as `reference.matmul`, with 4-bit weights rounded to bfloat16.
 
-    Weights that are FP8 numbers (``spec.narrow``) are not rounded.
+    Weights that are INT8 numbers (``spec.integer``) are not rounded.
 
     Args:
       lhs: bfloat16 [..., m, k], or an INT8 or FP8 QTensor with a scale per row.
@@ -661,9 +674,9 @@ def matmul(
     Returns:
       [..., m, n] in ``spec.out_dtype``.
     """
-    weights: FourBit | Int8 | Fp8 | Narrow
-    if spec.narrow:
-        weights, arrays = _narrow(lhs, rhs, spec)
+    weights: FourBit | Int8 | Fp8 | Packed
+    if spec.integer:
+        weights, arrays = _integer(lhs, rhs, spec)
     elif spec.widened:
         packed, arrays = codes.prepare(lhs, rhs, spec, (8, FourBit.step, COLUMNS))
         weights = FourBit(packed, spec.m)
@@ -691,30 +704,29 @@ def _eight_bit(lhs: QTensor, rhs: QTensor, spec: MatmulSpec):
     return Fp8(k, spec.m, (FP8_KINDS[spec.rhs.code_dtype], FP8_KINDS[spec.lhs.code_dtype])), arrays
 
 
-def _narrow(lhs: QTensor, rhs: QTensor, spec: MatmulSpec):
-    """Weights that become FP8 numbers and their arrays, padded with zeros.
+def _integer(lhs: QTensor, rhs: QTensor, spec: MatmulSpec):
+    """4-bit weights that become INT8 numbers and their arrays, padded with zeros.
 
-    With the largest scale of an output a code 6 becomes 6 · 2^6: the output's factor is 2^-6 of
-    that scale. A scale that is NaN makes its output NaN, whatever its codes.
+    A scale is a multiplier times the factor of its output, ``top / steps``. One that is NaN makes
+    its output NaN, whatever its codes.
     """
     k, n = (-(-size // 128) * 128 for size in (spec.rhs.stored_k, spec.n))
-    columns = (0, n - spec.n)
-    scale = lax.bitcast_convert_type(rhs.scale, jnp.uint8)
-    is_nan = scale == 255
-    top = jnp.max(jnp.where(is_nan, 0, scale), axis=0)  # 127 more than its logarithm
-    top = jnp.maximum(top.astype(jnp.int32), NARROW_OCTAVES)
-    factor = lax.bitcast_convert_type(top << 23, jnp.float32)
+    columns, steps = (0, n - spec.n), spec.rhs.scale_steps
+    scale = rhs.scale.astype(jnp.float32)
+    is_nan = jnp.isnan(scale)
+    scale = jnp.where(is_nan, 0.0, scale)
+    top = jnp.max(scale, axis=0)
+    multipliers = jnp.rint(scale / jnp.where(top == 0, 1.0, top) * steps).astype(jnp.uint8)
+    factor = top * (CODE_RANGE[spec.rhs.packed][1] / steps)
     arrays = {
         "x": _rows_of_bytes(lhs, spec, k),
         "codes": jnp.pad(rhs.qvalue, ((0, k // 2 - rhs.qvalue.shape[0]), columns)),
-        "scale": jnp.pad(scale, ((0, 0), columns)),
-        "lowest": jnp.pad((top - NARROW_OCTAVES).astype(jnp.uint8), columns)[None],
-        "row_scale": xla.row_scales(lhs) * 2.0**-6,
+        "scale": jnp.pad(multipliers, ((0, 0), columns)),
+        "row_scale": xla.row_scales(lhs),
         "column_scale": jnp.pad(jnp.where(is_nan.any(0), jnp.nan, factor), columns),
     }
-    kinds = ("e4m3", FP8_KINDS[spec.lhs.code_dtype])
     group = k if spec.rhs.k_tiles == 1 else spec.rhs.group
-    return Narrow(k, spec.m, kinds, group, spec.rhs.k_tiles), arrays
+    return Packed(k, spec.m, CODES[spec.rhs.packed], group, spec.rhs.k_tiles), arrays
 
 
 def _rows_of_bytes(lhs: QTensor, spec: MatmulSpec, k: int) -> jax.Array:

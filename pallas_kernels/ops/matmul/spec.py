@@ -17,7 +17,8 @@ CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
 _INT8_ROWS = 64
-NARROW_OCTAVES = 11  # between scales, for which E2M1 codes times scales are E4M3 numbers
+# Largest magnitude of a code, in units in which all codes are integers, and these units.
+CODE_RANGE = {"float4_e2m1fn": (12, 0.5), "int4": (8, 1.0)}
 FP8_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
 
@@ -47,7 +48,7 @@ class OperandSpec:
       n_tiles: scales along the other axis.
       stored_k: contracted length with padding.
       zero_point: codes have zero points.
-      scale_octaves: bound on how far scales of a column lie apart; None without one.
+      scale_steps: scales of a column are multiples of the largest over this; None if not.
     """
 
     dtype: str
@@ -60,7 +61,7 @@ class OperandSpec:
     n_tiles: int = 1
     stored_k: int = 0
     zero_point: bool = False
-    scale_octaves: int | None = None
+    scale_steps: int | None = None
 
     @property
     def group(self) -> int:
@@ -135,14 +136,14 @@ class MatmulSpec:
         return self.scheme in ("w4a16", "w4a8")
 
     @property
-    def narrow(self) -> bool:
-        """Whether packed 4-bit weights are FP8 numbers, up to a power of two of their output."""
-        rhs, octaves = self.rhs, self.rhs.scale_octaves
+    def integer(self) -> bool:
+        """Whether packed 4-bit weights are INT8 numbers, up to a factor of their output."""
+        rhs = self.rhs
         return (
-            (self.scheme, self.lhs.kind, rhs.packed) == ("w4a8", "fp8", "float4_e2m1fn")
-            and rhs.scale_dtype == "float8_e8m0fnu"
-            and octaves is not None
-            and octaves <= NARROW_OCTAVES
+            (self.scheme, self.lhs.kind) == ("w4a8", "int8")
+            and rhs.packed in CODE_RANGE
+            and rhs.scale_steps is not None
+            and CODE_RANGE[rhs.packed][0] * rhs.scale_steps <= 127
             and (rhs.k_tiles == 1 or rhs.group in (32, 64) or rhs.group % BLOCK_K == 0)
         )
 
@@ -242,16 +243,11 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
-    if spec.direct == "fp8":
-        return (
-            "cuBLASLt multiplies FP8 codes faster: 1545 against 1468 TFLOP/s at 8192³ on an H200; "
-            "implementation='mosaic' runs the sm90 kernel"
-        )
     if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
         return None
     return (
-        f"the sm90 kernel for INT8 was measured for more than {_INT8_ROWS} rows, got {spec.m}; "
-        "implementation='mosaic' runs it"
+        f"the sm90 kernel for 8-bit weights was measured for more than {_INT8_ROWS} rows, "
+        f"got {spec.m}; implementation='mosaic' runs it"
     )
 
 
@@ -285,12 +281,12 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
     if implementation == "mosaic" and spec.block_scaled:
         return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
     if implementation == "mosaic" and spec.direct and not spec.widened:
-        total = "int32" if spec.direct == "int8" else "the tensor core, to about 14 bits"
+        total = "int32" if spec.direct == "int8" else "float32, 128 of k at a time"
         return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in {total}",)
-    if implementation == "mosaic" and spec.narrow and spec.m > FEW_ROWS:
+    if implementation == "mosaic" and spec.integer and spec.m > FEW_ROWS:
         return (
-            f"{prefix}the weights are read packed and become FP8 numbers in registers, without a "
-            "rounding; sums stay in the tensor core, to about 14 bits",
+            f"{prefix}the weights are read packed, become INT8 numbers in registers without a "
+            "rounding, and are summed in int32",
         )
     if implementation == "mosaic":
         where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"

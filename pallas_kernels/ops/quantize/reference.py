@@ -144,19 +144,23 @@ def _round_scale(amax: jax.Array, encode: jax.Array | float, spec: QuantizeSpec)
     scale = jnp.clip(cast, spec.scale_min, kind.max)
     scale = jnp.where((amax == 0) & kind.covers_float32, 1.0, scale)
     scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
-    return scale if spec.format.scale_octaves is None else _raised(scale, amax, spec)
+    return scale if spec.format.scale_steps is None else _stepped(scale, amax, spec)
 
 
-def _raised(scale: jax.Array, amax: jax.Array, spec: QuantizeSpec) -> jax.Array:
-    """Scales within so many octaves of the largest one of their line of tiles."""
+def _stepped(scale: jax.Array, amax: jax.Array, spec: QuantizeSpec) -> jax.Array:
+    """The lowest multiple of the largest scale of a line of tiles, over steps, from a scale up."""
     window = [n if size > 1 else 1 for n, size in zip(scale.shape, spec.tile, strict=True)]
     used = jnp.where((amax > 0) & (scale > 0), scale, 0.0)  # neither zeros nor NaN
     top = jax.lax.reduce_window(used, 0.0, jax.lax.max, window, window, "VALID")
     for axis, size in enumerate(window):
         top = jnp.repeat(top, size, axis)
     top = jnp.where(top == 0, 1.0, top)
-    raised = jnp.where(amax == 0, top, jnp.maximum(scale, top / 2**spec.format.scale_octaves))
-    return jnp.where(jnp.isnan(scale), jnp.nan, raised)
+    stepped = top
+    for count in range(spec.format.scale_steps - 1, 0, -1):
+        lower = count * true_divide(top, spec.format.scale_steps)
+        fits = (scale <= lower * (1 + 2.0**-20)) & (amax > 0) & (lower >= count * 2.0**-126)
+        stepped = jnp.where(fits, lower, stepped)
+    return jnp.where(jnp.isnan(scale), jnp.nan, stepped)
 
 
 def _reduce(x: jax.Array, spec: QuantizeSpec, combine) -> jax.Array:

@@ -158,7 +158,7 @@ def matrix_reason(
     kind, block = spec.format, spec.format.block
     two_level = (kind.scale, spec.scale_rule, spec.two_level) == ("e4m3", "nearest", True)
     power = kind.scale == "e8m0" and spec.scale_rule in ("floor", "ceil")
-    power = power and kind.scale_octaves is None
+    power = power and kind.scale_steps is None
     if (reason := _device_reason(device)) is not None:
         return reason
     if isinstance(kind.element_type, IntType) or block not in (16, 32) or not (two_level or power):
@@ -283,6 +283,10 @@ def _check(spec: QuantizeSpec) -> None:
 def _check_asymmetric(spec: QuantizeSpec) -> None:
     if not isinstance(spec.format.element_type, IntType):
         raise ValueError(f"asymmetric=True needs an integer format, got {spec.format.name!r}")
+    if spec.format.scale_steps is not None:
+        raise ValueError(
+            f"asymmetric=True has scales of any size, and {spec.format.name!r} has steps"
+        )
     if spec.two_level or spec.overrange != 1.0 or spec.scale_rule != "nearest":
         raise ValueError(
             "asymmetric=True fits the scale to [min, max], so two_level, overrange and scale_rule "

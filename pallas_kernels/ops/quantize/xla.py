@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats.block_format import (
-    raise_scales,
     scale_from_amax,
+    stepped_scales,
     tensor_encode_scale,
 )
 from pallas_kernels.formats.number_types import (
@@ -125,14 +125,13 @@ def _encode_symmetric(tiles: jax.Array, noise: jax.Array | None, spec: QuantizeS
         amax = jnp.where(jnp.isinf(amax), amax, jnp.minimum(amax * spec.overrange, FLOAT32_MAX))
     if not spec.two_level:
         scale = scale_from_amax(amax, element, scale_type, spec.scale_rule, spec.scale_min)
-        scale = _raised(scale, amax, spec)
+        scale = _stepped(scale, amax, spec)
         return round_to(true_divide(tiles, scale), element, noise=noise), scale, {}
 
     finite = jnp.where(jnp.isfinite(amax), amax, 0.0)  # one bad tile must not spoil the others
     encode = tensor_encode_scale(jnp.max(finite, initial=0.0, keepdims=True), element, scale_type)
     tensor_scale = 1 / encode
     scale = scale_from_amax(amax, element, scale_type, spec.scale_rule, spec.scale_min, encode)
-    scale = _raised(scale, amax, spec)
     # Without the barrier XLA repeats the making of the scale in every kernel that reads it.
     scale, tensor_scale = jax.lax.optimization_barrier((scale, tensor_scale))
     # NVFP4 is defined with the reciprocal, here and in TransformerEngine; it is clipped to be
@@ -141,11 +140,11 @@ def _encode_symmetric(tiles: jax.Array, noise: jax.Array | None, spec: QuantizeS
     return round_to(tiles * reciprocal, element, noise=noise), scale, {"tensor_scale": tensor_scale}
 
 
-def _raised(scale: jax.Array, amax: jax.Array, spec: QuantizeSpec) -> jax.Array:
-    """Scales within the octaves of the format, among tiles along the quantised axes."""
-    octaves = spec.format.scale_octaves
+def _stepped(scale: jax.Array, amax: jax.Array, spec: QuantizeSpec) -> jax.Array:
+    """Scales in the steps of the format, among tiles along the quantised axes."""
+    steps = spec.format.scale_steps
     axes = tuple(2 * axis for axis, size in enumerate(spec.tile) if size > 1)
-    return scale if octaves is None else raise_scales(scale, amax, octaves, axes)
+    return scale if steps is None else stepped_scales(scale, amax, steps, axes)
 
 
 def _encode_asymmetric(tiles: jax.Array, noise: jax.Array | None, spec: QuantizeSpec):
