@@ -12,7 +12,7 @@ import optax
 
 from pallas_kernels.formats import QTensor, get_format
 from pallas_kernels.formats.counter_random import counter_key
-from pallas_kernels.formats.number_types import true_divide
+from pallas_kernels.formats.number_types import largest_magnitude, true_divide
 from pallas_kernels.ops.quantize.api import quantize
 
 CODECS = ("dynamic8", "fp8_e4m3", "int8")
@@ -258,7 +258,7 @@ def _encode(leaf, codec: str, squares: bool, block: int, key) -> QuantizedState:
     tile = _tile(rows.shape[-1], block)
     rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % tile)])
     blocks = rows.reshape(*rows.shape[:-1], -1, tile)
-    amax = jnp.abs(blocks).max(-1)  # [..., blocks]
+    amax = largest_magnitude(blocks, -1)  # [..., blocks]
     if codec == "dynamic8":
         # The signed map ends at 1 but begins at -0.993: a block must not be cut off there.
         amax = jnp.maximum(amax, blocks.min(-1) / dynamic_map(True)[0])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats.number_types import number_type, true_divide
+from pallas_kernels.formats.number_types import largest_magnitude, number_type, true_divide
 from pallas_kernels.formats.packing import pack_codes, unpack_codes
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.rounding import round_to
@@ -127,7 +127,7 @@ def _quantize(x: jax.Array, double: bool) -> NF4Tensor:
     length = x.shape[-1]
     padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -length % BLOCK)])
     blocks = padded.reshape(*x.shape[:-1], padded.shape[-1] // BLOCK, BLOCK)
-    amax = jnp.max(jnp.abs(blocks), -1)
+    amax = largest_magnitude(blocks, -1)
     scale, mean = _double(amax) if double else (amax, None)
     # Codes follow the exact maximum, as in the paper's code; the second rounding is extra error.
     units = true_divide(blocks, jnp.where(amax == 0, 1.0, amax)[..., None])

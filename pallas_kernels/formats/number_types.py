@@ -206,6 +206,30 @@ def _finite_max(exponent_bits: int, mantissa_bits: int) -> float:
     return (2 - 2.0**-mantissa_bits) * 2.0 ** (2**exponent_bits - 1 - bias)
 
 
+def largest_magnitude(
+    x: jax.Array, axis: int | tuple[int, ...] | None = None, keepdims: bool = False
+) -> jax.Array:
+    """max |x| as float32, NaN if a value is; 0 of no values.
+
+    The maximum of the bits, in whose order NaN is above infinity: XLA for CPU drops NaN from
+    reductions of floats that it vectorises (openxla/xla issue 21461).
+
+    Args:
+        x: floating array.
+        axis: as for ``jnp.max``.
+        keepdims: as there.
+
+    Returns:
+        float32 array.
+
+    >>> largest_magnitude(jnp.float32([[1.0, -3.0], [jnp.nan, 2.0]]), axis=1).tolist()
+    [3.0, nan]
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    top = jnp.max(bits, axis=axis, keepdims=keepdims, initial=0)
+    return jax.lax.bitcast_convert_type(top, jnp.float32)
+
+
 def float_exponent(x: jax.Array) -> jax.Array:
     """floor(log2|x|) of a float32 array, read from its bits; -127 for 0 and subnormals.
 

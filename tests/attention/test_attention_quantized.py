@@ -313,3 +313,15 @@ def test_quantized_keys_and_values(qtype, quant):
 def test_quant_messages(kwargs, message):
     with pytest.raises(ValueError, match=message):
         AttentionQuant(**kwargs)
+
+
+@pytest.mark.parametrize("name", QUANTS)
+def test_nan_of_an_operand_is_not_lost(name):
+    """On the grid of a format that has no NaN either; and it stays in its head."""
+    q, k, v = as_f32(testing.attention_inputs("normal", q_len=128, num_heads=2))
+    for which in range(3):
+        given = [q, k, v]
+        given[which] = given[which].at[0, 5, 1, 7].set(jnp.nan)
+        bad = jnp.isnan(attention(*given, quant=name, implementation="xla"))
+        assert bad[0, 5 if which == 0 else slice(None), 1].any(-1).all()
+        assert not bad[0, :, 0].any()

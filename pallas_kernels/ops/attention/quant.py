@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.formats.number_types import largest_magnitude
 from pallas_kernels.masks import Mask
 from pallas_kernels.ops.attention.reference import clean, live_keys, to_heads
 from pallas_kernels.ops.attention.spec import AttentionQuant, AttentionSpec
@@ -401,12 +402,13 @@ def e4m3(x: jax.Array) -> jax.Array:
 
 
 def e2m1(x: jax.Array) -> jax.Array:
-    """Rounds float32 to the nearest FP4 E2M1 value, saturating at 6.
+    """Rounds float32 to the nearest FP4 E2M1 value, saturating at 6; NaN, which it lacks, stays.
 
     >>> e2m1(jnp.array([0.3, 2.4, 9.0]))
     Array([0.5, 2. , 6. ], dtype=float32)
     """
-    return jnp.clip(x, -E2M1_MAX, E2M1_MAX).astype(jnp.float4_e2m1fn).astype(jnp.float32)
+    low = jnp.clip(x, -E2M1_MAX, E2M1_MAX).astype(jnp.float4_e2m1fn).astype(jnp.float32)
+    return jnp.where(jnp.isnan(x), jnp.nan, low)
 
 
 def nvfp4(x: jax.Array, axis: int) -> jax.Array:
@@ -426,7 +428,7 @@ def nvfp4(x: jax.Array, axis: int) -> jax.Array:
     length = y.shape[-1]
     pad = [(0, 0)] * (y.ndim - 1) + [(0, -length % 16)]
     tiles = jnp.pad(y, pad).reshape(*y.shape[:-1], -1, 16)
-    scale = e4m3(jnp.abs(tiles).max(-1, keepdims=True) / E2M1_MAX)
+    scale = e4m3(largest_magnitude(tiles, -1, keepdims=True) / E2M1_MAX)
     low = e2m1(tiles / jnp.where(scale > 0, scale, 1.0)) * scale
     low = low.reshape(*y.shape[:-1], -1)[..., :length]
     return jnp.moveaxis(low, -1, axis)

@@ -14,6 +14,7 @@ from pallas_kernels.formats.number_types import (
     FLOAT32_MAX,
     FloatType,
     IntType,
+    largest_magnitude,
     true_divide,
 )
 from pallas_kernels.formats.qtensor import QTensor, split_tiles
@@ -99,7 +100,7 @@ def quantize_fp8_both(
     """
     wide = x.astype(jnp.float32)
     codes = round_to(true_divide(wide, scale), element).astype(element.dtype)
-    return codes, codes.T, jnp.max(jnp.abs(wide), initial=0.0)
+    return codes, codes.T, largest_magnitude(wide)
 
 
 def _encode(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec):
@@ -119,7 +120,7 @@ def _encode(x: jax.Array, key: jax.Array | None, spec: QuantizeSpec):
 def _encode_symmetric(tiles: jax.Array, noise: jax.Array | None, spec: QuantizeSpec):
     """Codes in float32, decode scale, and the tensor scale if there are two levels."""
     element, scale_type = spec.format.element_type, spec.format.scale_type
-    amax = _per_tile(jnp.max, jnp.abs(tiles))
+    amax = _per_tile(largest_magnitude, tiles)
     if spec.overrange != 1.0:
         # An amax near the float32 maximum must not become infinite here; a NaN passes through.
         amax = jnp.where(jnp.isinf(amax), amax, jnp.minimum(amax * spec.overrange, FLOAT32_MAX))
@@ -160,7 +161,7 @@ def _encode_asymmetric(tiles: jax.Array, noise: jax.Array | None, spec: Quantize
     # (x - low) / scale, not x / scale + zero_point, which would cancel when the tile is far from 0.
     units = true_divide(tiles - low, scale) + element.lowest
     codes = round_to(units, element, noise=noise, symmetric=False)
-    finite = jnp.isfinite(spread)
+    finite = jnp.isfinite(_per_tile(largest_magnitude, tiles))
     return (
         codes,
         jnp.where(finite, scale, jnp.nan),
