@@ -87,43 +87,47 @@ def cases() -> list[Case]:
         fast("torch bf16", 4096),
         fast("torch bf16", 1),
     ]
-    whole = {"own": 8, "groups": 4, "outputs": 64}  # one block a multiprocessor, no splits
-    whole_blocks = [
-        right("rows", "nvfp4", 16, 1024, 512, config={**whole, "table": True}),
-        *(fast("nvfp4", m, "rows", **c) for m in (16, 1)
-          for c in (whole, {**whole, "table": True}, {**whole, "table": True, "units": 4},
-                    {"outputs": 128, "table": True})),
-        *(fast("int4", m, "rows", **whole) for m in (16, 1)),
-        *(fast("mxfp4", m, "rows", **whole, table=True) for m in (16, 1)),
+    eight_bits = [
         *(right("tokens", name, 300, 1024, 512) for name in EIGHT),
         right("rows", "nvfp4_a8", 5, 1024, 512),
         *(fast(name, 4096, "tokens") for name in EIGHT),
         *(fast(name, 4096) for name in ("mxfp4_a8", "fp8_a8")),
         *(fast(f"{name} from bf16", 4096) for name in EIGHT),
         *(fast(name, m, "rows") for name in ("mxfp4_a8", "int4_a8", "nvfp4_a8") for m in (1, 16)),
-        *(fast("int4", m, "rows", **whole, units=units) for units in (4, 8) for m in (16, 1)),
-        right("tokens", "int4_a8", 77, 300, 200, kind="groups"),
-        *(right("tokens", name, 77, 300, 200, kind="groups")
-          for name in ("mxfp4_a8", "nvfp4_a8", "fp8_a8")),
+        *(right("tokens", name, 77, 300, 200, kind="groups") for name in EIGHT),
         *(right("tokens", name, 513, 2080, 144, kind="positive") for name in EIGHT),
-        *(right("tokens", name, 4096, 8192, 8192, kind="positive")
-          for name in ("mxfp4_a8", "fp8_a8")),
+        *(right("tokens", name, 4096, 8192, 8192, kind="positive") for name in EIGHT),
         right("tokens", "mxfp4_a8", 4096, 8192, 8192),
         right("rows", "nvfp4_a8", 17, 300, 136, kind="groups"),
         *(fast("mxfp4_a8", 4096, "tokens", **c)
           for c in ({"num_stages": 3}, {"num_stages": 5}, {"cluster": 1}, {"across": 16})),
-        *(fast(name, 64, "tokens") for name in ("mxfp4_a8", "mxfp4")),
-        *(case for m in (128, 512, 1024) for case in (
-            fast("bf16", m), fast("mxfp4_a8", m, "tokens"), fast("mxfp4", m, "tokens"))),
         *(fast("fp8_a8", 4096, "tokens", **c)
           for c in ({"tile_m": 128}, {"tile_m": 128, "cluster": 1})),
-        *(fast("mxfp4", m, "rows", **whole, units=4, table=True) for m in (1, 16)),
-        right("rows", "nvfp4", 3, 2080, 144, kind="groups", config={**whole, "table": True}),
-        right("rows", "int4", 17, 300, 136, kind="groups", config=whole),
+        *(case for m in (128, 512, 1024) for case in (
+            fast("bf16", m), fast("mxfp4_a8", m, "tokens"), fast("mxfp4", m, "tokens"))),
+    ]  # fmt: skip
+    whole = {"own": 8, "groups": 4, "outputs": 64}  # one block a multiprocessor, no splits
+    table = {**whole, "table": True}
+    whole_blocks = [
+        fast("bf16", 8),
+        *(fast(name, 8, "rows") for name in ("nvfp4", "int4", "mxfp4")),
+        *(fast(name, m, "rows", **c, cache=".L1::no_allocate") for m in (16, 1)
+          for name, c in (("nvfp4", table), ("mxfp4", table), ("int4", {**whole, "units": 4}))),
+        *(fast("nvfp4", m, "rows", **c) for m in (16, 1)
+          for c in (whole, {**table, "units": 4}, {"outputs": 128, "table": True},
+                    {**table, "outputs": 128, "blocks": 132})),
+        *(fast("int4", m, "rows", **whole, units=units) for units in (2, 8) for m in (16, 1)),
+        *(fast("mxfp4", m, "rows", **table, units=4) for m in (16, 1)),
+        *(right("rows", name, 16, 1024, 512, config={**table, "units": units})
+          for name, units in (("nvfp4", 2), ("mxfp4", 2), ("int4", 4))),
+        right("rows", "nvfp4", 3, 2080, 144, kind="groups", config=table),
+        right("rows", "int4", 17, 300, 136, kind="groups", config={**whole, "units": 4}),
         right("rows", "mxfp4", 9, 1024, 512, config=whole),
-        right("rows", "nvfp4", 16, 8192, 8192, config={**whole, "table": True}),
+        right("rows", "nvfp4", 16, 8192, 8192, config=table),
+        right("rows", "int4", 16, 8192, 8192),
     ]  # fmt: skip
     rest = [
+        *eight_bits,
         *whole_blocks,
         *(fast("nvfp4", 1, "rows", **c)
           for c in ({"own": 8}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),

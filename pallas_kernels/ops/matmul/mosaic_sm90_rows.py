@@ -65,7 +65,7 @@ class Config:
     own: int | None = None
     units: int = 2
     blocks: int | None = None
-    cache: str = ".L1::no_allocate"
+    cache: str = ".L1::no_allocate.L2::128B"
     groups: int = 1
     outputs: int = 128
     table: bool = False
