@@ -44,7 +44,8 @@ FORMATS = {
 FORMATS["mxfp4_a8"] = lambda w: quantize(w, "mxfp4_int8", axis=0).pack(0)
 FORMATS["int4_a8"] = lambda w: quantize(w, "int4_int8", axis=0).pack(0)
 FORMATS["nvfp4_a8"] = FORMATS["nvfp4"]
-FORMATS["fp8_a8"] = lambda w: quantize(w, "fp8_e4m3", axis=0, tile=None)
+FORMATS["int8_a16"] = FORMATS["int8"]  # with bfloat16 rows, as all without "_a8" but "int8"
+FORMATS["fp8_a16"] = FORMATS["fp8_a8"] = lambda w: quantize(w, "fp8_e4m3", axis=0, tile=None)
 ROWS_OF_8_BITS = dict.fromkeys(("int8", "int4_a8", "mxfp4_a8"), "int8")  # formats of rows
 ROWS_OF_8_BITS |= dict.fromkeys(("nvfp4_a8", "fp8_a8"), "fp8_e4m3")
 EIGHT = ("mxfp4_a8", "int4_a8", "nvfp4_a8", "fp8_a8")  # with the kernels for many rows
@@ -106,6 +107,16 @@ def cases() -> list[Case]:
         *(case for m in (128, 512, 1024) for case in (
             fast("bf16", m), fast("mxfp4_a8", m, "tokens"), fast("mxfp4", m, "tokens"))),
     ]  # fmt: skip
+    eights = ("int8_a16", "fp8_a16", "int8", "fp8_a8")
+    few_eights = [
+        *(right("rows", name, m, 300, 136, kind="groups") for name in eights for m in (3, 17)),
+        *(right("rows", name, 16, 8192, 8192) for name in eights),
+        *(fast(name, m, "rows") for name in eights for m in (1, 16)),
+        *(fast(name, m) for name in ("int8_a16", "int8") for m in (1, 16)),
+        *(fast("int8_a16", m, "rows", **c) for m in (1, 16)
+          for c in ({"own": 8}, {"own": 8, "groups": 4, "outputs": 64, "units": 1},
+                    {"own": 8, "groups": 4, "outputs": 64, "units": 4})),
+    ]  # fmt: skip
     whole = {"own": 8, "groups": 4, "outputs": 64}  # one block a multiprocessor, no splits
     table = {**whole, "table": True}
     whole_blocks = [
@@ -129,6 +140,7 @@ def cases() -> list[Case]:
     rest = [
         *eight_bits,
         *whole_blocks,
+        *few_eights,
         *(fast("nvfp4", 1, "rows", **c)
           for c in ({"own": 8}, {"units": 4}, {"blocks": 528}, {"blocks": 264})),
         *(fast("nvfp4", 16, "rows", **c)

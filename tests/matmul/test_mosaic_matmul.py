@@ -38,6 +38,10 @@ FORMATS = {
     "int4": lambda w: quantize(w, "int4", axis=0, tile=min(128, w.shape[0])).pack(0),
     "int4_32": lambda w: quantize(w, "int4", axis=0, tile=32).pack(0),
     "int8": lambda w: quantize(w, "int8", axis=0, tile=None),
+    "int8_64": lambda w: quantize(w, "int8", axis=0, tile=64),
+    "fp8": lambda w: quantize(w, "fp8_e4m3", axis=0, tile=None),
+    "fp8_e5m2": lambda w: quantize(w, "fp8_e5m2", axis=0, tile=None),
+    "mxfp8": lambda w: quantize(w, "mxfp8", axis=0),
     "int4_whole": lambda w: quantize(w, "int4", axis=0, tile=None).pack(0),
 }
 
@@ -105,6 +109,12 @@ def on_numpy(monkeypatch):
         ("int4", 13, 1056, 64, "groups", {"groups": 4, "outputs": 64}),
         ("mxfp4", 12, 4096, 64, "normal", {"groups": 4, "outputs": 64, "blocks": 3}),
         ("nvfp4 int8", 9, 130, 40, "groups", {}),
+        ("int8", 3, 130, 40, "groups", {}),
+        ("int8 int8", 9, 300, 144, "normal", {"own": 8, "groups": 4, "outputs": 64}),
+        ("int8_64", 2, 192, 16, "groups", {"units": 4}),
+        ("fp8", 16, 96, 40, "groups", {"blocks": 5}),
+        ("fp8_e5m2 fp8_e4m3", 1, 80, 16, "normal", {}),
+        ("mxfp8", 20, 100, 24, "groups", {}),
         ("nvfp4 fp8_e4m3", 3, 1100, 136, "normal", {"own": 8, "groups": 4, "outputs": 64}),
         ("int4 int8", 1, 300, 40, "normal", {}),
         ("mxfp4_int8 int8", 2, 96, 144, "groups", {"blocks": 9}),
@@ -245,6 +255,17 @@ def test_lowers_for_cuda_with_its_gradient(name, m):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8", "mxfp8"])
+def test_few_rows_and_8_bit_weights_lower_for_cuda(name):
+    x, w = shapes(name, 9, 300, 200)
+    call = functools.partial(matmul, implementation="mosaic")
+    assert lowered(call, x, w).count("custom_call @mosaic_gpu") == 1
+    for entries, kernels in ((2, 1), (5, 0)):  # of 18 and of 45 rows together
+        many = jax.ShapeDtypeStruct((entries, *x.shape), x.dtype)
+        text = lowered(jax.vmap(call, in_axes=(0, None)), many, w)
+        assert text.count("custom_call @mosaic_gpu") == kernels
+
+
 @pytest.mark.parametrize("m", [3, 4096])
 def test_int8_lowers_for_cuda_with_its_gradient(m):
     x = jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 300), jnp.bfloat16))
@@ -333,14 +354,19 @@ def test_explain_says_why(monkeypatch):
     assert chosen.notes == (
         "w4a16: the weights are read packed and widened in registers within the product",
     )
-    assert few.implementation == "xla" and "more than 64 rows, got 4" in few.rejected["mosaic"]
+    assert few.notes == (
+        "w8a8: the weights are read in 8 bits and widened in registers within the product",
+    )
     assert many.implementation == "mosaic"
     assert many.notes == ("w8a8: the int8 codes are multiplied directly and summed in int32",)
     assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]
     assert "takes bfloat16 or 8-bit activations; got float32" in reason(
         *shapes("nvfp4", 4, 64, 32, "float32")
     )
-    assert "kernel for w8a16 is not part" in reason(x, quantize(jnp.ones((64, 32)), "int8", axis=0))
+    assert reason(x, w8) is None
+    many = jax.ShapeDtypeStruct((40, 64), jnp.bfloat16)
+    assert "for w8a16 takes up to 32 rows; got 40" in reason(many, w8)
+    assert "one scale per output" in reason(x, quantize(jnp.ones((64, 32)), "int8", axis=None))
     assert "packed along the inputs" in reason(x, quantize(jnp.ones((64, 32)), "nvfp4", axis=0))
     shifted = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=16, asymmetric=True).pack(0)
     assert "no zero points" in reason(x, shifted)

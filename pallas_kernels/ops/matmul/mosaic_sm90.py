@@ -14,17 +14,17 @@ from pallas_kernels.ops.matmul import mosaic_sm90_fp8 as blocks
 from pallas_kernels.ops.matmul import mosaic_sm90_rows as rows
 from pallas_kernels.ops.matmul import mosaic_sm90_tokens as tokens
 from pallas_kernels.ops.matmul import xla
-from pallas_kernels.ops.matmul.spec import FEW_ROWS, MatmulSpec
+from pallas_kernels.ops.matmul.spec import MatmulSpec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Array:
-    """Multiplies activations with packed 4-bit weights, INT8 with INT8, or FP8 blocks.
+    """Multiplies activations with packed 4-bit or 8-bit weights, or FP8 blocks.
 
     The derivative is that of `xla.matmul`.
 
     Args:
-      lhs: bfloat16 (for 4-bit weights), or INT8 or FP8 QTensor [..., m, k].
+      lhs: bfloat16, or INT8 or FP8 QTensor [..., m, k].
       rhs: packed 4-bit, INT8 or FP8 QTensor [k, n].
       spec: static facts.
 
@@ -34,12 +34,19 @@ def matmul(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec) -> jax.Arra
     return _forward(lhs, rhs, spec)
 
 
+def _kernel(spec):
+    """The module that serves a product, or None."""
+    if spec.block_scaled:
+        return blocks
+    if spec.few:
+        return rows
+    return tokens if spec.widened or spec.direct else None
+
+
 def _forward(lhs, rhs, spec):
     @custom_vmap
     def call(lhs, rhs):
-        few = spec.widened and spec.m <= FEW_ROWS
-        kernel = blocks if spec.block_scaled else rows if few else tokens
-        return kernel.matmul(lhs, rhs, spec)
+        return _kernel(spec).matmul(lhs, rhs, spec)
 
     @call.def_vmap
     def _(axis_size, batched, lhs, rhs):
@@ -50,7 +57,10 @@ def _forward(lhs, rhs, spec):
         lhs = jax.tree.map(
             lambda x, has: x if has else jnp.broadcast_to(x, (axis_size, *x.shape)), lhs, batched[0]
         )
-        return _forward(lhs, rhs, spec.with_rows(axis_size * spec.m)), True
+        whole = spec.with_rows(axis_size * spec.m)
+        if _kernel(whole) is None:  # 8-bit weights and more rows than their kernel takes
+            return xla.matmul(lhs, rhs, whole), True
+        return _forward(lhs, rhs, whole), True
 
     return call(lhs, rhs)
 

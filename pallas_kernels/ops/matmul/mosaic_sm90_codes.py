@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sm90 products of 4-bit weights share: codes to bfloat16 in registers, and their scales.
+"""What the sm90 products of stored weights share: codes to bfloat16 in registers, and scales.
 
-Weights are read as `QTensor.pack` leaves them: a byte of row r holds the codes of inputs 2r (low
-nibble) and 2r + 1 of one output, and outputs lie side by side. So the two numbers that a register
-of an operand wants, neighbours along the contraction, share a byte, and a word has four outputs.
+4-bit weights are read as `QTensor.pack` leaves them: a byte of row r has the codes of inputs 2r
+(low nibble) and 2r + 1 of one output, and outputs lie side by side. So the two numbers that a
+register of an operand wants, neighbours along the contraction, share a byte, and a word has four
+outputs.
 
 Every nibble goes to bfloat16 by bit operations, five and a quarter instructions a pair for E2M1
 and three and a quarter for INT4, and without a rounding:
@@ -11,6 +12,9 @@ and three and a quarter for INT4, and without a rounding:
 * E2M1: sign to the sign, exponent and mantissa to the lowest exponent bits and the highest mantissa
   bit; that is the number times 2^-126, and a product by 2^126 is exact.
 * INT4: with its sign bit flipped the code is the low mantissa of 128 + 8 + code; 136 is taken off.
+
+8-bit weights lie with one input a row of bytes. A pair takes two rows, and goes through float32 or
+float16, from which rounding to bfloat16 changes nothing.
 
 References: Marlin (arXiv 2408.11743), section 3.4; PTX ISA 8.4, ``prmt`` and ``mul.bf16x2``.
 """
@@ -27,18 +31,18 @@ from jax import lax
 from pallas_kernels import _ptx as ptx
 from pallas_kernels.formats import QTensor
 from pallas_kernels.ops.matmul import xla
-from pallas_kernels.ops.matmul.spec import CODES, SCALES, UNIT, MatmulSpec
+from pallas_kernels.ops.matmul.spec import CODES, SCALES, UNIT, WIDE_CODES, MatmulSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Static facts of a packed weight ``[k, n]``.
+    """Static facts of a stored weight ``[k, n]``.
 
     Args:
-        code: "e2m1" or "int4".
+        code: "e2m1" or "int4", packed, or "int8", "e4m3" or "e5m2".
         scale: "e4m3", "e8m0" or "float32".
         group: inputs that share a scale.
-        rows: rows of bytes, a multiple of eight.
+        rows: rows of bytes; their inputs are a multiple of 16.
         n: outputs, padded.
         factor: what the sums of a row are multiplied by: "row_scale", "tensor_scale" or nothing.
     """
@@ -49,6 +53,16 @@ class Weights:
     rows: int
     n: int
     factor: str | None
+
+    @property
+    def per_byte(self) -> int:
+        """Inputs of a byte."""
+        return 2 if self.code in ("e2m1", "int4") else 1
+
+    @property
+    def inputs(self) -> int:
+        """Inputs, padded."""
+        return self.per_byte * self.rows
 
     @property
     def scale_bytes(self) -> int:
@@ -62,7 +76,7 @@ def prepare(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec, units: tup
     Args:
         lhs: bfloat16 ``[..., m, k]``, or INT8 or FP8 with a scale per row: its codes are bfloat16
             numbers.
-        rhs: packed QTensor ``[k, n]``.
+        rhs: QTensor ``[k, n]``.
         spec: static facts.
         units: what rows and inputs of x and outputs become multiples of.
 
@@ -78,8 +92,10 @@ def prepare(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec, units: tup
     scale = rhs.scale
     if scale.dtype != jnp.float32:
         scale = lax.bitcast_convert_type(scale, jnp.uint8)
-    codes, scale = (jnp.pad(a, ((0, 0), (0, n - spec.n))) for a in (rhs.qvalue, scale))
-    codes = jnp.pad(codes, ((0, -codes.shape[0] % (UNIT // 2)), (0, 0)))
+    codes = rhs.qvalue if spec.rhs.packed else lax.bitcast_convert_type(rhs.qvalue, jnp.uint8)
+    codes, scale = (jnp.pad(a, ((0, 0), (0, n - spec.n))) for a in (codes, scale))
+    per_unit = UNIT // (stored // codes.shape[0])  # rows of bytes
+    codes = jnp.pad(codes, ((0, -codes.shape[0] % per_unit), (0, 0)))
     arrays = {"x": x, "codes": codes, "scale": scale}
     factor = None if rhs.tensor_scale is None else rhs.tensor_scale.reshape(1)
     if isinstance(lhs, QTensor):
@@ -87,10 +103,11 @@ def prepare(lhs: jax.Array | QTensor, rhs: QTensor, spec: MatmulSpec, units: tup
         arrays["row_scale"] = scales if factor is None else scales * factor
     elif factor is not None:
         arrays["tensor_scale"] = factor
+    kind = CODES[spec.rhs.packed] if spec.rhs.packed else WIDE_CODES[spec.rhs.dtype]
     weights = Weights(
-        CODES[spec.rhs.packed],
+        kind,
         SCALES[spec.rhs.scale_dtype],
-        spec.rhs.group if spec.rhs.k_tiles > 1 else 2 * codes.shape[0],
+        spec.rhs.group if spec.rhs.k_tiles > 1 else codes.shape[0] * UNIT // per_unit,
         codes.shape[0],
         n,
         next((name for name in ("row_scale", "tensor_scale") if name in arrays), None),
@@ -155,6 +172,40 @@ def _looked_up(four):
     high, low = (0x3F3F3F00, 0x40404040), (0xC0800000, 0xC0804000)
     constants = (0x77777777, *high, *low, 0x80808080)
     return ptx.asm(text + "}", "rrrr", [four, *map(word, constants)])
+
+
+def byte_pairs(code: str, first, second):
+    """Two words of four 8-bit codes as four words of two bfloat16, each of a byte of either.
+
+    Args:
+        code: "int8", "e4m3" or "e5m2".
+        first: i32, codes of an input.
+        second: i32, codes of the next input.
+    """
+    out = []
+    if code == "int8":  # with its sign bit flipped, the low mantissa of 2^23 + 128 + code
+        first, second = (ptx.xor(x, word(0x80808080)) for x in (first, second))
+        text = (
+            "{ .reg .b32 p; .reg .f32 a, b;\n"
+            "prmt.b32 p, $1, $3, SELECTOR; mov.b32 a, p; add.f32 a, a, $4;\n"
+            "prmt.b32 p, $2, $3, SELECTOR; mov.b32 b, p; add.f32 b, b, $4;\n"
+            "cvt.rn.bf16x2.f32 $0, b, a; }"
+        )
+        constants = [word(0x4B000000), ptx.f32(-(2.0**23) - 128)]
+        for byte in range(4):  # byte, 0, 0, 0x4B
+            body = text.replace("SELECTOR", str(0x7440 + byte))
+            out += ptx.asm(body, "r", [first, second, *constants])
+        return out
+    text = (
+        "{ .reg .b16 lo, hi; .reg .b32 p; .reg .f32 a, b;\n"
+        f"prmt.b32 p, $1, $2, SELECTOR; mov.b32 {{lo, hi}}, p; cvt.rn.f16x2.{code}x2 p, lo;\n"
+        "mov.b32 {lo, hi}, p; cvt.f32.f16 a, lo; cvt.f32.f16 b, hi;\n"
+        "cvt.rn.bf16x2.f32 $0, b, a; }"
+    )
+    for byte in range(4):
+        body = text.replace("SELECTOR", str(byte + 16 * (4 + byte)))
+        out += ptx.asm(body, "r", [first, second])
+    return out
 
 
 def float_scales(scale: str, words):

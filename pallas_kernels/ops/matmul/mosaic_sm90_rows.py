@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few rows times 4-bit weights on Hopper: the weights are read once, straight into registers.
+"""Few rows times stored weights on Hopper: the weights are read once, straight into registers.
 
 ``out^T = W^T x^T`` by ``mma.sync`` m16n8k16. The operand A is 16 outputs and 16 inputs of W^T: a
 thread's load of 8 or 16 bytes of a row (two inputs, as many outputs) is one register of four or
-eight such operands once its nibbles are bfloat16, which is exact. The operand B holds up to eight
-rows of x. A product of the inputs that share a scale starts from zero, and is scaled and added in
-float32:
+eight such operands once its nibbles are bfloat16, which is exact; 8-bit codes take two rows. The
+operand B holds up to eight rows of x. A product of the inputs that share a scale starts from zero,
+and is scaled and added in float32:
 
     acc += scale[group, output] * sum over the group of code * x
 
@@ -52,7 +52,7 @@ class Config:
 
     Args:
         own: neighbouring outputs of a thread, 8 or 16; None: 16, or 8 where more than eight rows
-            take the registers.
+            or 8-bit codes take the registers.
         units: units of 16 inputs in a warp's step.
         blocks: blocks among which the work is split, if there is so much; None: three for every
             multiprocessor.
@@ -105,7 +105,7 @@ class Plan:
     @property
     def own(self) -> int:
         """Outputs of a thread."""
-        return self.config.own or 16 // self.tiles
+        return self.config.own or (16 if self.tiles * self.lines == 2 else 8)
 
     @property
     def partners(self) -> int:
@@ -123,9 +123,14 @@ class Plan:
         return min(self.config.units, self.total)
 
     @property
+    def lines(self) -> int:
+        """Rows of bytes of a thread in a unit, four inputs."""
+        return 4 // self.weights.per_byte
+
+    @property
     def total(self) -> int:
         """Units of the contraction."""
-        return 2 * self.weights.rows // UNIT
+        return self.weights.inputs // UNIT
 
     @property
     def shared(self) -> int:
@@ -163,7 +168,8 @@ def heuristic(weights: Weights, m: int) -> Config:
     blocks = pl.cdiv(weights.n, _WHOLE.outputs)
     if m > 2 * ROWS or blocks < 0.9 * sms * pl.cdiv(blocks, sms):
         return Config()
-    return dataclasses.replace(_WHOLE, units=2 if weights.group < 4 * UNIT else 4)
+    many = weights.per_byte == 2 and weights.group >= 4 * UNIT
+    return dataclasses.replace(_WHOLE, units=4 if many else 2)
 
 
 def _load(ref, start, offset: int, words: int, cache: str = "", kind: str = "r", ok=None):
@@ -210,7 +216,7 @@ class _Thread:
             for place in (split, ptx.add(split, i32(1)))
         )
         self.count = ptx.sub(end, self.turn)
-        row = bytes_at(ptx.mul(self.c, i32(2)), n)
+        row = bytes_at(ptx.mul(self.c, i32(plan.lines)), n)
         self.place = ptx.add(row, ptx.widen(self.first))
         self.x_places = []
         for t in range(plan.tiles):
@@ -230,12 +236,13 @@ class _Thread:
         wanted = ptx.mul(step, i32(plan.units))
         unit = ptx.imin(wanted, i32(plan.total - plan.units)) if plan.ragged else wanted
         out: dict[str, list] = {"codes": [], "scales": [], "x": []}
-        start = ptx.add(self.place, bytes_at(unit, UNIT // 2 * weights.n))
+        lines = UNIT // weights.per_byte  # of a unit
+        start = ptx.add(self.place, bytes_at(unit, lines * weights.n))
         x_start = bytes_at(unit, 2 * UNIT)
         for u in range(plan.units):
             words = []
-            for r in range(2):
-                offset = (UNIT // 2 * u + r) * weights.n
+            for r in range(plan.lines):
+                offset = (lines * u + r) * weights.n
                 words += _load(self.refs["codes"], start, offset, plan.own // 4, plan.config.cache)
             out["codes"].append(words)
             ok = ptx.ge(ptx.add(unit, i32(u)), wanted) if plan.ragged else None
@@ -279,14 +286,8 @@ class _Thread:
             for quad in range(plan.own // 4):  # of outputs
                 parts = [[[ptx.f32(0.0)] * 4 for _ in range(2)] for _ in range(plan.tiles)]
                 for u in units:
-                    low, high = (
-                        codes.code_pairs(
-                            weights.code,
-                            given["codes"][u][plan.own // 4 * r + quad],
-                            plan.config.table,
-                        )
-                        for r in range(2)
-                    )
+                    lines = [given["codes"][u][plan.own // 4 * r + quad] for r in range(plan.lines)]
+                    low, high = self._pairs(lines)
                     for pair in range(2):
                         own = slice(2 * pair, 2 * pair + 2)
                         a = [*low[own], *high[own]]
@@ -300,6 +301,13 @@ class _Thread:
                             factor = scale[2 * here + i // 2]
                             acc[t][here][i] = ptx.fma(x, factor, acc[t][here][i])
         return acc
+
+    def _pairs(self, lines):
+        """Of four outputs, the first two of the thread's inputs in a unit, and the other two."""
+        code = self.plan.weights.code
+        if len(lines) == 4:
+            return codes.byte_pairs(code, *lines[:2]), codes.byte_pairs(code, *lines[2:])
+        return [codes.code_pairs(code, line, self.plan.config.table) for line in lines]
 
     def join(self, acc):
         """Adds the warps' sums in shared memory and writes the block's part."""
@@ -376,7 +384,7 @@ def matmul(
 
     Args:
       lhs: bfloat16 [..., m, k], or INT8 or FP8 with a scale per row.
-      rhs: packed 4-bit QTensor [k, n].
+      rhs: packed 4-bit, INT8 or FP8 QTensor [k, n].
       spec: static facts.
       config: sizes; None chooses.
 

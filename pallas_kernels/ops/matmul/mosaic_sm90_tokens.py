@@ -167,7 +167,7 @@ class FourBit:
     @property
     def k(self) -> int:
         """Inputs."""
-        return 2 * self.weights.rows
+        return self.weights.inputs
 
     @property
     def groups(self) -> int:

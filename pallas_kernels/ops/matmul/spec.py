@@ -14,6 +14,7 @@ BLOCK_K = 128
 # What the sm90 kernels read: codes and scales by dtype, and the inputs of one product of the
 # tensor core, which share a scale.
 CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
+WIDE_CODES = {"int8": "int8", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
 _INT8_ROWS = 64
@@ -136,6 +137,11 @@ class MatmulSpec:
         return self.scheme in ("w4a16", "w4a8")
 
     @property
+    def few(self) -> bool:
+        """Whether the sm90 kernel that reads the weights once for few rows takes the product."""
+        return self.m <= FEW_ROWS and (self.widened or _eight_bit_reason(self) is None)
+
+    @property
     def integer(self) -> bool:
         """Whether packed 4-bit weights are INT8 numbers, up to a factor of their output."""
         rhs = self.rhs
@@ -189,8 +195,9 @@ def unsupported_reason(spec: MatmulSpec, device: Device, implementation: str) ->
         return None
     if spec.widened:
         return _four_bit_reason(spec)
-    kinds = "" if spec.scheme != "w8a8" else " but INT8 or FP8 with one scale per row and output"
-    return f"a Mosaic GPU kernel for {spec.scheme}{kinds} is not part of this version"
+    if spec.scheme in ("w8a16", "w8a8"):
+        return _eight_bit_reason(spec)
+    return f"a Mosaic GPU kernel for {spec.scheme} is not part of this version"
 
 
 def _fp8_reason(spec: MatmulSpec) -> str | None:
@@ -211,16 +218,43 @@ def _fp8_reason(spec: MatmulSpec) -> str | None:
     return None
 
 
-def _four_bit_reason(spec: MatmulSpec) -> str | None:
-    """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
-    rhs = spec.rhs
-    if spec.lhs.quantized and spec.lhs.kind is None:
+def _activations_reason(lhs: OperandSpec) -> str | None:
+    """Why the sm90 kernels that widen weights do not take activations, or None."""
+    if lhs.quantized and lhs.kind is None:
         return (
             "the sm90 kernel takes bfloat16 activations, or INT8 or FP8 with one scale per row and "
             "no zero point"
         )
-    if not spec.lhs.quantized and spec.lhs.dtype != "bfloat16":
-        return f"the sm90 kernel takes bfloat16 or 8-bit activations; got {spec.lhs.dtype}"
+    if not lhs.quantized and lhs.dtype != "bfloat16":
+        return f"the sm90 kernel takes bfloat16 or 8-bit activations; got {lhs.dtype}"
+    return None
+
+
+def _eight_bit_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernel for few rows does not serve a product of 8-bit weights, or None."""
+    rhs = spec.rhs
+    if (reason := _activations_reason(spec.lhs)) is not None:
+        return reason
+    if spec.m > FEW_ROWS:
+        kinds = (
+            "" if spec.scheme != "w8a8" else " but INT8 or FP8 with one scale per row and output"
+        )
+        return f"the sm90 kernel for {spec.scheme}{kinds} takes up to {FEW_ROWS} rows; got {spec.m}"
+    if rhs.code_dtype not in WIDE_CODES or rhs.zero_point or rhs.scale_dtype not in SCALES:
+        return "the sm90 kernel takes INT8 or FP8 weights with float32 or e8m0 scales"
+    if rhs.n_tiles != spec.n or (rhs.k_tiles != 1 and rhs.group % UNIT):
+        return (
+            f"the sm90 kernel takes one scale per output and multiple of {UNIT} inputs; got "
+            f"{rhs.n_tiles} for {spec.n} outputs, and {rhs.group} inputs"
+        )
+    return None
+
+
+def _four_bit_reason(spec: MatmulSpec) -> str | None:
+    """Why the sm90 kernels do not serve a product of 4-bit weights, or None."""
+    rhs = spec.rhs
+    if (reason := _activations_reason(spec.lhs)) is not None:
+        return reason
     if rhs.packed not in CODES or rhs.packed_axis != -2:
         return "the sm90 kernel takes 4-bit weights packed along the inputs, as pack(0) makes them"
     if rhs.zero_point or rhs.scale_dtype not in SCALES or rhs.n_tiles != spec.n:
@@ -243,7 +277,7 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
     Returns:
       One sentence, or None.
     """
-    if spec.scheme != "w8a8" or spec.m > _INT8_ROWS:
+    if spec.scheme != "w8a8" or spec.m > _INT8_ROWS or spec.few:
         return None
     return (
         f"the sm90 kernel for 8-bit weights was measured for more than {_INT8_ROWS} rows, "
@@ -280,15 +314,16 @@ def notes(spec: MatmulSpec, implementation: str) -> tuple[str, ...]:
         return (f"{prefix}operands are dequantised before the product: for a direct one {why}",)
     if implementation == "mosaic" and spec.block_scaled:
         return (f"{prefix}the fp8 codes are multiplied, 128 of k at a time, and scaled in float32",)
-    if implementation == "mosaic" and spec.direct and not spec.widened:
-        total = "int32" if spec.direct == "int8" else "float32, 128 of k at a time"
-        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in {total}",)
-    if implementation == "mosaic" and spec.integer and spec.m > FEW_ROWS:
+    if implementation == "mosaic" and not spec.few and spec.integer:
         return (
             f"{prefix}the weights are read packed, become INT8 numbers in registers without a "
             "rounding, and are summed in int32",
         )
+    if implementation == "mosaic" and (spec.few or spec.widened):
+        how = "packed" if spec.widened else "in 8 bits"
+        where = "in registers" if spec.few else "in registers, to bfloat16,"
+        return (f"{prefix}the weights are read {how} and widened {where} within the product",)
     if implementation == "mosaic":
-        where = "in registers" if spec.m <= FEW_ROWS else "in registers, to bfloat16,"
-        return (f"{prefix}the weights are read packed and widened {where} within the product",)
+        total = "int32" if spec.direct == "int8" else "float32, 128 of k at a time"
+        return (f"{prefix}the {spec.direct} codes are multiplied directly and summed in {total}",)
     return (f"{prefix}operands are dequantised to float32 before the product",)
