@@ -345,11 +345,11 @@ def test_explain_says_why(monkeypatch):
         chosen = explain("matmul", x, w, implementation="mosaic")
         monkeypatch.setattr(jax, "device_count", lambda: 1)
         w8 = jax.eval_shape(FORMATS["int8"], jax.ShapeDtypeStruct((64, 32), jnp.float32))
-        few, many = (
+        few, some, many = (
             explain(
                 "matmul", jax.eval_shape(PER_ROW, jax.ShapeDtypeStruct((m, 64), jnp.float32)), w8
             )
-            for m in (4, 100)
+            for m in (4, 16, 100)
         )
     assert chosen.notes == (
         "w4a16: the weights are read packed and widened in registers within the product",
@@ -357,6 +357,7 @@ def test_explain_says_why(monkeypatch):
     assert few.notes == (
         "w8a8: the weights are read in 8 bits and widened in registers within the product",
     )
+    assert some.implementation == "xla" and "INT8 rows faster, got 16" in some.rejected["mosaic"]
     assert many.implementation == "mosaic"
     assert many.notes == ("w8a8: the int8 codes are multiplied directly and summed in int32",)
     assert "needs an NVIDIA GPU" in explain("matmul", x, w).rejected["mosaic"]

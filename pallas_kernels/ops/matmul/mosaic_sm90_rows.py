@@ -162,11 +162,12 @@ def heuristic(weights: Weights, m: int) -> Config:
     Measured on an H200 (8192 x 8192) for one row and for sixteen, in us: NVFP4 16.6 and 19.7
     against 18.2 and 22.3, since no splits are left to add up; MXFP4 16.4 and 20.9 against 16.6 and
     21.2; INT4 in groups of 128, with four units that share a scale in flight, 13.4 and 20.0
-    against 15.9 and 21.3.
+    against 15.9 and 21.3; INT8 20.3 against 24.1 for one row, but 27.1 against 25.8 for sixteen.
     """
     sms = current_device().num_sms or 132
     blocks = pl.cdiv(weights.n, _WHOLE.outputs)
-    if m > 2 * ROWS or blocks < 0.9 * sms * pl.cdiv(blocks, sms):
+    rows = 2 * ROWS if weights.per_byte == 2 else ROWS
+    if m > rows or blocks < 0.9 * sms * pl.cdiv(blocks, sms):
         return Config()
     many = weights.per_byte == 2 and weights.group >= 4 * UNIT
     return dataclasses.replace(_WHOLE, units=4 if many else 2)
