@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 
+_COLDEST = 1e-30  # logits over less than that are infinite
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What :func:`generate` returns.
@@ -859,8 +862,8 @@ def _check_sampling(model, temperature, top_k, top_p, min_p, key, stop_tokens) -
 def _check_shares(vocabulary: int, temperature, top_k, top_p, min_p) -> None:
     """Say which number is out of range; a traced one is taken as it is."""
     known = lambda x: x is not None and not isinstance(x, jax.core.Tracer)  # noqa: E731
-    if known(temperature) and not temperature >= 0:
-        raise ValueError(f"temperature={temperature}; expected 0 (greedy) or more")
+    if known(temperature) and not (temperature == 0 or temperature >= _COLDEST):
+        raise ValueError(f"temperature={temperature}; expected 0 (greedy), or {_COLDEST} and more")
     if top_k is not None:
         whole = isinstance(top_k, int | np.integer) and not isinstance(top_k, bool)
         if not whole or not 1 <= top_k <= vocabulary:

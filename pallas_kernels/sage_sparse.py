@@ -80,6 +80,8 @@ def spas_sage2_attn_meansim_topk(
     References:
       Zhang et al., SpargeAttn, arXiv 2502.18137, section 3.
     """
+    if topk is None and cdfthreshd is None:
+        raise ValueError("exactly one of topk and cdfthreshd must be given; both are None")
     return _attend(
         q, k, v, attn_mask, dropout_p, tensor_layout, output_dtype, return_sparsity,
         is_causal=is_causal, scale=scale, smooth_k=smooth_k, simthreshd1=simthreshd1,

@@ -332,6 +332,7 @@ class _Tiny(Compressor):
         ({"lengths": [0, 1]}, "lengths has values from 0 to 1; expected 1 to 12"),
         ({"lengths": [1]}, r"lengths has shape \(1,\) and dtype int64; expected integers \[2\]"),
         ({"temperature": -1}, "temperature=-1; expected 0"),
+        ({"temperature": 1e-40}, "temperature=1e-40; expected 0"),
         ({"temperature": 1}, "key is None; temperature=1 needs a jax.random.key"),
         ({"top_k": 3}, "top_k, top_p and min_p need temperature > 0"),
         ({"temperature": 1, "key": 0, "top_k": 257}, "top_k=257; expected 1 to 256"),

@@ -44,8 +44,8 @@ def adapt(
 
     Raises:
       ValueError: a rule is no pair or matches no layer, two rules match one layer, a rank is above
-        the side of a weight (the layer is named), a layer has a recipe, or the model is adapted
-        already.
+        the side of a weight (the layer is named), a layer has a recipe, the model is adapted
+        already, or no matched layer's sides are multiples of a method's ``multiple_of``.
       NotImplementedError: a layer cannot be replaced, as it has a ``__call__`` of its own, is a
         stack of layers, or lies in a tuple.
 
@@ -69,9 +69,16 @@ def adapt(
     for name, method in chosen.items():
         if not isinstance(method, Method):
             raise ValueError(f"method of layer {name!r} must be a LoRA or FALQON, got {method!r}")
-    chosen = {
-        name: method for name, method in chosen.items() if _takes(model, layers[name], method)
-    }
+    matched, chosen = (
+        chosen,
+        {name: method for name, method in chosen.items() if _takes(model, layers[name], method)},
+    )
+    if not chosen:
+        divisors = {getattr(method, "multiple_of", 1) for method in matched.values()}
+        raise ValueError(
+            f"no layer would be adapted: of {len(matched)} that match, none has sides that are "
+            f"multiples of {max(divisors)} (multiple_of)"
+        )
     _check_ranks(model, layers, chosen)
     for index, name in enumerate(layers):
         if name not in chosen:

@@ -467,7 +467,7 @@ class BlockMask:
           A heading and one line per row of tiles.
 
         Raises:
-          ValueError: `width` is below 1.
+          ValueError: `width` is below 1, or there is no such batch entry or head.
 
         >>> print(BlockMask.from_mask(Mask.causal(), 4, 4, block_q=2, block_kv=2).show())
         BlockMask 4 x 4 tokens in 2 x 2 tiles of 2 x 2; 25.0 % skipped
@@ -478,6 +478,9 @@ class BlockMask:
             raise ValueError(f"width must be at least 1; got {width}")
         status = np.asarray(self.to_status())
         skipped = 100.0 * (status == EMPTY).mean()
+        for name, index, count in zip(("batch", "head"), (batch, head), status.shape, strict=False):
+            if index < 0 or 1 < count <= index:
+                raise ValueError(f"{name} must be 0 to {count - 1}; got {index}")
         status = status[min(batch, status.shape[0] - 1), min(head, status.shape[1] - 1)]
         step = -(-max(status.shape) // width)
         if step > 1:

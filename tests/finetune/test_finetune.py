@@ -97,10 +97,12 @@ def test_a_decoder_by_its_default_rule_and_mixed_rules():
 
 
 def test_falqon_leaves_sides_that_do_not_divide():
-    assert adapt(Small(), [("up|down", FALQON(4, multiple_of=32))]) == {
-        "down": "frozen",
-        "up": "frozen",
-    }
+    plan = adapt(Small(), [("up", LoRA(4)), ("down", FALQON(4, multiple_of=32))])
+    assert plan == {"down": "frozen", "up": "LoRA"}
+    with pytest.raises(
+        ValueError, match="of 2 that match, none has sides that are multiples of 32"
+    ):
+        adapt(Small(), [("up|down", FALQON(4, multiple_of=32))])
     plan = adapt(Small(), [("up|down", FALQON.code(4))])
     assert set(plan.values()) == {"FALQON"}
 

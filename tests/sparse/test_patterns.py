@@ -124,4 +124,6 @@ def test_picture_and_text():
     assert axes.get_title() == "37.5% of the tiles skipped"
     assert str(mask).splitlines()[1:] == ["▒···", "█▒··", "██▒·", "███▒"]
     assert mask.show(width=2).splitlines()[1:] == ["▒·", "█▒"]
+    with pytest.raises(ValueError, match="batch must be 0 to 0; got -1"):
+        mask.show(batch=-1)
     assert "BlockMask" in str(jax.eval_shape(lambda: mask))

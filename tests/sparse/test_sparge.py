@@ -142,6 +142,8 @@ def test_published_names():
             function(q, k, v, tensor_layout="BHND")
     with pytest.raises(ValueError, match="exactly one of topk and cdf.* got topk=0.5"):
         sage.spas_sage2_attn_meansim_topk(q, k, v, cdfthreshd=0.9)
+    with pytest.raises(ValueError, match="exactly one of topk and cdfthreshd"):
+        sage.spas_sage2_attn_meansim_topk(q, k, v, topk=None)
     with pytest.raises(NotImplementedError, match="attn_mask must be boolean"):
         sage.spas_sage2_attn_meansim_topk(q, k, v, attn_mask=jnp.zeros((140, 140)))
 
