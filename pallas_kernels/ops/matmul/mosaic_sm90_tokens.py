@@ -341,18 +341,17 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class Fp8(Int8):
-    """FP8 likewise, by its bytes; the sums stay in the tensor core, which keeps about 14 bits.
+    """FP8 likewise, by its bytes; a step's sums have about 14 bits.
 
     Args:
         k: inputs.
         m: rows.
         kinds: "e4m3" or "e5m2", of the weights and of the rows.
-        promotes: whether each step's sums are added to others in float32.
     """
 
     kinds: tuple[str, str] = ("e4m3", "e4m3")
-    promotes: bool = True
     acc_dtype = jnp.float32
+    promotes = True
 
     @property
     def kind(self):
