@@ -321,8 +321,8 @@ def stepped_scales(
     top = jnp.where(top == 0, 1.0, top)  # nothing but zeros
     # A quotient may be a rounding above the whole number that it is.
     count = jnp.ceil(true_divide(scale, top) * steps * (1 - 2.0**-20))
-    stepped = jnp.clip(count, 1, steps) * true_divide(top, steps)
-    stepped = jnp.where((amax == 0) | (top < steps * FLOAT32_MIN_NORMAL), top, stepped)
+    is_top = (amax == 0) | (count >= steps) | (top < steps * FLOAT32_MIN_NORMAL)
+    stepped = jnp.where(is_top, top, jnp.maximum(count, 1) * true_divide(top, steps))
     return jnp.where(jnp.isnan(scale), jnp.nan, stepped)
 
 

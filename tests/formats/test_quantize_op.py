@@ -161,6 +161,7 @@ def _awkward():
         ("mxfp4_int8", {"axis": 0}),
         ("e2m1_b4_e8m0_ceil_s4", {}),
         ("int4_b5_float32_s15", {"axis": (0, 1)}),
+        ("int4_int8", {"axis": 0}),
         ("nvfp4", {"overrange": 17 / 16}),
         ("nvfp4", {"two_level": False, "scale_min": 2.0**-6}),
         ("e3m2_b8_e3m4_x2", {}),
