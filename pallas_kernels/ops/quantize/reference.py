@@ -164,8 +164,13 @@ def _stepped(scale: jax.Array, amax: jax.Array, spec: QuantizeSpec) -> jax.Array
 
 
 def _reduce(x: jax.Array, spec: QuantizeSpec, combine) -> jax.Array:
+    """Of each tile; NaN if a value is, which XLA for CPU may drop from a maximum."""
     start = math.inf if combine is jax.lax.min else -math.inf
-    return jax.lax.reduce_window(x, start, combine, spec.tile, spec.tile, "VALID")
+    is_nan = jnp.isnan(x)
+    known = jnp.where(is_nan, start, x)
+    reduced = jax.lax.reduce_window(known, start, combine, spec.tile, spec.tile, "VALID")
+    bad = jax.lax.reduce_window(is_nan * 1, 0, jax.lax.add, spec.tile, spec.tile, "VALID")
+    return jnp.where(bad > 0, jnp.nan, reduced)
 
 
 def _spread(scale: jax.Array, spec: QuantizeSpec) -> jax.Array:
