@@ -131,6 +131,7 @@ class Command:
         for storage in wanted:
             if time.monotonic() > deadline:
                 results["skipped"].append(storage)
+                path.write_text(json.dumps(results, indent=1) + "\n")
                 continue
             row = results["storages"][storage] = generation(storage, sizes)
             gc.collect()

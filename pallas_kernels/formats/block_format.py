@@ -42,8 +42,9 @@ class BlockFormat:
             e8m0 and ``"nearest"`` otherwise.
         two_level: whether a float32 scale per tensor brings the block scales into the range of
             their type.
-        scale_steps: scales along the quantised axes are multiples of the largest over this number,
-            see ``stepped_scales``; ``None`` for no such rule. For float32 and e8m0 scales.
+        scale_steps: scales along the axes whose tiles have more than one value are multiples of the
+            largest over this number, see ``stepped_scales``; ``None`` for no such rule. For float32
+            and e8m0 scales.
 
     Raises:
         ValueError: an argument is none of the above, or ``two_level`` is asked of a scale type that
@@ -212,7 +213,7 @@ def check_scale_steps(scale: str, steps: int | None) -> None:
         steps: how many, or None.
 
     Raises:
-        ValueError: neither float32 nor e8m0, less than one step, or for e8m0 no power of two.
+        ValueError: neither float32 nor e8m0, no int from 1 to 2^15, or for e8m0 no power of two.
 
     >>> check_scale_steps("e8m0", 8)
     """
@@ -220,9 +221,10 @@ def check_scale_steps(scale: str, steps: int | None) -> None:
         return
     if scale not in ("float32", "e8m0"):
         raise ValueError(f"scale_steps needs float32 or e8m0 scales, got {scale}")
-    if steps < 1 or (scale == "e8m0" and steps & (steps - 1)):
-        kind = "a power of two" if scale == "e8m0" else "at least 1"
-        raise ValueError(f"scale_steps of {scale} scales must be {kind}, got {steps}")
+    is_count = isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= 2**15
+    if not is_count or (scale == "e8m0" and steps & (steps - 1)):
+        kind = "a power of two" if scale == "e8m0" else "an int"
+        raise ValueError(f"scale_steps of {scale} must be {kind} from 1 to 2^15, got {steps!r}")
 
 
 def scale_from_amax(

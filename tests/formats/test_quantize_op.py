@@ -244,7 +244,13 @@ def test_steps_of_scales():
     wrong = dataclasses.replace(qt, scale=qt.scale.at[0, 3].multiply(1.3))
     with pytest.raises(ValueError, match="must be multiples of the largest"):
         wrong.validate(check_values=True)
-    for scale, steps in (("e4m3", 8), ("e8m0", 6), ("float32", 0)):
+    for scale, steps in (
+        ("e4m3", 8),
+        ("e8m0", 6),
+        ("float32", 0),
+        ("float32", True),
+        ("e8m0", 8.0),
+    ):
         with pytest.raises(ValueError, match="scale_steps"):
             BlockFormat("e2m1", 32, scale, scale_steps=steps)
     with pytest.raises(ValueError, match="has steps"):

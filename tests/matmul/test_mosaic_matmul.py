@@ -165,12 +165,13 @@ def stepped_weights(name):
 
 @pytest.mark.parametrize("wg", [0, 1])
 @pytest.mark.parametrize(
-    "name", ["mxfp4_int8", "mxfp4_int8_64", "mxfp4_int8_whole", "int4_int8", "int4_int8_32"]
+    "name",
+    ["mxfp4_int8", "mxfp4_int8_64", "mxfp4_int8_whole", "int4_int8", "int4_int8_32", "int4_whole"],
 )
 def test_stepped_weights_are_int8_numbers(name, wg):
     w = stepped_weights(name).validate(check_values=True)
     lowest = w.qvalue.at[3, :64].set(0x88)  # -8 twice, or -0
-    w = dataclasses.replace(w, qvalue=lowest)
+    w = dataclasses.replace(w, qvalue=lowest, tensor_scale=jnp.full((1, 1), 3.0))
     x = PER_ROW(activations(2, 128))
     spec = api._prepare(x, w, jnp.bfloat16)[2]
     kernel, arrays = mosaic_sm90_tokens._integer(x, w, spec)
@@ -294,6 +295,7 @@ def test_int8_lowers_for_cuda_with_its_gradient(m):
         ("mxfp4_int8_64", PER_ROW, 70, "become INT8 numbers"),
         ("mxfp4_int8_whole", PER_ROW, 70, "become INT8 numbers"),
         ("int4_int8", PER_ROW, 70, "become INT8 numbers"),
+        ("int4_whole", PER_ROW, 70, "become INT8 numbers"),
     ],
 )
 def test_four_bit_weights_times_eight_bit_rows_lower_for_cuda(name, rows, m, note, monkeypatch):
@@ -373,6 +375,8 @@ def test_explain_says_why(monkeypatch):
     assert "no zero points" in reason(x, shifted)
     tiles = quantize(jnp.ones((4, 64)), "int8", axis=-1, tile=16)
     assert "with one scale per row" in reason(tiles, w)
+    padded = quantize(jnp.ones((64, 1)), "mxfp4", axis=(0, 1), tile=(32, 32)).pack(0)
+    assert "stored without padding" in reason(x, padded)
     odd = quantize(jnp.ones((64, 32)), "int4", axis=0, tile=8).pack(0)
     assert "groups of 16, 32 or a multiple of 64 inputs; got 8" in reason(x, odd)
     assert "no empty products" in reason(jax.ShapeDtypeStruct((0, 64), jnp.bfloat16), w)

@@ -34,7 +34,8 @@ def matmul(
     dequantises for this product only, so that no copy of the weights in 16 bits outlives it, in a
     loop either. On an sm90 GPU "mosaic" reads packed 4-bit weights and widens them in registers,
     for INT8 and FP8 activations with one scale a row too, whose codes are bfloat16 numbers; weights
-    of "mxfp4_int8" and "int4_int8" and many INT8 rows are multiplied at the rate of INT8.
+    of "mxfp4_int8" and "int4_int8" and many INT8 rows are multiplied at the rate of INT8, which
+    takes their scales for the multiples of the largest that these formats promise.
     `explain` says which way a call takes, and its scheme: "w4a16" for a 4-bit `rhs` and a plain
     `lhs`, "w4a8", "w8a8" and so on. Differentiable in plain operands and in scales.
 
@@ -131,6 +132,7 @@ def _operand(name: str, x, k_axis: int) -> OperandSpec:
             stored_k=x.stored_shape[k_axis],
             zero_point=x.zero_point is not None,
             scale_steps=get_format(x.qtype).scale_steps,
+            stored_n=x.stored_shape[-1 if k_axis == 0 else -2],
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point or a QTensor; got dtype {x.dtype}")

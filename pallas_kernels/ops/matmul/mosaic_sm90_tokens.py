@@ -710,13 +710,15 @@ def _integer(lhs: QTensor, rhs: QTensor, spec: MatmulSpec):
     its output NaN, whatever its codes.
     """
     k, n = (-(-size // 128) * 128 for size in (spec.rhs.stored_k, spec.n))
-    columns, steps = (0, n - spec.n), spec.rhs.scale_steps
+    columns, steps = (0, n - spec.n), spec.rhs.steps
     scale = rhs.scale.astype(jnp.float32)
     is_nan = jnp.isnan(scale)
     scale = jnp.where(is_nan, 0.0, scale)
     top = jnp.max(scale, axis=0)
     multipliers = jnp.rint(scale / jnp.where(top == 0, 1.0, top) * steps).astype(jnp.uint8)
     factor = top * (CODE_RANGE[spec.rhs.packed][1] / steps)
+    if rhs.tensor_scale is not None:
+        factor = factor * rhs.tensor_scale.reshape(())
     arrays = {
         "x": _rows_of_bytes(lhs, spec, k),
         "codes": jnp.pad(rhs.qvalue, ((0, k // 2 - rhs.qvalue.shape[0]), columns)),

@@ -23,6 +23,7 @@ _XLA_INT8_ROWS, _INT8_ROWS = 8, 64
 # Largest magnitude of a code, in units in which all codes are integers, and these units.
 CODE_RANGE = {"float4_e2m1fn": (12, 0.5), "int4": (8, 1.0)}
 FP8_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+_PADDED = "the sm90 kernel takes weights whose outputs are stored without padding"
 FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
 
 # Why implementation=None takes "xla" where there are several devices and no `jax.shard_map`.
@@ -52,6 +53,7 @@ class OperandSpec:
       stored_k: contracted length with padding.
       zero_point: codes have zero points.
       scale_steps: scales of a column are multiples of the largest over this; None if not.
+      stored_n: length of the other axis with padding.
     """
 
     dtype: str
@@ -65,6 +67,12 @@ class OperandSpec:
     stored_k: int = 0
     zero_point: bool = False
     scale_steps: int | None = None
+    stored_n: int = 0
+
+    @property
+    def steps(self) -> int | None:
+        """``scale_steps``; one scale along k is the largest of its column."""
+        return 1 if self.k_tiles == 1 else self.scale_steps
 
     @property
     def group(self) -> int:
@@ -150,8 +158,8 @@ class MatmulSpec:
         return (
             (self.scheme, self.lhs.kind) == ("w4a8", "int8")
             and rhs.packed in CODE_RANGE
-            and rhs.scale_steps is not None
-            and CODE_RANGE[rhs.packed][0] * rhs.scale_steps <= 127
+            and rhs.steps is not None
+            and CODE_RANGE[rhs.packed][0] * rhs.steps <= 127
             and (rhs.k_tiles == 1 or rhs.group in (32, 64) or rhs.group % BLOCK_K == 0)
         )
 
@@ -243,7 +251,12 @@ def _eight_bit_reason(spec: MatmulSpec) -> str | None:
         )
         return f"the sm90 kernel for {spec.scheme}{kinds} takes up to {FEW_ROWS} rows; got {spec.m}"
     if rhs.code_dtype not in WIDE_CODES or rhs.zero_point or rhs.scale_dtype not in SCALES:
-        return "the sm90 kernel takes INT8 or FP8 weights with float32 or e8m0 scales"
+        return (
+            "the sm90 kernel takes INT8 or FP8 weights with float32, e8m0 or e4m3 scales and no "
+            "zero points"
+        )
+    if rhs.stored_n != spec.n:
+        return _PADDED
     if rhs.n_tiles != spec.n or (rhs.k_tiles != 1 and rhs.group % UNIT):
         return (
             f"the sm90 kernel takes one scale per output and multiple of {UNIT} inputs; got "
@@ -259,6 +272,8 @@ def _four_bit_reason(spec: MatmulSpec) -> str | None:
         return reason
     if rhs.packed not in CODES or rhs.packed_axis != -2:
         return "the sm90 kernel takes 4-bit weights packed along the inputs, as pack(0) makes them"
+    if rhs.stored_n != spec.n:
+        return _PADDED
     if rhs.zero_point or rhs.scale_dtype not in SCALES or rhs.n_tiles != spec.n:
         return (
             "the sm90 kernel takes one float32, e4m3 or e8m0 scale per group of inputs and output, "
@@ -283,7 +298,7 @@ def unmeasured_reason(spec: MatmulSpec) -> str | None:
         return None
     if spec.few and (spec.direct != "int8" or spec.m <= _XLA_INT8_ROWS):
         return None
-    if spec.direct == "int8":
+    if spec.direct == "int8" and spec.m > _XLA_INT8_ROWS:
         return (
             f"XLA multiplies {_XLA_INT8_ROWS + 1} to {_INT8_ROWS} INT8 rows faster, got {spec.m}; "
             "implementation='mosaic' runs an sm90 kernel"

@@ -49,11 +49,13 @@ def quantize(
     Args:
         x: float32, bfloat16, float16 (or float64, used as float32) array of any shape.
         qtype: ``"int8"``, ``"int4"``, ``"fp8_e4m3"``, ``"fp8_e5m2"``, ``"mxfp8"``, ``"mxfp4"``,
-            ``"nvfp4"``, a structural name or a ``BlockFormat``, see ``formats.get_format``.
+            ``"nvfp4"``, ``"mxfp4_int8"``, ``"int4_int8"``, a structural name or a
+            ``BlockFormat``, see ``formats.get_format``.
         axis: axes along which values share a scale, as a rule the contraction axis. ``None``: one
             scale for the tensor.
         tile: values per scale along ``axis``: a number, one per axis, ``None`` for the whole axis,
-            or ``"default"``: 16 for nvfp4, 32 for mx, the whole axis for the others.
+            or ``"default"``: 16 for nvfp4, 32 for mx, 128 for int4_int8, the whole axis for the
+            others.
             ``axis=(-2, -1), tile=(16, 16)`` gives square tiles.
         rounding: ``"nearest"`` (ties to even) or ``"stochastic"`` (unbiased, needs ``key``).
         key: ``jax.random`` key; 23 random bits per value.
