@@ -9,9 +9,8 @@ to measure.
 """
 
 import dataclasses
+import functools
 import gc
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +19,11 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
-from rich.console import Console
 
+from experiments.finetune.measure import measure_each, results_of
 from jaxeff.generate import generate
 from jaxeff.models import Decoder, ModelConfig
 from jaxeff.quant import WEIGHTS, quantize_weights, weight_bytes
-from jaxeff.report import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,6 +67,7 @@ PRESETS = {
 
 def generation(storage: str, sizes: Sizes) -> dict[str, float]:
     """Milliseconds of a prefill and of decoded tokens, and bytes, with one storage."""
+    gc.collect()  # the model before this one
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     model = Decoder(ModelConfig.llama(**sizes.model), rngs=nnx.Rngs(0), **options)
     if storage != "bf16":
@@ -111,36 +110,18 @@ class Command:
 
     def run(self) -> dict[str, Any]:
         """Measure, print and write."""
-        console, sizes = Console(), PRESETS[self.preset]
-        deadline = time.monotonic() + self.time_budget
+        sizes, deadline = PRESETS[self.preset], time.monotonic() + self.time_budget
         storages = ["bf16", *WEIGHTS]
         wanted = list(filter(None, self.only.split(","))) or storages
         if unknown := set(wanted) - set(storages):
             raise ValueError(f"only has {sorted(unknown)}; expected some of {storages}")
-        results: dict[str, Any] = {
-            "storages": {},
-            "skipped": [],
-            "sizes": dataclasses.asdict(sizes),
-            "machine": machine(),
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "command": f"python -m experiments.finetune.inference --preset {self.preset}"
-            + f" --only {self.only}" * bool(self.only),
-        }
+        command = f"python -m experiments.finetune.inference --preset {self.preset}"
+        command += f" --only {self.only}" * bool(self.only)
+        results = results_of(sizes, command, ("storages",))
+        work = [("storages", name, functools.partial(generation, name, sizes)) for name in wanted]
+        compare = functools.partial(_compare, results["storages"])
         path = self.output / self.preset / "inference.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for storage in wanted:
-            if time.monotonic() > deadline:
-                results["skipped"].append(storage)
-                path.write_text(json.dumps(results, indent=1) + "\n")
-                continue
-            row = results["storages"][storage] = generation(storage, sizes)
-            gc.collect()
-            _compare(results["storages"])
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            said = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-            console.print(f"{storage}: {said}", highlight=False, soft_wrap=True)
-        console.print(str(path))
-        return results
+        return measure_each(results, work, deadline, path, compare)
 
 
 def _compare(storages: dict[str, dict[str, float]]) -> None:

@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import gc
 import json
-import os
 import re
 import statistics
 import tempfile
@@ -33,13 +32,12 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
-from rich.console import Console
 
+from experiments.finetune.measure import measure_each, results_of
 from jaxeff.finetune import FALQON, FP8LoRA, LoRA, QLoRA, adapt, init_state, train_step
 from jaxeff.finetune.melded import meld_weight, melded_dot
 from jaxeff.models import Decoder, ModelConfig
 from jaxeff.quant import quantized_dot_general, weight_bytes
-from jaxeff.report import machine
 from pallas_kernels import quantize
 from pallas_kernels.benchmarking import benchmark, kernel_times
 
@@ -277,45 +275,30 @@ class Command:
 
     def run(self) -> dict[str, Any]:
         """Measure, print and write."""
-        console = Console()
         sizes, deadline = PRESETS[self.preset], time.monotonic() + self.time_budget
         if self.layers is not None:
             sizes = dataclasses.replace(sizes, model={**sizes.model, "num_layers": self.layers})
         command = f"python -m experiments.finetune.speed --preset {self.preset}"
         command += f" --only {self.only}" * bool(self.only)
         command += f" --layers {self.layers}" * (self.layers is not None)
-        results: dict[str, Any] = {
-            "steps": {},
-            "products": {},
-            "skipped": [],
-            "sizes": dataclasses.asdict(sizes),
-            "machine": machine(),
-            "seed": 0,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "command": command,
-        }
-        work = [("steps", name, training_step, m) for name, m in methods(sizes.rank).items()]
-        work += [("products", str(side), products, side) for side in sizes.sides]
-        wanted = set(filter(None, self.only.split(",")))
-        if unknown := wanted - {x for kind, name, *_ in work for x in (kind, name)}:
-            raise ValueError(f"only has {sorted(unknown)}, which are no measurements")
+        results = results_of(sizes, command, ("steps", "products")) | {"seed": 0}
         folder = self.output / self.preset
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind, name, measure, what in work:
-            if wanted and not wanted & {kind, name}:
-                continue
-            if time.monotonic() > deadline:
-                results["skipped"].append(f"{kind}/{name}")
-                continue
-            options = {"details": folder / name} if self.details and kind == "steps" else {}
-            results[kind][name] = measure(what, sizes, **options)
-            _compare(results["steps"])
-            (folder / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-            console.print(
-                f"{kind}/{name}: {_line(results[kind][name])}", highlight=False, soft_wrap=True
-            )
-        console.print(str(folder / "speed.json"))
-        return results
+
+        def step(name, method):
+            options = {"details": folder / name} if self.details else {}
+            return "steps", name, functools.partial(training_step, method, sizes, **options)
+
+        work = [step(*each) for each in methods(sizes.rank).items()]
+        work += [
+            ("products", str(side), functools.partial(products, side, sizes))
+            for side in sizes.sides
+        ]
+        wanted = set(filter(None, self.only.split(",")))
+        if unknown := wanted - {x for kind, name, _ in work for x in (kind, name)}:
+            raise ValueError(f"only has {sorted(unknown)}, which are no measurements")
+        chosen = [each for each in work if not wanted or wanted & set(each[:2])]
+        compare = functools.partial(_compare, results["steps"])
+        return measure_each(results, chosen, deadline, folder / "speed.json", compare)
 
 
 def _compare(steps: dict[str, Any]) -> None:
@@ -323,10 +306,6 @@ def _compare(steps: dict[str, Any]) -> None:
     for row in steps.values() if "lora" in steps else ():
         row["speedup_over_lora"] = steps["lora"]["step_ms"] / row["step_ms"]
         row["peak_over_lora"] = row["peak_bytes"] / steps["lora"]["peak_bytes"]
-
-
-def _line(row: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, int | float))
 
 
 if __name__ == "__main__":

@@ -69,15 +69,15 @@ def adapt(
     for name, method in chosen.items():
         if not isinstance(method, Method):
             raise ValueError(f"method of layer {name!r} must be a LoRA or FALQON, got {method!r}")
-    matched, chosen = (
-        chosen,
-        {name: method for name, method in chosen.items() if _takes(model, layers[name], method)},
-    )
+    matched = chosen
+    chosen = {
+        name: method for name, method in matched.items() if _takes(model, layers[name], method)
+    }
     if not chosen:
-        divisors = {getattr(method, "multiple_of", 1) for method in matched.values()}
+        divisor = max(getattr(method, "multiple_of", 1) for method in matched.values())
         raise ValueError(
             f"no layer would be adapted: of {len(matched)} that match, none has sides that are "
-            f"multiples of {max(divisors)} (multiple_of)"
+            f"multiples of {divisor} (multiple_of)"
         )
     _check_ranks(model, layers, chosen)
     for index, name in enumerate(layers):

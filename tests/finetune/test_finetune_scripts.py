@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.finetune import peers, run, speed
+from experiments.finetune import inference, peers, run, speed
 
 
 def test_peers_says_what_passed_failed_and_was_left_out(monkeypatch, tmp_path):
@@ -39,6 +39,18 @@ def test_speed_measures_what_is_asked_for(tmp_path, monkeypatch):
     assert result["sizes"]["model"]["num_layers"] == 3 and not result["products"]
     with pytest.raises(ValueError, match=r"only has \['lor'\], which are no measurements"):
         speed.Command("cpu", output=tmp_path, only="lor").run()
+
+
+def test_inference_compares_storages_and_lists_what_came_too_late(tmp_path):
+    result = inference.Command("cpu", output=tmp_path, only="bf16,int4_a8").run()
+    packed = result["storages"]["int4_a8"]
+    assert packed["block_weight_bytes"] < 0.3 * result["storages"]["bf16"]["block_weight_bytes"]
+    assert packed["token_over_bf16"] > 0 and packed["token_of_2_rows_ms"] > 0
+    late = inference.Command("cpu", 0.0, tmp_path, "nvfp4").run()
+    written = json.loads((tmp_path / "cpu" / "inference.json").read_text())
+    assert written["skipped"] == late["skipped"] == ["storages/nvfp4"]
+    with pytest.raises(ValueError, match=r"only has \['fp5'\]; expected some of \['bf16', "):
+        inference.Command("cpu", output=tmp_path, only="fp5").run()
 
 
 def test_quality_sums_up_seeds_by_rank_at_each_ones_best_rate(tmp_path, monkeypatch):

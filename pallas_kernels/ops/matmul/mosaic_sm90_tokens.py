@@ -147,8 +147,47 @@ def _swizzled(row, piece):
 # -- weights ---------------------------------------------------------------------------------------
 
 
+class _PackedRing:
+    """How packed 4-bit codes and their scales come into the ring.
+
+    Of the weights it wants ``step``, ``group`` (inputs that share a scale), ``last_group`` and
+    ``scale_dtype``.
+    """
+
+    copies = 2
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step: rows of scales."""
+        return max(self.step // self.group, 1)
+
+    def smem(self, stages: int):
+        """What the ring holds beside x."""
+        shape = (stages, self.step // 2, COLUMNS)
+        return {
+            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
+            "scale": plgpu.SMEM((stages, self.groups, COLUMNS), self.scale_dtype),
+        }
+
+    def load(self, refs, smem, slot, step, column, barrier):
+        """Starts the copies of a step."""
+        size, columns = self.step // 2, pl.ds(column, COLUMNS)
+        source = refs["codes"].at[pl.ds(step * size, size), columns]
+        plgpu.copy_gmem_to_smem(source, smem["codes"].at[slot], barrier)
+        group = step * self.groups
+        if self.group > self.step:
+            group = lax.div(step * self.step, jnp.int32(self.group))
+            group = jnp.minimum(group, self.last_group)
+        source = refs["scale"].at[pl.ds(group, self.groups), columns]
+        plgpu.copy_gmem_to_smem(source, smem["scale"].at[slot], barrier)
+
+    def refs(self, smem, slot):
+        """References that `fetch` reads, with their transforms."""
+        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
+
+
 @dataclasses.dataclass(frozen=True)
-class FourBit:
+class FourBit(_PackedRing):
     """Packed 4-bit weights, bfloat16 rows.
 
     Args:
@@ -159,7 +198,6 @@ class FourBit:
     weights: Weights
     m: int
     step = ROW_BYTES // 2  # inputs
-    copies = 2
     x_dtype, acc_dtype = jnp.bfloat16, jnp.float32
     kind = "f32.bf16.bf16"
     promotes = False
@@ -170,9 +208,19 @@ class FourBit:
         return self.weights.inputs
 
     @property
-    def groups(self) -> int:
-        """Groups of a step: rows of scales."""
-        return max(self.step // self.weights.group, 1)
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.weights.group
+
+    @property
+    def last_group(self) -> int:
+        """The last row of scales."""
+        return self.k // self.group - 1
+
+    @property
+    def scale_dtype(self):
+        """Of the array of scales."""
+        return jnp.float32 if self.weights.scale == "float32" else jnp.uint8
 
     @property
     def _rests(self) -> int:
@@ -184,31 +232,6 @@ class FourBit:
         count = 2 * self.groups * (1 + self._rests)
         shapes = [(OWN, self.step), (OWN, -(-count // 4) * UNIT)]
         return [_array(shape, jnp.bfloat16, plgpu.Layout.WGMMA) for shape in shapes]
-
-    def smem(self, stages: int):
-        """What the ring holds beside x."""
-        dtype = jnp.float32 if self.weights.scale == "float32" else jnp.uint8
-        shape = (stages, self.step // 2, COLUMNS)
-        return {
-            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
-            "scale": plgpu.SMEM((stages, self.groups, COLUMNS), dtype),
-        }
-
-    def load(self, refs, smem, slot, step, column, barrier):
-        """Starts the copies of a step."""
-        size, columns = self.step // 2, pl.ds(column, COLUMNS)
-        source = refs["codes"].at[pl.ds(step * size, size), columns]
-        plgpu.copy_gmem_to_smem(source, smem["codes"].at[slot], barrier)
-        group = step * self.groups
-        if self.weights.group > self.step:
-            last = self.k // self.weights.group - 1
-            group = jnp.minimum(lax.div(step * self.step, jnp.int32(self.weights.group)), last)
-        source = refs["scale"].at[pl.ds(group, self.groups), columns]
-        plgpu.copy_gmem_to_smem(source, smem["scale"].at[slot], barrier)
-
-    def refs(self, smem, slot):
-        """References that `fetch` reads, with their transforms."""
-        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
 
     def fetch(self, w, s, wg):
         """Codes of one step's operand as bfloat16, and words of their scales."""
@@ -364,7 +387,7 @@ class Fp8(Int8):
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed(Int8):
+class Packed(_PackedRing, Int8):
     """Packed 4-bit weights with an integer per group of inputs and output, INT8 rows.
 
     Args:
@@ -378,33 +401,12 @@ class Packed(Int8):
     code: str = "e2m1"
     group: int = 32
     scales: int = 1
-    copies = 2
+    scale_dtype = jnp.uint8
 
     @property
-    def groups(self) -> int:
-        """Groups of a step: rows of multipliers."""
-        return max(self.step // self.group, 1)
-
-    def smem(self, stages: int):
-        """What the ring holds beside x."""
-        shape = (stages, self.step // 2, COLUMNS)
-        return {
-            "codes": plgpu.SMEM(shape, jnp.uint8, transforms=_transforms(ROW_BYTES)),
-            "scale": plgpu.SMEM((stages, self.groups, COLUMNS), jnp.uint8),
-        }
-
-    def load(self, refs, smem, slot, step, column, barrier):
-        """Starts the copies of a step."""
-        columns, size = pl.ds(column, COLUMNS), self.step // 2
-        row = step * self.groups
-        if self.group > self.step:
-            row = jnp.minimum(lax.div(step * self.step, jnp.int32(self.group)), self.scales - 1)
-        for name, rows in (("codes", pl.ds(step * size, size)), ("scale", pl.ds(row, self.groups))):
-            plgpu.copy_gmem_to_smem(refs[name].at[rows, columns], smem[name].at[slot], barrier)
-
-    def refs(self, smem, slot):
-        """References that `fetch` reads, with their transforms."""
-        return [(smem["codes"].at[slot], _transforms(ROW_BYTES)), (smem["scale"].at[slot], ())]
+    def last_group(self) -> int:
+        """The last row of multipliers."""
+        return self.scales - 1
 
     def fetch(self, w, s, wg):
         """One step's operand, each byte 128 too large: `finish` has something to do."""

@@ -14,7 +14,8 @@ BLOCK_K = 128
 # What the sm90 kernels read: codes and scales by dtype, and the inputs of one product of the
 # tensor core, which share a scale.
 CODES = {"float4_e2m1fn": "e2m1", "int4": "int4"}
-WIDE_CODES = {"int8": "int8", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+FP8_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+WIDE_CODES = {"int8": "int8"} | FP8_KINDS
 SCALES = {"float8_e4m3fn": "e4m3", "float8_e8m0fnu": "e8m0", "float32": "float32"}
 UNIT = 16
 # INT8 with INT8: to here few rows' kernel, to there XLA, beyond it many rows' kernel. A token of 16
@@ -22,7 +23,6 @@ UNIT = 16
 _XLA_INT8_ROWS, _INT8_ROWS = 8, 64
 # Largest magnitude of a code, in units in which all codes are integers, and these units.
 CODE_RANGE = {"float4_e2m1fn": (12, 0.5), "int4": (8, 1.0)}
-FP8_KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 _PADDED = "the sm90 kernel takes weights whose outputs are stored without padding"
 FEW_ROWS = 32  # up to here the kernel that reads the weights once for every 16 rows
 
